@@ -1,0 +1,18 @@
+"""Database migrations. `slipstream migrate` applies them; `upgrade(url)` is the same call for tests and tools."""
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+
+
+def config(url: str) -> Config:
+    made = Config()
+    made.set_main_option("script_location", str(Path(__file__).parent))
+    made.set_main_option("sqlalchemy.url", url.replace("%", "%%"))
+    return made
+
+
+def upgrade(url: str) -> None:
+    """Brings the database to the newest schema. Safe to repeat."""
+    command.upgrade(config(url), "head")

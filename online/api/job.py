@@ -1,0 +1,80 @@
+"""One HTTP request's sequences in the engine: submit all, listen to all, cancel what is left when the client goes."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+from fastapi import Request
+
+from online.errors import Unavailable
+from online.messages import Delta, EngineClient, Query
+
+T = TypeVar("T")
+
+
+class ClientGone(Exception):
+    """The client closed the connection; nobody is left to answer."""
+
+
+class Job:
+    def __init__(self, engine: EngineClient, queries: Sequence[Query]) -> None:
+        self._engine = engine
+        self._queries = queries
+        self._deltas: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
+        self._open = set(range(len(queries)))
+
+    @asynccontextmanager
+    async def running(self) -> "AsyncIterator[Job]":
+        """Submits every sequence; on the way out, cancels those that have not finished."""
+        loop = asyncio.get_running_loop()
+        submitted = []
+        try:
+            for index, query in enumerate(self._queries):
+
+                def deliver(delta: Delta, index: int = index) -> None:
+                    loop.call_soon_threadsafe(self._deltas.put_nowait, (index, delta))
+
+                self._engine.submit(query, deliver)
+                submitted.append(index)
+            yield self
+        finally:
+            for index in submitted:
+                if index in self._open:
+                    self._engine.cancel(self._queries[index].id)
+
+    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
+        """(sequence, delta) as they come, until every sequence has finished.
+
+        Raises:
+            Unavailable: the engine failed on a sequence.
+        """
+        while self._open:
+            index, delta = await self._deltas.get()
+            if delta.finish_reason:
+                self._open.discard(index)
+            if delta.finish_reason == "error":
+                raise Unavailable(delta.error, code="engine_error")
+            yield index, delta
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """Awaits `work`, and drops it when the client disconnects first.
+
+    `request.is_disconnected` does not see it behind middleware; reading the next message does.
+    """
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    answer, gone = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
+    try:
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ClientGone
+        return answer.result()
+    finally:
+        for task in (answer, gone):
+            task.cancel()
+        await asyncio.gather(answer, gone, return_exceptions=True)

@@ -1,0 +1,79 @@
+"""Draft weights on disk: one folder per artifact, named by the sha256 of its safetensors file, never changed.
+
+ROOT/<sha256>/model.safetensors, config.json, …     a Hugging Face model folder
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from online.errors import ArtifactError
+
+WEIGHTS = "model.safetensors"
+
+
+class ArtifactStore:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def publish(self, write: Callable[[Path], None]) -> str:
+        """Lets `write` fill a temporary folder, makes it durable, and renames it to its digest. Returns the digest.
+
+        A crash at any point leaves either nothing or the whole artifact; publishing the same weights twice is one
+        artifact.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=".publish-", dir=self.root))
+        try:
+            write(aside)
+            if not (aside / WEIGHTS).is_file():
+                raise ArtifactError(f"no {WEIGHTS} was written")
+            for file in aside.iterdir():
+                _fsync(file)
+            _fsync(aside)
+            aside.chmod(0o755)
+            digest = file_sha256(aside / WEIGHTS)
+            try:
+                aside.rename(self.root / digest)
+            except OSError:
+                self.verify(digest)  # The same weights are there already: they have to be whole.
+            _fsync(self.root)
+            return digest
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def path(self, digest: str) -> Path:
+        return self.root / digest
+
+    def verify(self, digest: str) -> Path:
+        """The artifact's folder, its weights read and compared with the digest.
+
+        Raises:
+            ArtifactError: missing, or not what was published.
+        """
+        weights = self.path(digest) / WEIGHTS
+        try:
+            found = file_sha256(weights)
+        except OSError as error:
+            raise ArtifactError(
+                f"artifact {digest[:12]} is missing: {error.strerror}", code="artifact_missing"
+            ) from error
+        if found != digest:
+            raise ArtifactError(f"artifact {digest[:12]} is damaged: its sha256 is {found[:12]}")
+        return self.path(digest)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

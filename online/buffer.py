@@ -1,0 +1,214 @@
+"""The signal buffer: one Redis Stream per route, bounded in count, bytes and age.
+
+Keys, all of them (the braces keep a route's keys on one node of a cluster):
+
+    slipstream:{ROUTE}:signals   stream; one entry per request, field `s`; consumer group `trainer`
+    slipstream:{ROUTE}:bytes     integer; bytes of all records in the stream
+
+Acknowledged entries stay until the bounds push them out, oldest first: a later cycle replays them.
+"""
+
+import itertools
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import redis
+
+GROUP = "trainer"
+# One name for every worker: a cycle is single-flight per route, so what is pending under this name is exactly the
+# window that an interrupted cycle left behind.
+CONSUMER = "cycle"
+
+_APPEND = """
+local function trim(total)
+  local oldest_ms = redis.call('TIME')[1] * 1000 - ARGV[3]
+  while true do
+    local head = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]
+    if not head then return end
+    local over = total > tonumber(ARGV[2]) or redis.call('XLEN', KEYS[1]) > tonumber(ARGV[1])
+    if not over and tonumber(string.match(head[1], '^%d+')) >= oldest_ms then return end
+    redis.call('XDEL', KEYS[1], head[1])
+    total = redis.call('DECRBY', KEYS[2], #head[2][2])
+  end
+end
+if ARGV[4] then
+  redis.call('XADD', KEYS[1], '*', 's', ARGV[4])
+  trim(redis.call('INCRBY', KEYS[2], #ARGV[4]))
+else
+  trim(tonumber(redis.call('GET', KEYS[2]) or '0'))
+end
+"""
+_COUNT_AFTER = "return #redis.call('XRANGE', KEYS[1], '(' .. ARGV[1], '+', 'COUNT', ARGV[2])"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    id: str  # "milliseconds-sequence", ascending within a route
+    record: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Depth:
+    signals: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    signals: int
+    bytes: int
+    retention_s: int
+
+
+def id_order(entry_id: str) -> tuple[int, int]:
+    """Entry ids compare as two numbers, not as text."""
+    milliseconds, _, sequence = entry_id.partition("-")
+    return int(milliseconds), int(sequence or 0)
+
+
+class SignalBuffer(Protocol):
+    def append(self, route: str, record: bytes) -> None:
+        """Adds a record and trims the route to its bounds, oldest first."""
+
+    def claim(self, route: str, limit: int) -> list[Entry]:
+        """The window of the next cycle: what an interrupted cycle left pending, else up to `limit` new entries."""
+
+    def acknowledge(self, route: str, ids: Iterable[str]) -> None: ...
+
+    def before(self, route: str, entry_id: str, limit: int) -> list[Entry]:
+        """Up to `limit` entries older than `entry_id`, newest first."""
+
+    def new_signals(self, route: str, at_most: int) -> int:
+        """Entries that no cycle has claimed yet, counted up to `at_most`."""
+
+    def trim(self, route: str) -> None: ...
+
+    def depth(self, route: str) -> Depth: ...
+
+
+class RedisBuffer:
+    def __init__(self, client: "redis.Redis", bounds: Bounds) -> None:
+        self._redis = client
+        self._bounds = (bounds.signals, bounds.bytes, bounds.retention_s * 1000)
+        self._append = client.register_script(_APPEND)
+        self._count_after = client.register_script(_COUNT_AFTER)
+
+    def append(self, route: str, record: bytes) -> None:
+        self._append(keys=_keys(route), args=[*self._bounds, record])
+
+    def trim(self, route: str) -> None:
+        self._append(keys=_keys(route), args=list(self._bounds))
+
+    def claim(self, route: str, limit: int) -> list[Entry]:
+        self._ensure_group(route)
+        pending = self._read_group(route, "0", None)
+        # A pending entry whose record is gone was trimmed: nothing is left to train on.
+        self.acknowledge(route, [entry.id for entry in pending if not entry.record])
+        window = [entry for entry in pending if entry.record]
+        return window or self._read_group(route, ">", limit)
+
+    def acknowledge(self, route: str, ids: Iterable[str]) -> None:
+        ids = list(ids)
+        for at in range(0, len(ids), 500):
+            self._redis.xack(_keys(route)[0], GROUP, *ids[at : at + 500])
+
+    def before(self, route: str, entry_id: str, limit: int) -> list[Entry]:
+        if limit <= 0:
+            return []
+        rows = self._redis.xrevrange(_keys(route)[0], max=f"({entry_id}", min="-", count=limit)
+        return [_entry(row) for row in cast(list[Any], rows)]
+
+    def new_signals(self, route: str, at_most: int) -> int:
+        # `lag` of XINFO GROUPS would do, but Redis 6 does not have it and trimming makes it nil.
+        last = "0-0"
+        if self._redis.exists(_keys(route)[0]):
+            for group in self._redis.xinfo_groups(_keys(route)[0]):
+                if _text(group["name"]) == GROUP:
+                    last = _text(group["last-delivered-id"])
+        return int(self._count_after(keys=_keys(route)[:1], args=[last, at_most]))
+
+    def depth(self, route: str) -> Depth:
+        stream, counter = _keys(route)
+        return Depth(self._redis.xlen(stream), int(cast(bytes, self._redis.get(counter)) or 0))
+
+    def _ensure_group(self, route: str) -> None:
+        try:
+            self._redis.xgroup_create(_keys(route)[0], GROUP, id="0", mkstream=True)
+        except redis.ResponseError as error:
+            if "BUSYGROUP" not in str(error):
+                raise
+
+    def _read_group(self, route: str, after: str, limit: int | None) -> list[Entry]:
+        stream = _keys(route)[0]
+        found = self._redis.xreadgroup(GROUP, CONSUMER, {stream: after}, count=limit)
+        return [_entry(row) for row in cast(list[Any], found)[0][1]] if found else []
+
+
+def _keys(route: str) -> list[str]:
+    return [f"slipstream:{{{route}}}:signals", f"slipstream:{{{route}}}:bytes"]
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _entry(row: tuple[bytes, dict[bytes, bytes] | None]) -> Entry:
+    entry_id, fields = row
+    return Entry(_text(entry_id), (fields or {}).get(b"s", b""))
+
+
+@dataclass
+class MemoryBuffer:
+    """The same buffer inside one process, for replays and tests. Passes the contract tests of `RedisBuffer`."""
+
+    bounds: Bounds
+    _entries: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    _delivered: dict[str, str] = field(default_factory=dict)
+    _pending: dict[str, dict[str, None]] = field(default_factory=dict)
+    _sequence: "itertools.count[int]" = field(default_factory=itertools.count)
+
+    def append(self, route: str, record: bytes) -> None:
+        entry_id = f"{time.time_ns() // 1_000_000}-{next(self._sequence)}"
+        self._entries.setdefault(route, {})[entry_id] = record
+        self.trim(route)
+
+    def trim(self, route: str) -> None:
+        entries = self._entries.get(route, {})
+        oldest_ms = time.time_ns() // 1_000_000 - self.bounds.retention_s * 1000
+        while entries:
+            depth, head = self.depth(route), next(iter(entries))
+            over = depth.signals > self.bounds.signals or depth.bytes > self.bounds.bytes
+            if not over and id_order(head)[0] >= oldest_ms:
+                return
+            del entries[head]
+
+    def claim(self, route: str, limit: int) -> list[Entry]:
+        entries, pending = self._entries.get(route, {}), self._pending.setdefault(route, {})
+        for entry_id in [i for i in pending if i not in entries]:
+            del pending[entry_id]
+        if not pending:
+            for entry in self._new(route)[:limit]:
+                pending[entry.id] = None
+                self._delivered[route] = entry.id
+        return [Entry(entry_id, entries[entry_id]) for entry_id in pending]
+
+    def acknowledge(self, route: str, ids: Iterable[str]) -> None:
+        for entry_id in ids:
+            self._pending.get(route, {}).pop(entry_id, None)
+
+    def before(self, route: str, entry_id: str, limit: int) -> list[Entry]:
+        older = [Entry(i, r) for i, r in self._entries.get(route, {}).items() if id_order(i) < id_order(entry_id)]
+        return older[::-1][: max(0, limit)]
+
+    def new_signals(self, route: str, at_most: int) -> int:
+        return min(at_most, len(self._new(route)))
+
+    def depth(self, route: str) -> Depth:
+        entries = self._entries.get(route, {})
+        return Depth(len(entries), sum(map(len, entries.values())))
+
+    def _new(self, route: str) -> list[Entry]:
+        last = id_order(self._delivered.get(route, "0-0"))
+        return [Entry(i, r) for i, r in self._entries.get(route, {}).items() if id_order(i) > last]

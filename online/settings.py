@@ -1,0 +1,129 @@
+"""Every setting of every process, read once at an entry point from SLIPSTREAM_* variables and passed on."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+_NAME = re.compile(r"^[a-z0-9][a-z0-9_-]{0,62}$")
+_SHA256 = re.compile(r"^[0-9a-f]{64}$")
+CommaSeparated = Annotated[tuple[str, ...], NoDecode]
+
+
+class Settings(BaseSettings):
+    """Defaults run the whole stack on one machine with nothing installed."""
+
+    model_config = SettingsConfigDict(env_prefix="SLIPSTREAM_", frozen=True, extra="ignore")
+
+    # Where things are kept
+    data_dir: Path = Field(Path(".slipstream"), description="embedded database, embedded Redis, artifacts")
+    database_url: str = Field("", description="SQLAlchemy URL; empty: SQLite in data_dir")
+    redis_url: str = Field("", description="redis:// URL of broker and buffer; empty: `slipstream up` starts a server")
+    artifacts_dir: Path | None = Field(None, description="draft weights; empty: data_dir/artifacts")
+
+    # Models
+    target: str = Field("", description="target: folder or hub id; empty: the embedded reference target")
+    draft: str = Field("", description="first draft: folder or hub id; empty: the embedded reference draft")
+    model_name: str = Field("", description="name shown by /v1/models; empty: the target's folder or hub name")
+    device: str = Field("auto", description="cpu, cuda, cuda:N; auto: cuda where there is one")
+    dtype: str = Field(
+        "auto", pattern="^(auto|float32|bfloat16|float16)$", description="auto: float32 on CPU, else as stored"
+    )
+    threads: int = Field(0, ge=0, description="torch threads of the decoder; 0: torch's choice")
+
+    # Serving
+    host: str = Field("", description="address to bind; empty: loopback without keys, all addresses with keys")
+    port: int = Field(8000, ge=0, le=65535)
+    generation_keys: CommaSeparated = Field((), description="name:sha256 of each generation key, comma-separated")
+    admin_keys: CommaSeparated = Field((), description="name:sha256 of each admin key, comma-separated")
+    slots: int = Field(16, ge=1, le=1024, description="sequences decoded together")
+    max_waiting: int = Field(256, ge=1, description="queued sequences beyond which a request gets 429")
+    max_context: int = Field(2048, ge=16, description="tokens of prompt and output together, capped by the model's own")
+    gamma: int = Field(4, ge=0, le=16, description="drafted tokens a step, unless the request says otherwise")
+    prefill_tokens: int = Field(
+        2048, ge=16, description="prompt tokens computed between two steps, at most (one prompt at least)"
+    )
+
+    # Signals
+    routes: CommaSeparated = Field(("default",), description="routes, each with a draft, a buffer and a history")
+    closed_routes: CommaSeparated = Field((), description="routes whose requests are never logged")
+    signal_top_k: int = Field(32, ge=1, le=256, description="target log-probabilities kept per position")
+    signal_queue: int = Field(256, ge=1, description="finished requests waiting to be written; more are dropped")
+    buffer_signals: int = Field(20_000, ge=1, description="signals kept per route")
+    buffer_bytes: int = Field(256 * 2**20, ge=2**16, description="bytes kept per route")
+    retention_s: int = Field(7 * 86400, ge=60, description="age at which a signal is deleted")
+
+    # Training
+    cycle_min_signals: int = Field(200, ge=2, description="new signals that start a cycle")
+    cycle_max_signals: int = Field(2000, ge=2, description="signals in one cycle's window, at most")
+    replay_signals: int = Field(200, ge=0, description="older signals trained on again, at most")
+    held_out_signals: int = Field(200, ge=1, description="held-out requests the gate compares on, at most")
+    tick_s: float = Field(10.0, gt=0, description="how often the trainer looks for work")
+    cycle_limit_s: int = Field(1800, ge=1, description="a cycle that runs longer is killed")
+    cycle_attempts: int = Field(3, ge=1, description="attempts at one window before it is given up")
+    lease_s: float = Field(30.0, gt=0, description="silence after which another worker may take a cycle over")
+    trainer_device: str = Field("cpu", description="device of the trainer")
+    trainer_threads: int = Field(1, ge=1, description="torch threads of the trainer")
+    learning_rate: float = Field(2e-3, gt=0)
+    epochs: int = Field(3, ge=1, description="passes over a cycle's window")
+    batch_signals: int = Field(16, ge=1, description="signals in a training batch")
+
+    # Swaps and rollback
+    poll_s: float = Field(0.5, gt=0, description="how often a decoder looks for another active version")
+    guard_requests: int = Field(20, ge=2, description="requests on a new version before the guard may roll it back")
+
+    @field_validator("generation_keys", "admin_keys", "routes", "closed_routes", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("routes", "closed_routes")
+    @classmethod
+    def _route_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if not _NAME.match(name):
+                raise ValueError(f"route {name!r}: lower-case letters, digits, '-' and '_', 63 characters at most")
+        return value
+
+    @field_validator("generation_keys", "admin_keys")
+    @classmethod
+    def _key_hashes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            name, _, digest = entry.partition(":")
+            if not name or not _SHA256.match(digest):
+                # The entry itself is not repeated: it may be a key that someone pasted unhashed.
+                raise ValueError("each entry is name:sha256, as `slipstream key NAME` prints it")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.routes:
+            raise ValueError("routes: at least one is needed")
+        if unknown := set(self.closed_routes) - set(self.routes):
+            raise ValueError(f"closed_routes: {sorted(unknown)} are not among routes")
+        if self.cycle_max_signals < self.cycle_min_signals:
+            raise ValueError("cycle_max_signals is below cycle_min_signals")
+        if bool(self.admin_keys) != bool(self.generation_keys):
+            raise ValueError(
+                "generation_keys and admin_keys go together: with only one of them the other half stands open"
+            )
+        return self
+
+    @property
+    def sql_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.data_dir.absolute()}/slipstream.db"
+
+    @property
+    def artifacts_path(self) -> Path:
+        return (self.artifacts_dir or self.data_dir / "artifacts").absolute()
+
+    @property
+    def default_route(self) -> str:
+        return self.routes[0]
+
+    @property
+    def bind_host(self) -> str:
+        """Without keys the server stays on loopback unless an address is asked for by name."""
+        return self.host or ("0.0.0.0" if self.admin_keys else "127.0.0.1")

@@ -1,0 +1,127 @@
+"""The signal: what one finished request teaches. One record per request, versioned, safetensors on the wire.
+
+Shapes: N output tokens, S target forwards ("steps"), D drafted tokens, V = D + S verified positions, K = top-k.
+
+Position j of step s is the target's distribution after the prompt, `output_ids[:step_start[s]]` and the first j
+tokens that this step drafted. It lies on the emitted path while j ≤ step_accepted[s]; beyond, it is the target
+evaluated on the draft's own tokens, kept because nobody has to compute it again.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from online.errors import SignalError
+
+SIGNAL_VERSION = 1
+Ints = NDArray[np.int32]
+Floats = NDArray[np.float16]
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    request_id: str
+    route: str
+    temperature: float
+    top_p: float
+    top_k: int
+    model: str  # fingerprint of the target that answered: signals of another target never train this draft
+    prompt_ids: Ints  # [P]
+    output_ids: Ints  # [N]
+    step_start: Ints  # [S] index into output_ids of the first token that the step could emit
+    step_drafted: Ints  # [S]
+    step_accepted: Ints  # [S]
+    step_version: Ints  # [S] draft version that drafted
+    draft_ids: Ints  # [D]
+    draft_logp: Floats  # [D] the draft's log-probability of its own token, at temperature 1
+    top_ids: Ints  # [V, K] the target's most likely tokens
+    top_logp: Floats  # [V, K] their log-probabilities at temperature 1
+    rest_mass: Floats  # [V] probability of all other tokens together
+    draft_top_logp: Floats  # [D, K] the draft's log-probabilities of those tokens, for drafted positions
+
+    def path(self) -> Iterator[tuple[int, int]]:
+        """(index into output_ids, verified position) of every emitted token, in order."""
+        verified = 0
+        for start, drafted, accepted in zip(self.step_start, self.step_drafted, self.step_accepted, strict=True):
+            for j in range(accepted + 1):
+                if start + j < len(self.output_ids):
+                    yield int(start + j), verified + j
+            verified += drafted + 1
+
+
+_ARRAYS = {
+    "prompt_ids": np.int32,
+    "output_ids": np.int32,
+    "step_start": np.int32,
+    "step_drafted": np.int32,
+    "step_accepted": np.int32,
+    "step_version": np.int32,
+    "draft_ids": np.int32,
+    "draft_logp": np.float16,
+    "top_ids": np.int32,
+    "top_logp": np.float16,
+    "rest_mass": np.float16,
+    "draft_top_logp": np.float16,
+}
+_SCALARS = [f.name for f in fields(Signal) if f.name not in _ARRAYS]
+
+
+def encode(signal: Signal) -> bytes:
+    """The record as bytes. Token ids of vocabularies up to 65,536 travel as two bytes each."""
+    header = {name: getattr(signal, name) for name in _SCALARS}
+    arrays = {name: _narrow(getattr(signal, name)) for name in _ARRAYS}
+    return safetensors.numpy.save(arrays, {"signal_version": str(SIGNAL_VERSION), "signal": json.dumps(header)})
+
+
+def decode(record: bytes) -> Signal:
+    """Reads what `encode` wrote.
+
+    Raises:
+        SignalError: the bytes are no signal, are damaged, or carry a version this code does not know.
+    """
+    try:
+        metadata = json.loads(record[8 : 8 + int.from_bytes(record[:8], "little")])["__metadata__"]
+        version = metadata["signal_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SignalError(f"not a signal record: {error}") from error
+    if version != str(SIGNAL_VERSION):
+        raise SignalError(f"signal version {version} is unknown; this service reads version {SIGNAL_VERSION}")
+    try:
+        arrays = safetensors.numpy.load(record)
+        header = json.loads(metadata["signal"])
+        header.update({name: arrays[name].astype(dtype) for name, dtype in _ARRAYS.items()})
+        signal = Signal(**header)
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise SignalError(f"damaged signal record: {error}") from error
+    _check_lengths(signal)
+    return signal
+
+
+def _narrow(array: NDArray[np.generic]) -> NDArray[np.generic]:
+    if array.dtype.kind == "i" and (array.size == 0 or (array.min() >= 0 and array.max() < 2**16)):
+        return np.ascontiguousarray(array, dtype=np.uint16)
+    return np.ascontiguousarray(array)
+
+
+def _check_lengths(signal: Signal) -> None:
+    steps, drafted = len(signal.step_start), int(signal.step_drafted.sum())
+    expected = {
+        "step_drafted": (signal.step_drafted.shape, (steps,)),
+        "step_accepted": (signal.step_accepted.shape, (steps,)),
+        "step_version": (signal.step_version.shape, (steps,)),
+        "draft_ids": (signal.draft_ids.shape, (drafted,)),
+        "draft_logp": (signal.draft_logp.shape, (drafted,)),
+        "top_ids": (signal.top_ids.shape[:1], (drafted + steps,)),
+        "top_logp": (signal.top_logp.shape, signal.top_ids.shape),
+        "rest_mass": (signal.rest_mass.shape, (drafted + steps,)),
+        "draft_top_logp": (signal.draft_top_logp.shape, (drafted, *signal.top_ids.shape[1:])),
+    }
+    for name, (found, wanted) in expected.items():
+        if found != wanted:
+            raise SignalError(f"damaged signal record: {name} has shape {found}, expected {wanted}")
+    if np.any(signal.step_accepted > signal.step_drafted):
+        raise SignalError("damaged signal record: more tokens accepted than drafted")

@@ -1,0 +1,166 @@
+"""The whole service on one machine: Redis, migrations, decoder with API, worker and beat, as child processes.
+
+`slipstream up` runs it. Ctrl-C, or the end of this process however it comes, ends every child.
+"""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+from online.embedded import die_with_parent, free_port, start_server
+from online.errors import Unavailable
+from online.settings import Settings
+
+log = logging.getLogger("slipstream.stack")
+
+ROOT = Path(__file__).resolve().parent.parent
+READY_LIMIT_S = 120.0
+STOP_LIMIT_S = 5.0
+RESTART_PAUSE_S = 2.0
+
+
+def worker_command() -> list[str]:
+    return _celery("worker", "--loglevel=warning", "--concurrency=1", "--without-gossip", "--without-mingle")
+
+
+def beat_command(settings: Settings) -> list[str]:
+    schedule = settings.data_dir.absolute() / "beat-schedule"
+    return _celery("beat", "--loglevel=warning", f"--schedule={schedule}", "--pidfile=")
+
+
+def decoder_command() -> list[str]:
+    return [sys.executable, "-m", "decoder.serve"]
+
+
+def _celery(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "celery", "-A", "trainer.tasks", *arguments]
+
+
+class Stack:
+    """Children by name. Use as a context manager; `settings` are complete once it is entered."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.children: dict[str, subprocess.Popen[bytes]] = {}
+        self._commands: dict[str, list[str]] = {}
+        self._restart_at: dict[str, float] = {}
+        self.logs = settings.data_dir.absolute() / "logs"
+
+    @property
+    def url(self) -> str:
+        host = self.settings.bind_host
+        return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{self.settings.port}"
+
+    def __enter__(self) -> "Stack":
+        self.logs.mkdir(parents=True, exist_ok=True)
+        try:
+            self._start_redis()
+            if not self.settings.port:
+                self.settings = self.settings.model_copy(update={"port": free_port()})
+            self._migrate()
+            self.start("decoder", decoder_command())
+            self.start("worker", worker_command())
+            self.start("beat", beat_command(self.settings))
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self, name: str, command: list[str]) -> None:
+        """A child in a session of its own: the terminal's Ctrl-C reaches only this process, which ends the rest."""
+        self._commands[name] = command
+        self.children[name] = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment(self.settings),
+            stdout=self._log(name),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=die_with_parent(),
+        )
+
+    def watch(self) -> None:
+        """Restarts children that ended, until the decoder does: without it there is no service.
+
+        Raises:
+            Unavailable: the decoder ended.
+        """
+        for name, child in list(self.children.items()):
+            if child.poll() is None:
+                continue
+            if name == "decoder":
+                raise Unavailable(f"the decoder ended with {child.returncode}; see {self.logs / 'decoder.log'}")
+            if time.monotonic() >= self._restart_at.get(name, 0):
+                log.warning("%s ended with %s: starting it again", name, child.returncode)
+                self._restart_at[name] = time.monotonic() + RESTART_PAUSE_S
+                self.start(name, self._commands[name])
+
+    def stop(self) -> None:
+        """Ends every child and all of their children: politely first, then not."""
+        for name in ("beat", "worker", "decoder", "redis"):
+            if (child := self.children.pop(name, None)) is not None:
+                end_group(child)
+
+    def _start_redis(self) -> None:
+        if self.settings.redis_url:
+            return
+        process, url = start_server(self.settings.data_dir.absolute() / "redis")
+        self.children["redis"] = process
+        self._commands["redis"] = list(process.args)  # type: ignore[arg-type]
+        self.settings = self.settings.model_copy(update={"redis_url": url})
+
+    def _migrate(self) -> None:
+        command = [sys.executable, "-m", "online.cli", "migrate"]
+        done = subprocess.run(command, cwd=ROOT, env=environment(self.settings), capture_output=True, text=True)
+        if done.returncode:
+            raise Unavailable(f"the database could not be migrated:\n{done.stderr}")
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + READY_LIMIT_S
+        while time.monotonic() < deadline:
+            self.watch()
+            try:
+                with urllib.request.urlopen(f"{self.url}/ready", timeout=2) as answer:
+                    if answer.status == 200:
+                        return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.1)
+        raise Unavailable(f"the decoder was not ready after {READY_LIMIT_S:.0f} s; see {self.logs / 'decoder.log'}")
+
+    def _log(self, name: str) -> IO[bytes]:
+        return (self.logs / f"{name}.log").open("ab")
+
+
+def environment(settings: Settings) -> Mapping[str, str]:
+    """The settings as SLIPSTREAM_* variables for a child, on top of what this process was given."""
+    own = {}
+    for name, value in settings.model_dump(exclude_none=True).items():
+        own[f"SLIPSTREAM_{name.upper()}"] = ",".join(value) if isinstance(value, tuple) else str(value)
+    return {**os.environ, **own, "PYTHONUNBUFFERED": "1", "SLIPSTREAM_DATA_DIR": str(settings.data_dir.absolute())}
+
+
+def end_group(child: "subprocess.Popen[bytes]") -> None:
+    """Ends a child that leads its own session, and every process it started there."""
+    if child.poll() is None:
+        child.terminate()
+        try:
+            child.wait(STOP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            pass
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    child.wait()
