@@ -1,0 +1,1 @@
+"""The GPU process: a query in; tokens and signals out."""

@@ -1,0 +1,81 @@
+"""A row: one sequence that is being decoded, and how a step's verdict turns into text for its client."""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from decoder.recorder import Trace
+from decoder.text import TextStream
+from online.messages import Delta, FinishReason, Query, SpeculationStats, TokenLogprob
+
+OnDelta = Callable[[Delta], None]
+
+
+class Row:
+    def __init__(self, query: Query, on_delta: OnDelta, tokenizer: Tokenizer, eos_ids: frozenset[int], recorded: bool):
+        self.query = query
+        self.on_delta = on_delta
+        self.tokens = list(query.prompt_ids)  # prompt and output; the last one is in no cache yet
+        self.draft_cached = 0  # tokens whose keys and values the draft's slot holds
+        self.rng = np.random.Generator(np.random.Philox(query.seed))
+        self.text = TextStream(tokenizer, query.stop)
+        self.stats = SpeculationStats()
+        self.trace = Trace(query) if recorded else None
+        self.finish_reason: FinishReason | None = None
+        self._end_ids = frozenset(query.stop_token_ids) | (frozenset() if query.ignore_eos else eos_ids)
+        self.arrived_at = time.monotonic()
+        self.first_token_at: float | None = None
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[len(self.query.prompt_ids) :]
+
+    @property
+    def emitted(self) -> int:
+        return len(self.tokens) - len(self.query.prompt_ids)
+
+    def gamma(self, default: int) -> int:
+        """Tokens worth drafting now: the last token that may be emitted comes from the target anyway."""
+        wanted = default if self.query.gamma is None else self.query.gamma
+        return max(0, min(wanted, self.query.max_tokens - self.emitted - 1))
+
+    def extend(self, token_ids: list[int]) -> tuple[int, str]:
+        """Takes a step's tokens until one of them ends the row. Returns how many were taken, and the text they make."""
+        pieces = []
+        taken = 0
+        for token_id in token_ids:
+            taken += 1
+            self.tokens.append(token_id)
+            if token_id in self._end_ids:
+                self.finish_reason = "stop"
+            else:
+                pieces.append(self.text.push(token_id))
+                if self.text.stopped:
+                    self.finish_reason = "stop"
+                elif self.emitted >= self.query.max_tokens:
+                    self.finish_reason = "length"
+            if self.finish_reason:
+                pieces.append(self.text.finish())
+                break
+        if self.first_token_at is None:
+            self.first_token_at = time.monotonic()
+        return taken, "".join(pieces)
+
+    def deliver(self, text: str, token_ids: list[int], logprobs: tuple[TokenLogprob, ...] = ()) -> None:
+        """Hands the client its next piece; nothing a client's side does may reach the engine."""
+        reason = self.finish_reason
+        if text or token_ids or reason:
+            self._send(Delta(text, tuple(token_ids), logprobs, reason, self.stats if reason else None))
+
+    def fail(self, error: str) -> None:
+        self.finish_reason = "error"
+        self._send(Delta("", (), (), "error", self.stats, error))
+
+    def _send(self, delta: Delta) -> None:
+        try:
+            self.on_delta(delta)
+        except RuntimeError:
+            # The client's event loop is gone, and the client with it.
+            self.finish_reason = self.finish_reason or "cancelled"

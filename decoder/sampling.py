@@ -1,0 +1,92 @@
+"""From logits to tokens. Pure functions; randomness comes in as uniforms in [0, 1).
+
+Legend: B rows, V vocabulary, … any axes between them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """The rows' sampling parameters. Which of them matter at all is known on the host: no device is asked."""
+
+    temperature_B: Tensor  # 0: greedy
+    top_k_B: Tensor  # V: all
+    top_p_B: Tensor  # 1: all
+    any_greedy: bool
+    any_truncated: bool
+
+    @classmethod
+    def of(
+        cls,
+        temperature: Sequence[float],
+        top_k: Sequence[int],
+        top_p: Sequence[float],
+        vocab_size: int,
+        device: torch.device | str = "cpu",
+    ) -> "Sampling":
+        top_k = [min(k, vocab_size) if k else vocab_size for k in top_k]
+        return cls(
+            torch.tensor(temperature, dtype=torch.float32, device=device),
+            torch.tensor(top_k, device=device),
+            torch.tensor(top_p, dtype=torch.float32, device=device),
+            any_greedy=min(temperature) == 0,
+            any_truncated=min(top_k) < vocab_size or min(top_p) < 1,
+        )
+
+    def select(self, members: list[int]) -> "Sampling":
+        """The parameters of some of the rows."""
+        return Sampling(
+            self.temperature_B[members],
+            self.top_k_B[members],
+            self.top_p_B[members],
+            self.any_greedy,
+            self.any_truncated,
+        )
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The distribution that is sampled from, [B, …, V]: temperature, then top-k, then top-p of what is left.
+
+    Greedy rows get all their mass on the first of the most likely tokens. Logits that are no numbers count as 0: any
+    proposal is verified exactly, as long as it is a distribution.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = torch.nan_to_num(logits, nan=0.0, posinf=1e9, neginf=-torch.inf)
+    temperature = _along_rows(sampling.temperature_B, logits).to(logits.dtype)
+    # Subtracting the maximum first keeps tiny temperatures from overflowing.
+    scaled = (logits - logits.amax(-1, keepdim=True)) / torch.where(temperature > 0, temperature, 1.0)
+    probs = scaled.softmax(-1)
+    if sampling.any_truncated:
+        probs = _truncate(probs, sampling)
+    if sampling.any_greedy:
+        greedy = torch.zeros_like(probs).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+        probs = torch.where(temperature > 0, probs, greedy)
+    return probs
+
+
+def sample(probs: Tensor, uniform: Tensor) -> Tensor:
+    """One token per distribution by the inverse of its cumulative sum. `probs` [B, …, V], `uniform` [B, …]."""
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    threshold = uniform.to(torch.float64)[..., None] * cumulative[..., -1:]
+    # The first token whose cumulative mass exceeds the threshold has mass of its own: never one of probability 0.
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp_(max=probs.shape[-1] - 1)
+
+
+def _truncate(probs: Tensor, sampling: Sampling) -> Tensor:
+    ordered, index = probs.sort(stable=True, dim=-1, descending=True)
+    rank = torch.arange(probs.shape[-1], device=probs.device)
+    ordered = torch.where(rank < _along_rows(sampling.top_k_B, probs), ordered, 0.0)
+    ordered = ordered / ordered.sum(-1, keepdim=True)
+    before = ordered.cumsum(-1) - ordered
+    kept = (before < _along_rows(sampling.top_p_B, probs)) | (rank == 0)
+    ordered = torch.where(kept, ordered, 0.0)
+    return torch.zeros_like(probs).scatter_(-1, index, ordered / ordered.sum(-1, keepdim=True))
+
+
+def _along_rows(values_B: Tensor, like: Tensor) -> Tensor:
+    return values_B.view(-1, *[1] * (like.ndim - 1))

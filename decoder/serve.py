@@ -1,0 +1,155 @@
+"""The decoder process: builds every part from the settings, then serves. `python -m decoder.serve`."""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import torch
+import transformers
+import uvicorn
+from fastapi import FastAPI
+
+from decoder.drafts import LiveDraft
+from decoder.engine import Engine, EngineLimits
+from decoder.models import (
+    ModelFiles,
+    SlotModel,
+    context_limit,
+    device_of,
+    fingerprint,
+    load_module,
+    load_tokenizer,
+    refuse_windows,
+)
+from decoder.recorder import Recorder
+from decoder.service import DecoderService
+from decoder.slots import SlotCache
+from decoder.swap import Swapper
+from decoder.text import HfCodec
+from online.api.app import ApiParts, create_app
+from online.artifacts import ArtifactStore
+from online.connections import celery_app, git_commit, signal_buffer
+from online.cycles import CycleLedger
+from online.metrics import ServiceMetrics
+from online.registry import Registry
+from online.rollout import RolloutGuard
+from online.settings import Settings
+from online.tables import connect
+
+log = logging.getLogger("slipstream.serve")
+
+
+def build(settings: Settings) -> FastAPI:
+    """The application with everything behind it. Threads start with the application and stop with it."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    files, device = ModelFiles.of(settings), device_of(settings.device)
+    metrics = ServiceMetrics(files.name)
+    max_context = min(settings.max_context, context_limit(files.target), context_limit(files.draft))
+    for source in (files.target, files.draft):
+        refuse_windows(source, max_context)
+
+    codec, target, drafts = _load(settings, files, device, max_context)
+    database = connect(settings.sql_url)
+    registry, ledger = Registry(database), CycleLedger(database)
+    buffer = signal_buffer(settings)
+    recorder = Recorder(buffer, fingerprint(target.module), settings.signal_queue, metrics)
+    limits = EngineLimits(
+        settings.slots,
+        settings.max_waiting,
+        max_context,
+        settings.gamma,
+        settings.prefill_tokens,
+        settings.signal_top_k,
+    )
+    engine = Engine(
+        target,
+        drafts,
+        codec.backend,
+        _end_ids(target),
+        limits,
+        recorder,
+        metrics,
+        frozenset(settings.closed_routes),
+        device,
+    )
+    swapper = Swapper(
+        drafts,
+        engine.between_steps,
+        registry,
+        ArtifactStore(settings.artifacts_path),
+        lambda folder: _write_first_draft(files, folder),
+        git_commit(),
+        lambda: fingerprint(target.module),
+        RolloutGuard(settings.guard_requests),
+        metrics,
+        settings.poll_s,
+    )
+    engine.on_finished = swapper.finished
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        recorder.start()
+        engine.start()
+        swapper.start()
+        yield
+        swapper.stop()
+        engine.stop()
+        recorder.stop()
+
+    parts = ApiParts(
+        settings=settings,
+        engine=DecoderService(engine, swapper),
+        codec=codec,
+        registry=registry,
+        ledger=ledger,
+        buffer=buffer,
+        artifacts=ArtifactStore(settings.artifacts_path),
+        celery=celery_app(settings),
+        metrics=metrics,
+    )
+    return create_app(parts, lifespan)
+
+
+def _load(
+    settings: Settings, files: ModelFiles, device: torch.device, max_context: int
+) -> tuple[HfCodec, SlotModel, dict[str, LiveDraft]]:
+    tokenizer = load_tokenizer(files)
+    target_module = load_module(files.target, device, settings.dtype)
+    vocab_size = target_module.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+    # One cell more than a context can fill: padding is written there.
+    target = SlotModel(target_module, SlotCache(settings.slots, max_context + 1), vocab_size)
+    # Routes' drafts have the same shape and a sequence has one route: their slots can share one cache.
+    cache = SlotCache(settings.slots, max_context + 1)
+    drafts = {
+        route: LiveDraft(route, SlotModel(load_module(files.draft, device, settings.dtype), cache, vocab_size))
+        for route in settings.routes
+    }
+    return HfCodec(tokenizer, files.name, vocab_size), target, drafts
+
+
+def _end_ids(target: SlotModel) -> frozenset[int]:
+    generation, config = target.module.generation_config, target.module.config
+    end = getattr(generation, "eos_token_id", None)
+    end = getattr(config, "eos_token_id", None) if end is None else end
+    return frozenset(end if isinstance(end, list) else [] if end is None else [end])
+
+
+def _write_first_draft(files: ModelFiles, folder: Path) -> None:
+    """The first draft as one safetensors file in its stored precision, whatever folder or hub id it came from."""
+    module = transformers.AutoModelForCausalLM.from_pretrained(files.draft, dtype="auto")
+    module.save_pretrained(folder, max_shard_size="1TB")
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    settings = Settings()
+    if not settings.admin_keys:
+        log.warning("no API keys are configured: bound to %s, and every caller is an admin", settings.bind_host)
+    uvicorn.run(build(settings), host=settings.bind_host, port=settings.port, log_level="warning")
+
+
+if __name__ == "__main__":
+    main()

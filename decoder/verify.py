@@ -1,0 +1,63 @@
+"""Verification of drafted chains: the emitted tokens follow the target's distribution, whatever the draft proposed.
+
+Speculative sampling (Leviathan et al., arXiv 2211.17192, algorithm 1; Chen et al., arXiv 2302.01318, algorithm 2).
+Pure functions; randomness comes in as uniforms in [0, 1).
+
+Legend: B rows, G drafted positions (γ at most), T = G + 1 verified positions, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from decoder.sampling import sample
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    accepted_B: Tensor  # drafted tokens kept
+    next_B: Tensor  # the token after them, the target's own
+    overlap_B: Tensor  # Σ over compared positions (up to the first rejection) of Σ_x min(p(x), q(x))
+
+
+def verify(
+    target_probs_BTV: Tensor,
+    draft_probs_BGV: Tensor,
+    draft_tokens_BG: Tensor,
+    drafted_B: Tensor,
+    accept_uniform_BG: Tensor,
+    emit_uniform_B: Tensor,
+) -> Verdict:
+    """Accepts a prefix of each row's draft and draws the token that follows it.
+
+    Token x at position i is kept with probability min(1, p_i(x) / q_i(x)). At the first one that is not, the next token
+    comes from norm(max(0, p_i - q_i)); when all are kept, from p at the position after them. Both distributions are the
+    ones after temperature, top-k and top-p. Positions from `drafted_B[b]` on are padding.
+    """
+    target_probs_BGV = target_probs_BTV[:, :-1]
+    p_BG = target_probs_BGV.gather(-1, draft_tokens_BG[..., None]).squeeze(-1)
+    q_BG = draft_probs_BGV.gather(-1, draft_tokens_BG[..., None]).squeeze(-1)
+    position_G = torch.arange(draft_tokens_BG.shape[1], device=p_BG.device)
+    drafted_BG = position_G < drafted_B[:, None]
+    kept_BG = (accept_uniform_BG * q_BG < p_BG) & drafted_BG
+    accepted_B = kept_BG.long().cumprod(-1).sum(-1)
+
+    compared_BG = drafted_BG & (position_G <= accepted_B[:, None])
+    overlap_BG = torch.minimum(target_probs_BGV, draft_probs_BGV).sum(-1)
+
+    emit_BV = _emit_probs(target_probs_BTV, draft_probs_BGV, accepted_B, drafted_B)
+    return Verdict(accepted_B, sample(emit_BV, emit_uniform_B), (overlap_BG * compared_BG).sum(-1))
+
+
+def _emit_probs(target_probs_BTV: Tensor, draft_probs_BGV: Tensor, accepted_B: Tensor, drafted_B: Tensor) -> Tensor:
+    """What the token after the accepted prefix is drawn from, unnormalised [B, V]."""
+    row_B = torch.arange(len(accepted_B), device=accepted_B.device)
+    target_BV = target_probs_BTV[row_B, accepted_B]
+    if draft_probs_BGV.shape[1] == 0:
+        return target_BV
+    draft_BV = draft_probs_BGV[row_B, accepted_B.clamp(max=draft_probs_BGV.shape[1] - 1)]
+    residual_BV = (target_BV - draft_BV).clamp(min=0)
+    # p = q leaves no residual, and then nothing is rejected but by rounding: p itself is right.
+    rejected_B1 = ((accepted_B < drafted_B) & (residual_BV.sum(-1) > 0))[:, None]
+    return torch.where(rejected_B1, residual_BV, target_BV)

@@ -1,0 +1,1 @@
+"""The worker process: signals in; a better draft out."""

@@ -1,0 +1,244 @@
+"""One training cycle, in a process of its own: claim → distil → gate → register → acknowledge.
+
+    python -m trainer.cycle --cycle ID --fence N --worker PID
+
+It may be killed at any point. Until `conclude` commits, nothing has happened but a lease; after it, the window is used,
+whether or not Redis hears the acknowledgement.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from online.artifacts import ArtifactStore
+from online.buffer import Entry, SignalBuffer, id_order
+from online.connections import git_commit, signal_buffer
+from online.cycles import CycleLedger, Lease, LeaseLost
+from online.errors import SignalError, SlipstreamError
+from online.registry import Candidate, Registry
+from online.settings import Settings
+from online.signals import Signal, decode
+from online.tables import Version, connect
+from trainer.batches import held_out, usable
+from trainer.distill import Recipe, distill
+from trainer.gate import judge
+
+log = logging.getLogger("slipstream.trainer")
+
+EXIT_LEASE_LOST = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Workshop:
+    """What a cycle works with."""
+
+    settings: Settings
+    registry: Registry
+    ledger: CycleLedger
+    buffer: SignalBuffer
+    artifacts: ArtifactStore
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Workshop":
+        database = connect(settings.sql_url)
+        return cls(
+            settings,
+            Registry(database),
+            CycleLedger(database),
+            signal_buffer(settings),
+            ArtifactStore(settings.artifacts_path),
+        )
+
+
+def run(shop: Workshop, lease: Lease, still_wanted: Callable[[], None] = lambda: None) -> str:
+    """Works a leased cycle to its end and returns its state.
+
+    Raises:
+        LeaseLost: another worker has taken the cycle over.
+    """
+    route = shop.ledger.cycle(lease.cycle_id).route
+    parent = shop.registry.active(route)
+    window = _claim(shop, route)
+    if parent is None or not window:
+        return shop.ledger.finish(lease, "empty", {"reason": "no draft yet" if parent is None else "no signals"}).state
+    shop.ledger.set_window(lease, window[0].id, window[-1].id)
+
+    module = _load(shop, parent)
+    vocab_size = module.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+    new, unreadable = _readable(window, vocab_size)
+    old, _ = _readable(_older(shop, route, window[0].id), vocab_size)
+    newest_target = new[-1].model if new else ""
+    new, old = [[s for s in side if s.model == newest_target] for side in (new, old)]
+    lessons = [s for s in new if not held_out(s)] + [s for s in old if not held_out(s)][: shop.settings.replay_signals]
+    # Newest first: the traffic that the candidate would serve.
+    exam = [s for s in [*reversed(new), *old] if held_out(s)][: shop.settings.held_out_signals]
+    span = {
+        "first": window[0].id,
+        "last": window[-1].id,
+        "signals": len(new),
+        "trained_on": len(lessons),
+        "unreadable": unreadable,
+    }
+    if not lessons:
+        state = shop.ledger.finish(lease, "empty", {"reason": "no usable signals", "window": span}).state
+    else:
+        state = _learn(shop, lease, parent, module, lessons, exam, span, still_wanted)
+    # Ack after register: a crash repeats a cycle, it never loses signals.
+    shop.buffer.acknowledge(route, [entry.id for entry in window])
+    return state
+
+
+def _learn(
+    shop: Workshop,
+    lease: Lease,
+    parent: Version,
+    module: nn.Module,
+    lessons: Sequence[Signal],
+    exam: Sequence[Signal],
+    span: dict[str, Any],
+    still_wanted: Callable[[], None],
+) -> str:
+    settings = shop.settings
+    recipe = Recipe(
+        learning_rate=settings.learning_rate,
+        epochs=settings.epochs,
+        batch_signals=settings.batch_signals,
+        seed=lease.cycle_id,
+    )
+    pad_id = int(module.config.pad_token_id or 0)  # type: ignore[union-attr, arg-type]
+    distilled = distill(module, lessons, recipe, pad_id, still_wanted)
+    digest = shop.artifacts.publish(lambda folder: _save(module, parent, shop, folder))
+    # Judged as it would be served: rounded to its stored precision, read back from disk.
+    active, candidate = _load(shop, parent), _load_artifact(shop, digest)
+    report = judge(active, candidate, exam, gamma=settings.gamma or 1, pad_id=pad_id, seed=lease.cycle_id)
+    still_wanted()
+    made = Candidate(
+        digest,
+        {**recipe.as_dict(), "steps": distilled.steps, "positions": distilled.positions},
+        span,
+        report.as_dict(),
+        git_commit(),
+    )
+    figures = {
+        "window": span,
+        "gate": report.as_dict(),
+        "first_loss": distilled.first_loss,
+        "last_loss": distilled.last_loss,
+        "train_s": round(distilled.seconds, 2),
+    }
+    cycle = shop.ledger.conclude(lease, parent, made, report.promote, figures)
+    log.info("cycle %d: %s, %s (%.1f s of training)", lease.cycle_id, cycle.state, report.reason, distilled.seconds)
+    return cycle.state
+
+
+def _claim(shop: Workshop, route: str) -> list[Entry]:
+    """The window, without entries that an earlier cycle has used: Redis may have forgotten their acknowledgement."""
+    entries = shop.buffer.claim(route, shop.settings.cycle_max_signals)
+    used = shop.ledger.watermark(route)
+    stale = [e for e in entries if used is not None and id_order(e.id) <= id_order(used)]
+    if stale:
+        shop.buffer.acknowledge(route, [e.id for e in stale])
+        return entries[len(stale) :] or _claim(shop, route)
+    return entries
+
+
+def _older(shop: Workshop, route: str, first: str) -> list[Entry]:
+    """Entries before the window, enough for the replay and, where the window's own are few, for the exam."""
+    wanted = shop.settings.replay_signals + shop.settings.held_out_signals
+    return shop.buffer.before(route, first, wanted)
+
+
+def _readable(entries: Sequence[Entry], vocab_size: int) -> tuple[list[Signal], int]:
+    """Signals that teach something, and how many records could not be used."""
+    signals = []
+    for entry in entries:
+        try:
+            signals.append(decode(entry.record))
+        except SignalError as error:
+            log.warning("signal %s left out: %s", entry.id, error)
+    kept = [signal for signal in signals if usable(signal, vocab_size)]
+    return kept, len(entries) - len(kept)
+
+
+def _load(shop: Workshop, version: Version) -> nn.Module:
+    return _load_artifact(shop, version.sha256)
+
+
+def _load_artifact(shop: Workshop, digest: str) -> nn.Module:
+    folder = shop.artifacts.verify(digest)
+    module: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return module.to(shop.settings.trainer_device)
+
+
+def _save(module: nn.Module, parent: Version, shop: Workshop, folder: Path) -> None:
+    """In the parent's stored precision, so that every version of a route is one kind of file."""
+    stored = transformers.AutoConfig.from_pretrained(shop.artifacts.path(parent.sha256)).dtype or torch.float32
+    module.to(stored).save_pretrained(folder, max_shard_size="1TB")  # type: ignore[operator]
+
+
+class Heart:
+    """Keeps the lease while the cycle works, and notices when it or the parent process is gone."""
+
+    def __init__(self, ledger: CycleLedger, lease: Lease, lease_s: float, worker: int) -> None:
+        self._ledger, self._lease, self._every_s, self._worker = ledger, lease, lease_s / 4, worker
+        self._lost = threading.Event()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heart", daemon=True)
+
+    def __enter__(self) -> "Heart":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+
+    def check(self) -> None:
+        if self._lost.is_set():
+            raise LeaseLost(f"cycle {self._lease.cycle_id} was taken over")
+
+    def _beat(self) -> None:
+        while not self._stop.wait(min(1.0, self._every_s)):
+            if os.getppid() != self._worker:
+                os._exit(EXIT_LEASE_LOST)  # The worker was killed: its successor will take the cycle over.
+            try:
+                self._ledger.heartbeat(self._lease)
+            except LeaseLost:
+                self._lost.set()
+                return
+            except SlipstreamError as error:
+                log.warning("heartbeat: %s", error)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m trainer.cycle", description=__doc__)
+    parser.add_argument("--cycle", type=int, required=True)
+    parser.add_argument("--fence", type=int, required=True, help="of the lease that the worker took")
+    parser.add_argument("--worker", type=int, default=os.getppid(), help="process to end with; default: the parent")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    settings = Settings()
+    torch.set_num_threads(settings.trainer_threads)
+    if settings.trainer_device == "cpu":
+        os.nice(10)  # Serving comes first, also on one machine.
+    shop, lease = Workshop.of(settings), Lease(args.cycle, args.fence)
+    with Heart(shop.ledger, lease, settings.lease_s, args.worker) as heart:
+        try:
+            run(shop, lease, heart.check)
+        except LeaseLost as error:
+            log.warning("%s", error)
+            sys.exit(EXIT_LEASE_LOST)
+
+
+if __name__ == "__main__":
+    main()

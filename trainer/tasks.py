@@ -1,0 +1,82 @@
+"""The Celery tasks. Each opens, calls and reports; the work is in `trainer.cycle`, in a process of its own.
+
+celery -A trainer.tasks worker
+celery -A trainer.tasks beat
+"""
+
+import logging
+import os
+import subprocess
+import sys
+from functools import cache
+
+from online.connections import CYCLE_TASK, TICK_TASK, celery_app, signal_buffer
+from online.cycles import CycleLedger, Lease, LeaseLost
+from online.registry import Registry
+from online.settings import Settings
+from online.tables import connect
+
+log = logging.getLogger("slipstream.tasks")
+settings = Settings()
+app = celery_app(settings)
+
+EXIT_LEASE_LOST = 3
+
+
+@cache
+def _ledger() -> CycleLedger:
+    return CycleLedger(connect(settings.sql_url))
+
+
+@cache
+def _registry() -> Registry:
+    return Registry(connect(settings.sql_url))
+
+
+@app.task(name=CYCLE_TASK)  # type: ignore[untyped-decorator]
+def cycle(cycle_id: int) -> str:
+    """Works a queued cycle, or one whose worker went silent. Delivered twice, the second delivery finds it taken."""
+    ledger = _ledger()
+    if ledger.give_up(cycle_id, settings.cycle_attempts, f"given up after {settings.cycle_attempts} attempts"):
+        return "failed"
+    lease = ledger.take(cycle_id, settings.lease_s)
+    if lease is None:
+        return "taken"
+    fault = _work(lease)
+    if fault:
+        log.error("cycle %d, attempt %d: %s", cycle_id, lease.fence, fault)
+        try:
+            ledger.release(lease, fault)
+        except LeaseLost:
+            pass  # The attempt had finished, or another worker has it.
+    return ledger.cycle(cycle_id).state
+
+
+@app.task(name=TICK_TASK)  # type: ignore[untyped-decorator]
+def tick() -> int:
+    """Starts a cycle wherever enough new signals wait, and sends unfinished ones again that nobody works on."""
+    buffer, ledger, sent = signal_buffer(settings), _ledger(), 0
+    for route in _registry().routes():
+        buffer.trim(route.name)
+        waiting = buffer.new_signals(route.name, settings.cycle_min_signals)
+        unfinished = ledger.unfinished(route.name)
+        if unfinished is None and waiting >= settings.cycle_min_signals:
+            unfinished, _ = ledger.request(route.name, "beat", f"{waiting} or more new signals")
+        # `take` decides: an attempt that is alive keeps its cycle, however often it is sent.
+        if unfinished is not None:
+            cycle.apply_async(args=[unfinished.id], expires=settings.tick_s * 3)
+            sent += 1
+    return sent
+
+
+def _work(lease: Lease) -> str:
+    """Runs the cycle in a subprocess: a real time limit, memory given back, and a worker that still answers."""
+    numbers = {"--cycle": lease.cycle_id, "--fence": lease.fence, "--worker": os.getpid()}
+    command = [sys.executable, "-m", "trainer.cycle", *(str(part) for pair in numbers.items() for part in pair)]
+    try:
+        done = subprocess.run(command, timeout=settings.cycle_limit_s, check=False)
+    except subprocess.TimeoutExpired:
+        return f"killed after {settings.cycle_limit_s} s"
+    if done.returncode in (0, EXIT_LEASE_LOST):
+        return ""
+    return f"the cycle's process ended with {done.returncode}"
