@@ -1,0 +1,118 @@
+"""An engine over a tiny pair, and what a test needs to talk to it."""
+
+import queue
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from decoder.drafts import LiveDraft
+from decoder.engine import Engine, EngineLimits
+from decoder.models import SlotModel, load_module
+from decoder.recorder import Recorder
+from decoder.slots import SlotCache
+from online.buffer import Bounds, MemoryBuffer
+from online.messages import Delta, Query, SpeculationStats
+from online.metrics import ServiceMetrics
+from tests.tiny import VOCABULARY, TinyPair
+
+CAPACITY = 257
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Listener:
+    """Collects one sequence's deltas."""
+
+    deltas: "queue.Queue[Delta]" = field(default_factory=queue.Queue)
+
+    def __call__(self, delta: Delta) -> None:
+        self.deltas.put(delta)
+
+    def wait(self, timeout_s: float = 60) -> "Finished":
+        text, ids, logprobs = "", [], []
+        while True:
+            delta = self.deltas.get(timeout=timeout_s)
+            text += delta.text
+            ids += delta.token_ids
+            logprobs += delta.logprobs
+            if delta.finish_reason:
+                assert delta.stats is not None
+                return Finished(text, ids, logprobs, delta.finish_reason, delta.stats, delta.error)
+
+
+@dataclass(frozen=True)
+class Finished:
+    text: str
+    ids: list[int]
+    logprobs: list[object]
+    reason: str
+    stats: SpeculationStats
+    error: str
+
+
+@dataclass
+class Bench:
+    """An engine with its parts in reach."""
+
+    engine: Engine
+    buffer: MemoryBuffer
+    metrics: ServiceMetrics
+    recorder: Recorder
+    tokenizer: PreTrainedTokenizerBase
+
+    def submit(self, query: Query) -> Listener:
+        listener = Listener()
+        self.engine.submit(query, listener)
+        return listener
+
+    def run(self, *queries: Query) -> list[Finished]:
+        return [listener.wait() for listener in [self.submit(query) for query in queries]]
+
+
+def query(prompt: str | tuple[int, ...] = (40, 50, 60), name: str = "q", **more: object) -> Query:
+    ids = prompt if isinstance(prompt, tuple) else tuple(ord(c) for c in prompt)
+    return Query(**{"id": name, "route": "default", "prompt_ids": ids, "max_tokens": 24, "temperature": 0.0, **more})  # type: ignore[arg-type]
+
+
+@contextmanager
+def bench(
+    pair: TinyPair, drafts: Mapping[str, Path] | None = None, target: object = None, **limits: int
+) -> Iterator[Bench]:
+    metrics = ServiceMetrics("tiny")
+    buffer = MemoryBuffer(Bounds(10_000, 2**30, 3600))
+    recorder = Recorder(buffer, "tiny-target", 1000, metrics)
+    tokenizer = AutoTokenizer.from_pretrained(pair.target)
+    sizes = {
+        "slots": 8,
+        "max_waiting": 100,
+        "max_context": CAPACITY - 1,
+        "gamma": 4,
+        "prefill_tokens": 2048,
+        "signal_top_k": 16,
+    }
+    sizes.update(limits)
+    cache = SlotCache(sizes["slots"], CAPACITY)
+    engine = Engine(
+        target or SlotModel(load_module(pair.target, CPU, "float32"), SlotCache(sizes["slots"], CAPACITY), VOCABULARY),  # type: ignore[arg-type]
+        {
+            route: LiveDraft(route, SlotModel(load_module(folder, CPU, "float32"), cache, VOCABULARY))
+            for route, folder in (drafts or {"default": pair.draft}).items()
+        },
+        tokenizer.backend_tokenizer,
+        frozenset([0]),
+        EngineLimits(**sizes),
+        recorder,
+        metrics,
+        frozenset(["closed"]),
+    )
+    recorder.start()
+    engine.start()
+    try:
+        yield Bench(engine, buffer, metrics, recorder, tokenizer)
+    finally:
+        engine.stop()
+        recorder.stop()

@@ -1,0 +1,35 @@
+"""A language model that is a table: logits for every context, drawn once. Passes the contract tests of `SlotModel`."""
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from decoder.slots import Rows
+
+
+class TableModel:
+    def __init__(self, vocab_size: int, seed: int, slots: int = 8, scale: float = 1.5) -> None:
+        self.vocab_size = vocab_size
+        self._seed, self._scale = seed, scale
+        self._contexts: list[list[int]] = [[] for _ in range(slots)]
+
+    def logits(self, context: Sequence[int]) -> np.ndarray:
+        """[V], float64; the same for the same context, always."""
+        key = zlib.crc32(repr((self._seed, list(context))).encode())
+        return np.random.default_rng(key).normal(0, self._scale, self.vocab_size)
+
+    def forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, *, keep: int = 0) -> Tensor:
+        slots = range(rows.start, rows.stop) if isinstance(rows, slice) else rows
+        out = []
+        for slot, ids, start in zip(slots, ids_BT.tolist(), starts_B.tolist(), strict=True):
+            context = self._contexts[slot][:start]
+            assert len(context) == start, "a row's context has a gap"
+            self._contexts[slot] = [*context, *ids]
+            out.append([self.logits([*context, *ids[: t + 1]]) for t in range(len(ids))])
+        return torch.from_numpy(np.array(out))[:, -keep:]
+
+    def move(self, source: int, destination: int, length: int) -> None:
+        self._contexts[destination] = self._contexts[source][:length]

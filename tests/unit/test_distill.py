@@ -1,0 +1,100 @@
+"""Distillation from signals alone."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.signals import signal, taught
+from tests.tiny import TinyPair
+from trainer.batches import batches, collate, held_out, usable
+from trainer.distill import Recipe, distill
+from trainer.gate import judge
+
+
+def test_a_spoilt_draft_learns_from_signals(pair: TinyPair) -> None:
+    """Better than before on requests that it was not trained on, beyond the gate's doubt."""
+    signals = taught(pair.target, 160)
+    lessons, exam = signals[:120], signals[120:]
+    before = AutoModelForCausalLM.from_pretrained(pair.spoilt, dtype=torch.float32)
+    learnt = AutoModelForCausalLM.from_pretrained(pair.spoilt, dtype=torch.float32)
+    told = distill(learnt, lessons, Recipe(learning_rate=3e-3, epochs=4), pad_id=3)
+    assert told.last_loss < told.first_loss
+    assert told.positions == 4 * 120 * 24
+    assert judge(before, learnt, exam, gamma=4, pad_id=3).promote
+
+
+def test_the_same_seed_makes_the_same_draft(pair: TinyPair) -> None:
+    """A repeated cycle publishes the same artifact."""
+    signals = taught(pair.target, 20)
+    made = []
+    for _ in range(2):
+        module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
+        distill(module, signals, Recipe(epochs=1), pad_id=3)
+        made.append(module.state_dict())
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+
+
+def test_a_stop_is_heard_at_every_step(pair: TinyPair) -> None:
+    """A worker that lost its lease does not train to the end."""
+
+    class Lost(Exception): ...
+
+    calls = []
+
+    def still_wanted() -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise Lost
+
+    module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
+    with pytest.raises(Lost):
+        distill(module, taught(pair.target, 40), Recipe(), 3, still_wanted)
+
+
+def test_supervised_positions_predict_the_emitted_tokens() -> None:
+    """Column c of a row predicts the token at c + 1; rejected positions are not on the path."""
+    batch = collate([signal("a"), signal("b", prompt_ids=np.array([9], np.int32))], pad_id=3, device="cpu")
+    assert batch.ids_BT.tolist() == [[5, 6, 7, 10, 11, 12, 13], [9, 10, 11, 12, 13, 3, 3]]
+    assert batch.mask_BT[1].tolist() == [1, 1, 1, 1, 1, 0, 0]
+    assert batch.row_N.tolist() == [0] * 4 + [1] * 4
+    assert batch.column_N.tolist() == [2, 3, 4, 5, 0, 1, 2, 3]
+    assert batch.top_ids_NK[:, 0].tolist() == [0, 4, 12, 16] * 2
+
+
+def test_mixed_k_moves_what_is_cut_into_the_rest() -> None:
+    """A route whose `signal_top_k` was lowered still trains on old signals."""
+    batch = collate([signal("a", k=4), signal("b", k=2)], pad_id=3, device="cpu")
+    assert batch.top_ids_NK.shape[1] == 2
+    assert batch.rest_mass_N[:4].tolist() == pytest.approx([0.1 + 0.45] * 4, abs=2e-3)
+    assert batch.rest_mass_N[4:].tolist() == pytest.approx([0.1] * 4, abs=2e-3)
+
+
+def test_one_request_in_five_is_held_out_by_its_id() -> None:
+    """Always the same ones."""
+    ids = [f"cmpl-{i}" for i in range(1000)]
+    sides = [held_out(signal(i)) for i in ids]
+    assert sides == [held_out(signal(i)) for i in ids]
+    assert 150 < sum(sides) < 250
+
+
+def test_every_signal_is_seen_once_a_pass(pair: TinyPair) -> None:
+    """Grouping by length loses nobody."""
+    signals = [signal(f"s{i}", prompt_ids=np.arange(i % 7 + 1, dtype=np.int32)) for i in range(37)]
+    seen = [s.request_id for group in batches(signals, 8, np.random.default_rng(0)) for s in group]
+    assert sorted(seen) == sorted(s.request_id for s in signals)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"output_ids": np.zeros(0, np.int32)},
+        {"top_ids": np.full((5, 4), 5000, np.int32)},
+        {"prompt_ids": np.array([5000], np.int32)},
+        {"top_logp": np.full((5, 4), np.nan, np.float16)},
+    ],
+)
+def test_signals_of_another_vocabulary_or_without_numbers_are_left_out(odd: dict[str, np.ndarray]) -> None:
+    """They would index beyond the embedding, or poison the loss."""
+    assert usable(signal(), 320)
+    assert not usable(signal(**odd), 320)
