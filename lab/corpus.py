@@ -10,7 +10,7 @@ so every machine with the same packages agrees on it without a list:
 import hashlib
 import random
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def installed_files() -> list[SourceFile]:
     return [unique[key] for key in sorted(unique)]
 
 
-def _walk(root: Path, package_of) -> Iterator[SourceFile]:  # type: ignore[no-untyped-def]
+def _walk(root: Path, package_of: Callable[[Path], str]) -> Iterator[SourceFile]:
     for path in root.rglob("*.py"):
         relative = path.relative_to(root)
         if not _SKIP_DIRS.intersection(relative.parts) and path.stat().st_size > 200:

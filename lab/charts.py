@@ -1,0 +1,83 @@
+"""Charts as PNG files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lab.traffic import Served
+
+WINDOW = 50  # requests that a point of a curve averages over
+FIRST, LEARNT, LIVE = "#9aa5b1", "#2a9d5c", "#2563c4"
+
+
+@dataclass(frozen=True)
+class LearningCurve:
+    """A replay in the order of its answers, and the held-out queries' figures at either end."""
+
+    served: Sequence[Served]
+    tau_before: float
+    tau_after: float
+    acceptance_before: float
+    acceptance_after: float
+
+    @property
+    def swaps(self) -> list[tuple[int, int]]:
+        """(request from which on it drafted, version) of every version but the first."""
+        newest = [answer.versions[-1] if answer.versions else 0 for answer in self.served]
+        first = {version: newest.index(version) for version in sorted(set(newest)) if version}
+        return [(request, version) for version, request in list(first.items())[1:]]
+
+
+def draw(curve: LearningCurve, path: Path) -> Path:
+    """τ and acceptance of live traffic over requests, every swap marked, held-out figures as bars at either end."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(2, 2, width_ratios=[4.2, 1], sharex="col", sharey="row")
+    overlap = [(a.overlap or 0.0, 1.0) for a in curve.served]
+    panels = [
+        (
+            "tokens per target forward, τ",
+            [(a.tokens, a.steps) for a in curve.served],
+            curve.tau_before,
+            curve.tau_after,
+        ),
+        ("acceptance rate, Σ min(p, q)", overlap, curve.acceptance_before, curve.acceptance_after),
+    ]
+    for (live, bars), (name, pairs, before, after) in zip(grid, panels, strict=True):
+        x, y = moving_ratio(pairs, WINDOW)
+        live.plot(x, y, color=LIVE, linewidth=1.8)
+        live.axhline(before, color=FIRST, linestyle=":", linewidth=1.4)
+        live.set_ylabel(name)
+        live.grid(alpha=0.25)
+        for request, _ in curve.swaps:
+            live.axvline(request, color=LEARNT, linestyle="--", linewidth=1.1)
+        drawn = bars.bar(["first", "learnt"], [before, after], color=[FIRST, LEARNT], width=0.62)
+        bars.bar_label(drawn, fmt="%.2f", padding=2)
+        bars.grid(axis="y", alpha=0.25)
+        bottom, top = min(*y, before, after), max(*y, before, after)
+        live.set_ylim(bottom - 0.12 * (top - bottom), top + 0.16 * (top - bottom))
+    for request, version in curve.swaps:
+        grid[0][0].annotate(
+            f"v{version}", (request, 1), xycoords=("data", "axes fraction"), xytext=(3, -12),
+            textcoords="offset points", color=LEARNT, fontsize=9,
+        )  # fmt: skip
+    grid[0][0].set_title(f"live traffic, mean over {WINDOW} requests; dashed: a draft is swapped in", fontsize=10)
+    grid[0][1].set_title("held-out queries", fontsize=10)
+    grid[1][0].set_xlabel("requests served")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def moving_ratio(pairs: Sequence[tuple[float, float]], window: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Σ a / Σ b over the last `window` pairs, from the pair on where a fifth of a window has been seen."""
+    sums = np.concatenate([[[0.0, 0.0]], np.cumsum(np.array(pairs, float), axis=0)])
+    ends = np.arange(min(len(pairs), max(1, window // 5)), len(pairs) + 1)
+    inside = sums[ends] - sums[np.maximum(0, ends - window)]
+    return ends, inside[:, 0] / inside[:, 1]

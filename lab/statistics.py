@@ -1,0 +1,29 @@
+"""Paired comparisons with bootstrap intervals."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+RESAMPLES = 4000
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """A paired ratio of totals with its 95 % percentile interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def paired_ratio(before: tuple[Floats, Floats], after: tuple[Floats, Floats], seed: int = 0) -> Ratio:
+    """(Σ a / Σ b) after ÷ before, where each side is (a, b) per pair: tokens and steps, say. Pairs are resampled."""
+    stacked = np.stack([*before, *after])
+    rng = np.random.default_rng(seed)
+    picks = rng.integers(0, stacked.shape[1], (RESAMPLES, stacked.shape[1]))
+    b_tokens, b_steps, a_tokens, a_steps = stacked[:, picks].sum(-1)
+    low, high = np.percentile((a_tokens / a_steps) / (b_tokens / b_steps), [2.5, 97.5])
+    totals = stacked.sum(-1)
+    return Ratio(float(totals[2] / totals[3] / (totals[0] / totals[1])), float(low), float(high))
