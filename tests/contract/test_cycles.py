@@ -149,15 +149,28 @@ def test_a_cycle_is_given_up_after_its_attempts(ledger: CycleLedger) -> None:
     lease = leased(ledger)
     ledger.set_window(lease, "1-0", "5-0")
     ledger.release(lease, "killed after 1800 s")
-    assert not ledger.give_up(lease.cycle_id, 2, "given up")
+    assert not ledger.give_up(lease.cycle_id, LEASE_S, 2)
     second = ledger.take(lease.cycle_id, LEASE_S)
     assert second is not None
-    assert ledger.give_up(lease.cycle_id, 2, "given up")
-    assert ledger.cycle(lease.cycle_id).state == "failed"
+    ledger.release(second, "out of memory")
+    assert ledger.give_up(lease.cycle_id, LEASE_S, 2)
+    assert not ledger.give_up(lease.cycle_id, LEASE_S, 2)
+    failed = ledger.cycle(lease.cycle_id)
+    assert (failed.state, failed.error) == ("failed", "given up after 2 attempts; the last one: out of memory")
     assert ledger.watermark("default") == "5-0"
     with pytest.raises(LeaseLost):
         ledger.heartbeat(second)
     assert ledger.request("default", "next")[1]
+
+
+def test_the_last_attempt_is_not_given_up_while_it_works(ledger: CycleLedger) -> None:
+    """Redis may deliver its task again meanwhile; once its worker falls silent it is over."""
+    lease = leased(ledger)
+    assert not ledger.give_up(lease.cycle_id, LEASE_S, 1)
+    ledger.heartbeat(lease)
+    time.sleep(2 * LEASE_S)
+    assert ledger.give_up(lease.cycle_id, LEASE_S, 1)
+    assert ledger.cycle(lease.cycle_id).error.endswith("ended unseen")
 
 
 def test_counts_are_by_route_and_state(ledger: CycleLedger, registry: Registry) -> None:
