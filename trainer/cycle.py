@@ -36,6 +36,8 @@ from trainer.gate import judge
 
 log = logging.getLogger("slipstream.trainer")
 
+NICENESS = 10
+
 
 @dataclass(frozen=True, slots=True)
 class Workshop:
@@ -218,6 +220,19 @@ class Heart:
                 log.warning("heartbeat: %s", error)
 
 
+def give_way() -> None:
+    """Serving comes first, also on one machine.
+
+    Linux shares the processor between sessions before it looks at niceness inside one, so the session (this process
+    leads its own) has to be made nice too.
+    """
+    os.nice(NICENESS)
+    try:
+        Path("/proc/self/autogroup").write_text(str(NICENESS))
+    except OSError:
+        pass  # another system, or sessions are not grouped: then niceness alone counts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m trainer.cycle", description=__doc__)
     parser.add_argument("--cycle", type=int, required=True)
@@ -229,7 +244,7 @@ def main() -> None:
     settings = Settings()
     torch.set_num_threads(settings.trainer_threads)
     if settings.trainer_device == "cpu":
-        os.nice(10)  # Serving comes first, also on one machine.
+        give_way()
     shop, lease = Workshop.of(settings), Lease(args.cycle, args.fence)
     with Heart(shop.ledger, lease, settings.lease_s, args.worker) as heart:
         try:

@@ -12,6 +12,7 @@ from functools import cache
 
 from online.connections import CYCLE_TASK, TICK_TASK, celery_app, signal_buffer
 from online.cycles import CycleLedger, Lease, LeaseLost
+from online.embedded import die_with_parent
 from online.registry import Registry
 from online.settings import Settings
 from online.tables import connect
@@ -69,11 +70,20 @@ def tick() -> int:
 
 
 def _work(lease: Lease) -> str:
-    """Runs the cycle in a subprocess: a real time limit, memory given back, and a worker that still answers."""
+    """Runs the cycle in a subprocess: a real time limit, memory given back, and a worker that still answers.
+
+    In a session of its own, so that it can give way to everything else on the machine (see `trainer.cycle.give_way`).
+    """
     numbers = {"--cycle": lease.cycle_id, "--fence": lease.fence, "--worker": os.getpid()}
     command = [sys.executable, "-m", "trainer.cycle", *(str(part) for pair in numbers.items() for part in pair)]
     try:
-        done = subprocess.run(command, timeout=settings.cycle_limit_s, check=False)
+        done = subprocess.run(
+            command,
+            timeout=settings.cycle_limit_s,
+            check=False,
+            start_new_session=True,
+            preexec_fn=die_with_parent(),
+        )
     except subprocess.TimeoutExpired:
         return f"killed after {settings.cycle_limit_s} s"
     if done.returncode in (0, EXIT_LEASE_LOST, EXIT_REPORTED):

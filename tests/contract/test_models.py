@@ -1,0 +1,177 @@
+"""What the engine asks of a model: the same of the tabular one and of every family that `transformers` runs.
+
+Families are tiny random configurations: rotary, learned and ALiBi positions, grouped and full attention, tied or not.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from decoder.models import LanguageModel, SlotModel, fingerprint, fit_vocabulary, refuse_windows
+from decoder.slots import SlotCache
+from online.errors import InvalidRequest
+from tests.tabular import TableModel
+
+V, SLOTS, CAPACITY = 60, 6, 33
+_LLAMA_LIKE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": _LLAMA_LIKE,
+    "mistral": {**_LLAMA_LIKE, "sliding_window": None},
+    "qwen2": _LLAMA_LIKE,
+    "qwen3": {**_LLAMA_LIKE, "head_dim": 8},
+    "gemma": {**_LLAMA_LIKE, "head_dim": 8},
+    "phi": _LLAMA_LIKE,
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gpt_neox": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    },
+}
+Make = Callable[[], tuple[LanguageModel, Callable[[list[int]], torch.Tensor]]]
+
+
+def transformers_model(family: str) -> tuple[SlotModel, Callable[[list[int]], torch.Tensor]]:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family, vocab_size=V, bos_token_id=0, eos_token_id=0, pad_token_id=0, **FAMILIES[family]
+    )
+    config._attn_implementation = "sdpa"
+    module = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+    def whole(context: list[int]) -> torch.Tensor:
+        logits: torch.Tensor = module(torch.tensor([context])).logits[0]
+        return logits
+
+    return SlotModel(module, SlotCache(SLOTS, CAPACITY), V), whole
+
+
+def tabular_model() -> tuple[TableModel, Callable[[list[int]], torch.Tensor]]:
+    table = TableModel(V, seed=0, slots=SLOTS)
+
+    def whole(context: list[int]) -> torch.Tensor:
+        import numpy as np
+
+        return torch.from_numpy(np.array([table.logits(context[: i + 1]) for i in range(len(context))]))
+
+    return table, whole
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Iterator[None]:
+    """As the engine's step runs."""
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(params=["table", *FAMILIES])
+def make(request: pytest.FixtureRequest) -> Make:
+    if request.param == "table":
+        return tabular_model
+    return lambda: transformers_model(request.param)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return torch.allclose(found.float(), expected.float(), atol=1e-5, rtol=1e-4)
+
+
+def feed(model: LanguageModel, rows: object, ids: list[list[int]], starts: list[int]) -> torch.Tensor:
+    """As the engine calls it: padded, with the longest context that anyone reads."""
+    longest = max(map(len, ids))
+    padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in ids])
+    upto = max(start + len(row) for start, row in zip(starts, ids, strict=True))
+    return model.forward(rows, padded, torch.tensor(starts), upto)  # type: ignore[arg-type]
+
+
+def test_rows_of_mixed_lengths_are_each_as_if_alone(make: Make) -> None:
+    """Prefill, then steps of several tokens from different positions: nobody sees another's context or padding."""
+    model, whole = make()
+    contexts = [[5, 6, 7, 8, 9], [11], [21, 22, 23]]
+    feed(model, slice(0, 3), contexts, [0, 0, 0])
+    steps = [[31, 32, 33], [41, 42, 43], [51, 52, 53]]
+    logits = feed(model, slice(0, 3), steps, [5, 1, 3])
+    for b in range(3):
+        assert close(logits[b], whole([*contexts[b], *steps[b]])[-3:])
+
+
+def test_what_was_rejected_is_written_over(make: Make) -> None:
+    """A step back to an earlier position leaves nothing of the tokens behind it."""
+    model, whole = make()
+    feed(model, slice(0, 1), [[5, 6]], [0])
+    feed(model, slice(0, 1), [[31, 32, 33, 34]], [2])
+    logits = feed(model, slice(0, 1), [[41, 42]], [3])
+    assert close(logits[0], whole([5, 6, 31, 41, 42])[-2:])
+
+
+def test_some_rows_by_index_leave_the_others_alone(make: Make) -> None:
+    """A route's draft feeds its own rows, wherever they are."""
+    model, whole = make()
+    contexts = [[5, 6], [7, 8], [9, 10], [11, 12]]
+    feed(model, slice(0, 4), contexts, [0] * 4)
+    logits = feed(model, [1, 3], [[21], [22]], [2, 2])
+    assert close(logits[0], whole([7, 8, 21])[-1:])
+    assert close(logits[1], whole([11, 12, 22])[-1:])
+    logits = feed(model, slice(0, 3), [[31], [32], [33]], [2, 3, 2])
+    for b, context in enumerate([[5, 6, 31], [7, 8, 21, 32], [9, 10, 33]]):
+        assert close(logits[b], whole(context)[-1:])
+
+
+def test_a_moved_row_goes_on_where_it_was(make: Make) -> None:
+    """The last row fills the hole of a finished one."""
+    model, whole = make()
+    feed(model, slice(0, 3), [[5, 6], [7], [9, 10, 11]], [0] * 3)
+    model.move(2, 0, 3)
+    logits = feed(model, slice(0, 2), [[21], [22]], [3, 1])
+    assert close(logits[0], whole([9, 10, 11, 21])[-1:])
+    assert close(logits[1], whole([7, 22])[-1:])
+
+
+def test_keep_gives_the_last_positions_only(make: Make) -> None:
+    """Prefill does not need a row of logits per prompt token."""
+    model, whole = make()
+    logits = model.forward(slice(0, 1), torch.tensor([[5, 6, 7]]), torch.tensor([0]), 3, keep=1)
+    assert logits.shape == (1, 1, V)
+    assert close(logits[0], whole([5, 6, 7])[-1:])
+
+
+def test_vocabularies_of_other_sizes_are_cut_or_padded() -> None:
+    """Padding can never be drafted or sampled."""
+    logits = torch.zeros(1, 1, 4)
+    assert fit_vocabulary(logits, 3).shape == (1, 1, 3)
+    assert fit_vocabulary(logits, 6)[0, 0].tolist() == [0, 0, 0, 0, float("-inf"), float("-inf")]
+
+
+def test_a_fingerprint_sees_any_change_and_nothing_else() -> None:
+    """One weight, or two swapped ones."""
+    module = transformers_model("llama")[0].module
+    before = fingerprint(module)
+    assert fingerprint(module) == before
+    weight = module.model.layers[1].mlp.up_proj.weight  # type: ignore[union-attr, index]
+    kept = weight.clone()
+    weight[3, 4] += 1e-3
+    assert fingerprint(module) != before
+    weight.copy_(kept)
+    assert fingerprint(module) == before
+    weight[[0, 1]] = weight[[1, 0]]
+    assert fingerprint(module) != before
+
+
+def test_models_that_forget_are_refused_beyond_their_window(tmp_path: object) -> None:
+    """Slot caches keep whole contexts: a sliding window would be ignored in silence."""
+    config = transformers.MistralConfig(**{**_LLAMA_LIKE, "vocab_size": V, "sliding_window": 16})  # type: ignore[arg-type]
+    config.save_pretrained(tmp_path)
+    refuse_windows(str(tmp_path), 16)
+    with pytest.raises(InvalidRequest, match="window 16"):
+        refuse_windows(str(tmp_path), 64)

@@ -1,0 +1,48 @@
+"""Artifacts: whole or absent, and never changed."""
+
+from pathlib import Path
+
+import pytest
+
+from online.artifacts import ArtifactStore, file_sha256
+from online.errors import ArtifactError
+
+
+def weights(content: bytes = b"weights") -> object:
+    return lambda folder: (folder / "model.safetensors").write_bytes(content)
+
+
+def test_an_artifact_is_named_by_its_weights(tmp_path: Path) -> None:
+    """Published twice it is one."""
+    store = ArtifactStore(tmp_path)
+    digest = store.publish(weights())  # type: ignore[arg-type]
+    assert store.publish(weights()) == digest == file_sha256(store.verify(digest) / "model.safetensors")  # type: ignore[arg-type]
+    assert [p.name for p in tmp_path.iterdir()] == [digest]
+
+
+def test_a_crash_while_writing_leaves_nothing(tmp_path: Path) -> None:
+    """Neither an artifact nor litter."""
+
+    def crash(folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        ArtifactStore(tmp_path).publish(crash)
+    with pytest.raises(ArtifactError, match=r"no model\.safetensors"):
+        ArtifactStore(tmp_path).publish(lambda folder: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damage_is_found_and_not_published_over(tmp_path: Path) -> None:
+    """An artifact that rotted on disk is an error, not silently kept."""
+    store = ArtifactStore(tmp_path)
+    digest = store.publish(weights())  # type: ignore[arg-type]
+    (store.path(digest) / "model.safetensors").write_bytes(b"rotten")
+    with pytest.raises(ArtifactError, match="damaged"):
+        store.verify(digest)
+    with pytest.raises(ArtifactError, match="damaged"):
+        store.publish(weights())  # type: ignore[arg-type]
+    with pytest.raises(ArtifactError) as missing:
+        store.verify("0" * 64)
+    assert missing.value.code == "artifact_missing"

@@ -1,0 +1,70 @@
+"""The lab's own arithmetic, and the corpus's promise that nothing seen in training is traffic."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lab import corpus
+from lab.charts import LearningCurve, draw, moving_ratio
+from lab.reference_pair import texts
+from lab.statistics import paired_ratio
+from lab.traffic import Served, package_prompts, shifted_package
+
+
+def test_traffic_comes_from_packages_that_no_model_was_trained_on() -> None:
+    """Held out by hash: the training side has no file of them, and no held-out file of others."""
+    package = shifted_package()
+    assert corpus.is_held_out_package(package)
+    trained = {name for name, _ in texts(held_out=False)}
+    assert package not in trained
+    assert corpus.STDLIB in trained
+    assert {name for name, _ in texts(held_out=False, stdlib_only=True)} == {corpus.STDLIB}
+
+
+def test_held_out_prompts_are_of_other_files_than_traffic() -> None:
+    """And both are the same on every run."""
+    package = shifted_package()
+    traffic = package_prompts(package, 30, held_out=False, seed=1)
+    held_out = package_prompts(package, 30, held_out=True, seed=1)
+    assert traffic == package_prompts(package, 30, held_out=False, seed=1)
+    assert not set(traffic) & set(held_out)
+    with pytest.raises(ValueError, match="no source files"):
+        package_prompts("no_such_package", 1, held_out=True, seed=1)
+
+
+def test_prompts_are_cut_from_their_text() -> None:
+    """They start at a line, and short texts give their first half."""
+    text = "".join(f"line {i}\n" for i in range(200))
+    for seed in range(20):
+        prompt = corpus.cut_prompt(text, random.Random(seed), 100)
+        assert prompt in text
+        assert prompt.startswith("line")
+        assert len(prompt) <= 100
+    assert corpus.cut_prompt("short", random.Random(0), 100) == "sh"
+
+
+def test_a_paired_ratio_is_of_totals_with_its_interval() -> None:
+    """Twice the tokens per step is a ratio of 2, with no width when every pair agrees."""
+    tokens = np.array([10.0, 20.0, 30.0])
+    same = paired_ratio((tokens, tokens), (tokens, tokens / 2))
+    assert (same.value, same.low, same.high) == pytest.approx((2, 2, 2))
+    noisy = paired_ratio((tokens, tokens), (tokens, np.array([10.0, 10.0, 30.0])))
+    assert noisy.value == pytest.approx(60 / 50)
+    assert noisy.low < noisy.value < noisy.high
+
+
+def test_a_moving_ratio_is_of_what_is_inside_the_window() -> None:
+    """Totals over the last pairs, not a mean of ratios."""
+    ends, values = moving_ratio([(1, 1), (3, 1), (8, 4)], window=2)
+    assert ends.tolist() == [1, 2, 3]
+    assert values.tolist() == pytest.approx([1, 2, 11 / 5])
+
+
+def test_swaps_are_marked_where_a_version_first_drafts(tmp_path: Path) -> None:
+    """The first version is no swap; the chart is a picture."""
+    served = [Served(10, 5, 0.5, (v,), "", 0.0) for v in (0, 1, 1, 2, 1, 3)]
+    curve = LearningCurve(served, 1.5, 2.0, 0.4, 0.5)
+    assert curve.swaps == [(3, 2), (5, 3)]
+    assert draw(curve, tmp_path / "a" / "chart.png").read_bytes().startswith(b"\x89PNG")

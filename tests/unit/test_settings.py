@@ -1,0 +1,71 @@
+"""Settings: from variables, checked, and handed to children unchanged."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from online.settings import Settings
+from online.stack import environment
+
+HASH = "a" * 64
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variables of the machine that runs the tests."""
+    import os
+
+    for name in list(os.environ):
+        if name.startswith("SLIPSTREAM_"):
+            monkeypatch.delenv(name)
+
+
+def test_children_get_the_settings_of_their_parent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every field survives the way through the environment."""
+    settings = Settings(
+        data_dir=tmp_path,
+        routes=("a", "b"),
+        closed_routes=("b",),
+        generation_keys=(f"app:{HASH}",),
+        admin_keys=(f"ops:{HASH}",),
+        tick_s=0.25,
+        artifacts_dir=tmp_path / "weights",
+        database_url="postgresql://u:p%40ss@h/d",
+    )
+    for name, value in environment(settings).items():
+        monkeypatch.setenv(name, value)
+    assert Settings() == settings
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"routes": ""}, "at least one"),
+        ({"routes": "Default"}, "lower-case"),
+        ({"closed_routes": "x"}, "not among routes"),
+        ({"cycle_min_signals": 10, "cycle_max_signals": 5}, "below"),
+        ({"admin_keys": f"ops:{HASH}"}, "go together"),
+        ({"admin_keys": "plain"}, "name:sha256"),
+        ({"gamma": 17}, "less than or equal to 16"),
+        ({"dtype": "int8"}, "pattern"),
+    ],
+)
+def test_settings_that_contradict_are_refused(given: dict[str, object], said: str) -> None:
+    """With the reason."""
+    with pytest.raises(ValidationError, match=said):
+        Settings(**given)  # type: ignore[arg-type]
+
+
+def test_the_server_is_open_to_others_only_with_keys() -> None:
+    """Unless an address is asked for by name."""
+    keys = {"generation_keys": (f"app:{HASH}",), "admin_keys": (f"ops:{HASH}",)}
+    assert Settings().bind_host == "127.0.0.1"
+    assert Settings(**keys).bind_host == "0.0.0.0"  # type: ignore[arg-type]
+    assert Settings(host="10.0.0.1").bind_host == "10.0.0.1"
+
+
+def test_every_setting_is_described() -> None:
+    """`slipstream settings` and the README's table have a word for each that its name does not say."""
+    silent = {"port", "learning_rate"}
+    assert {name for name, field in Settings.model_fields.items() if not field.description} <= silent

@@ -1,0 +1,62 @@
+"""Growing text: whole characters only, and nothing of a stop string."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from decoder.text import HfCodec, TextStream
+from online.errors import InvalidRequest
+from tests.tiny import VOCABULARY, TinyPair
+
+
+@pytest.fixture(scope="module")
+def tokenizer(pair: TinyPair) -> Tokenizer:
+    found: Tokenizer = AutoTokenizer.from_pretrained(pair.target).backend_tokenizer
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(max_size=40))
+def test_pieces_are_the_whole_text(tokenizer: Tokenizer, text: str) -> None:
+    """Also where a character is spread over several tokens."""
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    stream = TextStream(tokenizer, ())
+    assert "".join(stream.push(i) for i in ids) + stream.finish() == tokenizer.decode(ids)
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text("abc", max_size=30), stop=st.text("abc", min_size=1, max_size=4))
+def test_text_ends_before_the_first_stop_string(tokenizer: Tokenizer, text: str, stop: str) -> None:
+    """However it is cut into tokens, and with false starts before it."""
+    stream = TextStream(tokenizer, (stop,))
+    seen = ""
+    for token in tokenizer.encode(text, add_special_tokens=False).ids:
+        seen += stream.push(token)
+        if stream.stopped:
+            break
+    seen += stream.finish()
+    assert seen == text.split(stop)[0]
+    assert stream.stopped == (stop in text)
+
+
+def test_half_a_character_at_the_end_is_given_out(tokenizer: Tokenizer) -> None:
+    """As the replacement character that decoding the whole gives."""
+    half = tokenizer.encode("é", add_special_tokens=False).ids[:1]
+    stream = TextStream(tokenizer, ())
+    assert stream.push(half[0]) == ""
+    assert stream.finish() == tokenizer.decode(half)
+
+
+def test_templates_are_the_targets_own(pair: TinyPair, tmp_path: Path) -> None:
+    """A model without one says so."""
+    tokenizer = AutoTokenizer.from_pretrained(pair.target)
+    codec = HfCodec(tokenizer, "tiny", VOCABULARY)
+    ids = codec.encode_chat([{"role": "user", "content": "hi"}])
+    assert codec.backend.decode(ids, skip_special_tokens=False) == "<|user|>hi<|assistant|>"
+    tokenizer.chat_template = None
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        codec.encode_chat([{"role": "user", "content": "hi"}])
