@@ -13,20 +13,25 @@ from online.errors import SlipstreamError
 from online.settings import Settings
 from online.stack import Stack, beat_command, decoder_command, worker_command
 
+COMMANDS = {
+    "up": "run the whole service on this machine until Ctrl-C",
+    "migrate": "bring the database to the newest schema",
+    "decoder": "run the decoder with the REST API",
+    "worker": "run a trainer: a Celery worker",
+    "beat": "run the clock that starts training cycles",
+    "settings": "list every setting with the value in force",
+    "key": "make an API key and the entry that lets it in",
+}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="slipstream", description="Speculative decoding whose draft model learns from the traffic it serves."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("up", help="run the whole service on this machine until Ctrl-C")
-    commands.add_parser("migrate", help="bring the database to the newest schema")
-    commands.add_parser("decoder", help="run the decoder with the REST API")
-    commands.add_parser("worker", help="run a trainer: a Celery worker")
-    commands.add_parser("beat", help="run the clock that starts training cycles")
-    commands.add_parser("settings", help="list every setting with its default and the value in force")
-    key = commands.add_parser("key", help="make an API key and the entry that lets it in")
-    key.add_argument("name", help="who holds it: written into the audit with every change")
+    for name, what in COMMANDS.items():
+        commands.add_parser(name, help=what, description=what)
+    commands.choices["key"].add_argument("name", help="who holds it: written into the audit with every change")
     args = parser.parse_args()
     if args.command == "key":
         _key(args.name)
