@@ -69,6 +69,12 @@ class Row:
         if text or token_ids or reason:
             self._send(Delta(text, tuple(token_ids), logprobs, reason, self.stats if reason else None))
 
+    def end(self, reason: FinishReason) -> None:
+        """Ends the row from outside, and tells its client."""
+        if self.finish_reason is None:
+            self.finish_reason = reason
+            self.deliver("", [])
+
     def fail(self, error: str) -> None:
         self.finish_reason = "error"
         self._send(Delta("", (), (), "error", self.stats, error))

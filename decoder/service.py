@@ -22,7 +22,7 @@ class DecoderService:
     def status(self) -> EngineStatus:
         return EngineStatus(
             alive=self._engine.alive and not self._swapper.target_changed,
-            running=len(self._engine.rows),
+            running=self._engine.running,
             waiting=self._engine.waiting,
             slots=self._engine.limits.slots,
             max_context=self._engine.limits.max_context,

@@ -96,7 +96,7 @@ def test_a_swap_in_the_middle_changes_acceptance_and_no_token(pair: TinyPair) ->
         expected = [target_alone(pair, p, 120) for p in PROMPTS[:4]]
         before = tiny.run(*[query(p, f"b{i}", max_tokens=120) for i, p in enumerate(PROMPTS[:4])])
         running = [tiny.submit(query(p, f"q{i}", max_tokens=120)) for i, p in enumerate(PROMPTS[:4])]
-        draft = tiny.engine.drafts["default"]
+        draft = tiny.engine.batch.drafts["default"]
         staged = draft.stage(pair.spoilt)
         swapped = threading.Event()
 
@@ -232,7 +232,7 @@ def test_more_than_may_wait_is_refused(pair: TinyPair) -> None:
     with bench(pair, slots=1, max_waiting=2) as tiny:
         running = tiny.submit(query(name="r", max_tokens=200, ignore_eos=True))
         deadline = time.monotonic() + 10
-        while not tiny.engine.rows and time.monotonic() < deadline:
+        while not tiny.engine.running and time.monotonic() < deadline:
             time.sleep(0.001)
         for name in ("w0", "w1"):
             tiny.submit(query(name=name, max_tokens=200, ignore_eos=True))
@@ -245,7 +245,7 @@ def test_more_than_may_wait_is_refused(pair: TinyPair) -> None:
 
 def test_a_draft_that_fails_is_left_out_until_the_next_swap(pair: TinyPair, tiny: Bench) -> None:
     """Its rows go on without one, exactly; the next installed version drafts again."""
-    draft = tiny.engine.drafts["default"]
+    draft = tiny.engine.batch.drafts["default"]
     working, draft.model = draft.model, _Failing(draft.model)  # type: ignore[assignment]
     found = tiny.run(query(PROMPTS[4], "while failing"))[0]
     assert found.ids == target_alone(pair, PROMPTS[4], 24)
