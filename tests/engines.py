@@ -1,6 +1,7 @@
 """An engine over a tiny pair, and what a test needs to talk to it."""
 
 import queue
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from decoder.slots import SlotCache
 from online.buffer import Bounds, MemoryBuffer
 from online.messages import Delta, Query, SpeculationStats
 from online.metrics import ServiceMetrics
+from online.signals import Signal, decode
 from tests.tiny import VOCABULARY, TinyPair
 
 CAPACITY = 257
@@ -68,6 +70,13 @@ class Bench:
         listener = Listener()
         self.engine.submit(query, listener)
         return listener
+
+    def signals(self, count: int, route: str = "default") -> list[Signal]:
+        """The route's signals, once there are `count`: they are written after the client has its answer."""
+        deadline = time.monotonic() + 10
+        while self.buffer.depth(route).signals < count and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return [decode(entry.record) for entry in self.buffer.before(route, "99999999999999-0", 1000)]
 
     def run(self, *queries: Query) -> list[Finished]:
         return [listener.wait() for listener in [self.submit(query) for query in queries]]
