@@ -232,6 +232,7 @@ def main() -> None:
         training = Training(name, args.work, minutes, args.rows, args.device, args.compile)
         card[name] = {"text_tokens": len(train), **training.run(train, held_out)}
         export(training, tokenizer, args.out / name)
+    (args.out / "training.json").write_text(json.dumps(card, indent=2) + "\n")
     print(json.dumps(card))
 
 
