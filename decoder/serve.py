@@ -42,8 +42,9 @@ log = logging.getLogger("slipstream.serve")
 
 def build(settings: Settings) -> FastAPI:
     """The application with everything behind it. Threads start with the application and stop with it."""
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    # One core is left to the API, the recorder and whoever shares the machine: torch's threads wait for each other at
+    # every operation, and one that has to queue for its core stalls them all.
+    torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() - 1))
     files, device = ModelFiles.of(settings), device_of(settings.device)
     metrics = ServiceMetrics(files.name)
     max_context = min(settings.max_context, context_limit(files.target), context_limit(files.draft))

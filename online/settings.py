@@ -31,7 +31,7 @@ class Settings(BaseSettings):
     dtype: str = Field(
         "auto", pattern="^(auto|float32|bfloat16|float16)$", description="auto: float32 on CPU, else as stored"
     )
-    threads: int = Field(0, ge=0, description="torch threads of the decoder; 0: torch's choice")
+    threads: int = Field(0, ge=0, description="torch threads of the decoder; 0: one fewer than cores")
 
     # Serving
     host: str = Field("", description="address to bind; empty: loopback without keys, all addresses with keys")
