@@ -42,8 +42,12 @@ class Distilled:
 
 def draft_logits(module: nn.Module, batch: Batch) -> Tensor:
     """The draft's logits at the supervised positions [N, V]."""
-    out: Tensor = module(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False).logits
-    return out[batch.row_N, batch.column_N].float()
+    first = int(batch.column_N.min())  # Most of the draft is its head: prompts before that column do without it.
+    kept = batch.ids_BT.shape[1] - first
+    out: Tensor = module(
+        input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False, logits_to_keep=kept
+    ).logits
+    return out[batch.row_N, batch.column_N - first].float()
 
 
 def distill(
