@@ -45,8 +45,13 @@ class Observation:
 
     def token_logprob(self, row: int, position: int, token_id: int, top: int) -> TokenLogprob:
         ids, logp = self.top_ids_BTK[row, position, :top], self.top_logp_BTK[row, position, :top]
-        pairs = tuple((int(i), float(p)) for i, p in zip(ids, logp, strict=True))
-        return TokenLogprob(token_id, float(self.emitted_logp_BT[row, position]), pairs)
+        pairs = tuple((int(i), _finite(p)) for i, p in zip(ids, logp, strict=True))
+        return TokenLogprob(token_id, _finite(self.emitted_logp_BT[row, position]), pairs)
+
+
+def _finite(logp: np.float32) -> float:
+    """JSON has no infinity: tokens that a model masks out get the floor that vLLM gives them."""
+    return max(float(logp), -9999.0)
 
 
 def observe(logits_BTV: Tensor, proposal: Proposal, verdict: Verdict, record_k: int, report_k: int) -> Observation:

@@ -1,5 +1,6 @@
 """Answers in OpenAI's shapes. Pure functions from deltas to JSON-ready dicts."""
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -117,7 +118,7 @@ def _logprobs(logprobs: Sequence[TokenLogprob], chat: bool, codec: TextCodec) ->
     if chat:
         return {"content": [_chat_logprob(entry, codec) for entry in logprobs], "refusal": None}
     tokens = [codec.token(entry.token_id) for entry in logprobs]
-    offsets = [sum(map(len, tokens[:i])) for i in range(len(tokens))]
+    offsets = list(itertools.accumulate(map(len, tokens[:-1]), initial=0)) if tokens else []
     return {
         "tokens": tokens,
         "token_logprobs": [entry.logprob for entry in logprobs],
