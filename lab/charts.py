@@ -32,7 +32,7 @@ class LearningCurve:
 
 
 def draw(curve: LearningCurve, path: Path) -> Path:
-    """τ and acceptance of live traffic over requests, every swap marked, held-out figures as bars at either end."""
+    """τ and acceptance of live traffic over requests, every swap marked; beside it the held-out figures, same scale."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -49,19 +49,23 @@ def draw(curve: LearningCurve, path: Path) -> Path:
         ),
         ("acceptance rate, Σ min(p, q)", overlap, curve.acceptance_before, curve.acceptance_after),
     ]
-    for (live, bars), (name, pairs, before, after) in zip(grid, panels, strict=True):
+    for (live, ends), (name, pairs, before, after) in zip(grid, panels, strict=True):
         x, y = moving_ratio(pairs, WINDOW)
         live.plot(x, y, color=LIVE, linewidth=1.8)
         live.axhline(before, color=FIRST, linestyle=":", linewidth=1.4)
         live.set_ylabel(name)
-        live.grid(alpha=0.25)
         for request, _ in curve.swaps:
             live.axvline(request, color=LEARNT, linestyle="--", linewidth=1.1)
-        drawn = bars.bar(["first", "learnt"], [before, after], color=[FIRST, LEARNT], width=0.62)
-        bars.bar_label(drawn, fmt="%.2f", padding=2)
-        bars.grid(axis="y", alpha=0.25)
+        ends.plot([0, 1], [before, after], color=FIRST, linewidth=1)
+        ends.scatter([0, 1], [before, after], color=[FIRST, LEARNT], s=70, zorder=3)
+        for at, value in enumerate((before, after)):
+            ends.annotate(f"{value:.2f}", (at, value), xytext=(0, 9), textcoords="offset points", ha="center")
+        ends.set_xticks([0, 1], ["first draft", "learnt"])
+        ends.set_xlim(-0.6, 1.6)
         bottom, top = min(*y, before, after), max(*y, before, after)
-        live.set_ylim(bottom - 0.12 * (top - bottom), top + 0.16 * (top - bottom))
+        live.set_ylim(bottom - 0.12 * (top - bottom), top + 0.2 * (top - bottom))
+        for panel in (live, ends):
+            panel.grid(alpha=0.25)
     for request, version in curve.swaps:
         grid[0][0].annotate(
             f"v{version}", (request, 1), xycoords=("data", "axes fraction"), xytext=(3, -12),

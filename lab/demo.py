@@ -28,6 +28,7 @@ from online.stack import Stack
 # The loop turns often enough to be watched. A SLIPSTREAM_* variable overrides any of these.
 DEMO_SETTINGS: Mapping[str, Any] = {"port": 0, "cycle_min_signals": 100, "tick_s": 1.0, "poll_s": 0.2, "routes": "demo"}
 CYCLE_WAIT_S = 90.0
+HELD_OUT_TOKENS = 64  # more queries say more than longer answers
 RECENT = 40  # requests that a progress line averages over
 
 
@@ -63,8 +64,9 @@ class Demo:
 
     def examine(self, what: str) -> Examined:
         self.say(f"{what}: {2 * len(self._held_out)} held-out queries, sampled and greedy")
-        shape = Shape(self._args.max_tokens, self._args.temperature, store=False, clients=self._args.clients)
-        greedy = Shape(self._args.max_tokens, 0.0, store=False, clients=self._args.clients)
+        tokens, clients = min(self._args.max_tokens, HELD_OUT_TOKENS), self._args.clients
+        shape = Shape(tokens, self._args.temperature, store=False, clients=clients)
+        greedy = Shape(tokens, 0.0, store=False, clients=clients)
         started = time.monotonic()
         found = [answers(self._client, self._held_out, s, 1000, self._count) for s in (shape, greedy)]
         examined = Examined(*found, time.monotonic() - started)
@@ -230,9 +232,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m lab demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--requests", type=int, default=600, help="queries of traffic")
-    parser.add_argument("--held-out", type=int, default=80, help="queries measured before and after")
-    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=500, help="queries of traffic")
+    parser.add_argument("--held-out", type=int, default=60, help="queries measured before and after")
+    parser.add_argument("--max-tokens", type=int, default=96, help="of an answer of the traffic")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the traffic and the sampled measurement")
     parser.add_argument("--clients", type=int, default=8, help="requests under way at a time")
     parser.add_argument(

@@ -58,7 +58,7 @@ class Settings(BaseSettings):
     # Training
     cycle_min_signals: int = Field(200, ge=2, description="new signals that start a cycle")
     cycle_max_signals: int = Field(2000, ge=2, description="signals in one cycle's window, at most")
-    replay_signals: int = Field(200, ge=0, description="older signals trained on again, at most")
+    replay_signals: int = Field(400, ge=0, description="older signals trained on again, at most")
     held_out_signals: int = Field(200, ge=1, description="held-out requests the gate compares on, at most")
     tick_s: float = Field(10.0, gt=0, description="how often the trainer looks for work")
     cycle_limit_s: int = Field(1800, ge=1, description="a cycle that runs longer is killed")
@@ -67,8 +67,8 @@ class Settings(BaseSettings):
     trainer_device: str = Field("cpu", description="device of the trainer")
     trainer_threads: int = Field(1, ge=1, description="torch threads of the trainer")
     learning_rate: float = Field(2e-3, gt=0)
-    epochs: int = Field(3, ge=1, description="passes over a cycle's window")
-    batch_signals: int = Field(16, ge=1, description="signals in a training batch")
+    epochs: int = Field(4, ge=1, description="passes over a cycle's window")
+    batch_signals: int = Field(8, ge=1, description="signals in a training batch")
 
     # Swaps and rollback
     poll_s: float = Field(0.5, gt=0, description="how often a decoder looks for another active version")

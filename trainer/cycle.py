@@ -36,7 +36,7 @@ from trainer.gate import judge
 
 log = logging.getLogger("slipstream.trainer")
 
-NICENESS = 10
+NICENESS, SESSION_NICENESS = 10, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,11 +224,11 @@ def give_way() -> None:
     """Serving comes first, also on one machine.
 
     Linux shares the processor between sessions before it looks at niceness inside one, so the session (this process
-    leads its own) has to be made nice too.
+    leads its own) is made nice too; mildly, for a very light session is left to starve on the core where it stands.
     """
     os.nice(NICENESS)
     try:
-        Path("/proc/self/autogroup").write_text(str(NICENESS))
+        Path("/proc/self/autogroup").write_text(str(SESSION_NICENESS))
     except OSError:
         pass  # another system, or sessions are not grouped: then niceness alone counts
 

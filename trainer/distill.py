@@ -20,8 +20,8 @@ class Recipe:
 
     divergence: str = "forward_kl"
     learning_rate: float = 2e-3
-    epochs: int = 3
-    batch_signals: int = 16
+    epochs: int = 4
+    batch_signals: int = 8
     warmup_steps: int = 4
     weight_decay: float = 0.0
     clip_norm: float = 1.0
