@@ -1,7 +1,9 @@
-# One image for every service. CUDA: build with --build-arg TORCH="torch==2.13.0" (PyPI's build carries CUDA).
+# One image for every service. PyPI's torch carries CUDA; for a small CPU build name it and its index:
+#   docker compose build --build-arg TORCH="torch==2.13.0+cpu" --build-arg PIP_EXTRA_INDEX_URL=...
 FROM python:3.12-slim
 
 ARG TORCH="torch==2.13.0"
+ARG PIP_EXTRA_INDEX_URL
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1
 
 WORKDIR /app

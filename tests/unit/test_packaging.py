@@ -1,0 +1,22 @@
+"""What an installed package must bring along besides its modules."""
+
+import tomllib
+
+from online.stack import ROOT
+
+
+def test_every_file_of_a_package_is_packaged() -> None:
+    """An image without its migrations would call an empty database migrated; one without the pair would not start."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {package.replace(".", "/") for package in setuptools["packages"]}
+    patterns = [
+        f"{package.replace('.', '/')}/{pattern}"
+        for package, found in setuptools["package-data"].items()
+        for pattern in found
+    ]
+    for top in sorted({folder.split("/")[0] for folder in folders}):
+        for path in (ROOT / top).rglob("*"):
+            file = path.relative_to(ROOT)
+            if path.is_file() and "__pycache__" not in file.parts:
+                module = file.suffix == ".py" and file.parent.as_posix() in folders
+                assert module or any(file.match(pattern) for pattern in patterns), f"{file} is in no package"
