@@ -159,11 +159,11 @@ class Batch:
         return [(self.drafts[route], group) for route, group in groups.items() if self.drafts[route].usable]
 
     def _guarded(self, draft: LiveDraft, work: Callable[[], R]) -> R | None:
-        """A draft that fails is not used again until the next swap; its rows are decoded plainly."""
+        """A draft that fails is not used again until weights are installed; its rows are decoded plainly."""
         try:
             return work()
         except Exception:
-            draft.usable = False
+            draft.fail()
             self._metrics.faults.labels("draft").inc()
             log.exception("draft of route %s failed; its rows are decoded without one", draft.route)
             return None

@@ -1,5 +1,7 @@
 """A route's live draft: staged aside from an artifact, then copied into the running tensors between two steps."""
 
+import math
+import time
 from pathlib import Path
 
 import safetensors
@@ -17,7 +19,14 @@ class LiveDraft:
         self.route = route
         self.model = model
         self.version = 0  # 0: the weights it was built with, not registered yet
-        self.usable = True  # False after a forward failed: the route is decoded plainly until the next swap
+        self.usable = True  # False after a forward failed: the route is decoded plainly until weights are installed
+        self._failed_at = -math.inf
+
+    def fail(self) -> None:
+        self.usable, self._failed_at = False, time.monotonic()
+
+    def failed_within(self, seconds: float) -> bool:
+        return time.monotonic() - self._failed_at < seconds
 
     def stage(self, folder: Path) -> dict[str, Tensor]:
         """Reads an artifact onto the device, beside the live weights. Any thread may call it.

@@ -22,7 +22,7 @@ from online.tables import Version
 
 log = logging.getLogger("slipstream.swap")
 
-RETRY_S = 10.0  # a version that could not be loaded is tried again after this long
+RETRY_S = 10.0  # a version that could not be loaded, or failed, is tried again after this long
 INSTALL_LIMIT_S = 60.0  # a step that takes longer than this has failed anyway
 
 
@@ -93,7 +93,8 @@ class Swapper:
         for route, draft in self._drafts.items():
             version = active.get(route) or self._register_first(route)
             self._metrics.active_version.labels(route).set(version.id)
-            if draft.version == version.id and draft.usable:
+            # A draft that failed while it served is loaded anew, but not twice a second.
+            if draft.version == version.id and (draft.usable or draft.failed_within(RETRY_S)):
                 self._errors.pop(route, None)
             elif not self._failed_lately(route, version.id):
                 self._swap(draft, version)

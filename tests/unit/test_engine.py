@@ -247,6 +247,7 @@ def test_a_draft_that_fails_is_left_out_until_the_next_swap(pair: TinyPair, tiny
     found = tiny.run(query(PROMPTS[4], "while failing"))[0]
     assert found.ids == target_alone(pair, PROMPTS[4], 24)
     assert found.stats.drafted == 0
+    assert draft.failed_within(60)
     draft.model = working
     staged = draft.stage(pair.draft)
     tiny.engine.between_steps(lambda: draft.install(staged, 5))
