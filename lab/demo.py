@@ -34,23 +34,15 @@ RECENT = 40  # requests that a progress line averages over
 
 @dataclass(frozen=True)
 class Examined:
-    """The held-out queries' answers under one draft: as sampled as the traffic is, and greedy."""
+    """The held-out queries' answers under one draft: every query once sampled and once greedy."""
 
     sampled: dict[int, Served]
     greedy: dict[int, Served]
-    seconds: float
 
     @property
-    def tau(self) -> float:
-        return tokens_per_step(list(self.sampled.values()))
-
-    @property
-    def acceptance(self) -> float:
-        return float(np.mean([a.overlap for a in self.sampled.values() if a.overlap is not None]))
-
-    @property
-    def tokens_per_s(self) -> float:
-        return sum(a.tokens for a in [*self.sampled.values(), *self.greedy.values()]) / self.seconds
+    def all(self) -> dict[tuple[str, int], Served]:
+        sides = {"sampled": self.sampled, "greedy": self.greedy}
+        return {(name, i): answer for name, side in sides.items() for i, answer in side.items()}
 
 
 class Demo:
@@ -67,19 +59,22 @@ class Demo:
         tokens, clients = min(self._args.max_tokens, HELD_OUT_TOKENS), self._args.clients
         shape = Shape(tokens, self._args.temperature, store=False, clients=clients)
         greedy = Shape(tokens, 0.0, store=False, clients=clients)
-        started = time.monotonic()
         found = [answers(self._client, self._held_out, s, 1000, self._count) for s in (shape, greedy)]
-        examined = Examined(*found, time.monotonic() - started)
-        self.say(f"{what}: τ {examined.tau:.2f}, acceptance {examined.acceptance:.3f}")
+        examined = Examined(found[0], found[1])
+        served = list(examined.all.values())
+        self.say(f"{what}: τ {tokens_per_step(served):.2f}, acceptance {mean_overlap(served):.3f}")
         return examined
 
     def learn(self) -> list[Served]:
         """Replays the traffic while the loop learns from it; the answers in the order they came."""
-        self.say(f"traffic: {len(self._traffic)} queries of {self._args.package}, {self._args.clients} clients")
-        shape = Shape(self._args.max_tokens, self._args.temperature, clients=self._args.clients)
+        self.say(
+            f"traffic: {len(self._traffic)} queries of {self._args.package}, {self._args.clients} clients; "
+            f"every other one greedy, the others at T = {self._args.temperature:g}"
+        )
+        shapes = [Shape(self._args.max_tokens, t, clients=self._args.clients) for t in (self._args.temperature, 0.0)]
         served: list[Served] = []
         version, said = 0, time.monotonic()
-        for _, answer in self._client.replay(self._traffic, shape, 5000):
+        for _, answer in self._client.replay(self._traffic, shapes, 5000):
             self._count()
             served.append(answer)
             if answer.versions and answer.versions[-1] > version:
@@ -128,7 +123,7 @@ def mean_overlap(served: Sequence[Served]) -> float:
     return float(np.mean([a.overlap for a in served if a.overlap is not None]))
 
 
-def tau_ratio(before: dict[int, Served], after: dict[int, Served]) -> Ratio:
+def tau_ratio(before: Mapping[Any, Served], after: Mapping[Any, Served]) -> Ratio:
     """τ after ÷ before over the queries that both answered."""
     pairs = sorted(before.keys() & after.keys())
     sides = [
@@ -136,6 +131,22 @@ def tau_ratio(before: dict[int, Served], after: dict[int, Served]) -> Ratio:
         for side in (before, after)
     ]
     return paired_ratio(sides[0], sides[1])  # type: ignore[arg-type]
+
+
+def compare(name: str, before: Mapping[Any, Served], after: Mapping[Any, Served]) -> dict[str, float]:
+    """τ, acceptance and the paired ratio of one kind of queries, as `{name}tau_before` and so on."""
+    ratio = tau_ratio(before, after)
+    old, new = list(before.values()), list(after.values())
+    found = {
+        "tau_before": tokens_per_step(old),
+        "tau_after": tokens_per_step(new),
+        "tau_ratio": ratio.value,
+        "tau_ratio_low": ratio.low,
+        "tau_ratio_high": ratio.high,
+        "acceptance_before": mean_overlap(old),
+        "acceptance_after": mean_overlap(new),
+    }
+    return {name + key: value for key, value in found.items()}
 
 
 def run(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
@@ -152,44 +163,30 @@ def run(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
         activations = list(reversed(client.admin(f"activations?route={route}")["activations"]))
         versions = {v["id"]: v for v in client.admin(f"routes/{route}/versions")["versions"]}
         cycles = client.admin(f"cycles?route={route}")["cycles"]
-    chart = draw(LearningCurve(served, before.tau, after.tau, before.acceptance, after.acceptance), args.chart)
-    ratio, greedy_ratio = tau_ratio(before.sampled, after.sampled), tau_ratio(before.greedy, after.greedy)
-    same = sum(before.greedy[i].text == after.greedy[i].text for i in before.greedy.keys() & after.greedy.keys())
+    pairs = before.greedy.keys() & after.greedy.keys()
     figures: dict[str, Any] = {
-        "tau_before": before.tau,
-        "tau_after": after.tau,
-        "tau_ratio": ratio.value,
-        "tau_ratio_low": ratio.low,
-        "tau_ratio_high": ratio.high,
-        "acceptance_before": before.acceptance,
-        "acceptance_after": after.acceptance,
-        "greedy_tau_ratio": greedy_ratio.value,
-        "greedy_tau_ratio_low": greedy_ratio.low,
-        "greedy_same": same,
-        "greedy_compared": len(before.greedy.keys() & after.greedy.keys()),
-        "tokens_per_s_before": before.tokens_per_s,
-        "tokens_per_s_after": after.tokens_per_s,
+        **compare("", before.all, after.all),
+        **compare("sampled_", before.sampled, after.sampled),
+        **compare("greedy_", before.greedy, after.greedy),
+        "greedy_same": sum(before.greedy[i].text == after.greedy[i].text for i in pairs),
+        "greedy_compared": len(pairs),
         "swaps": len(activations) - 1,
         "train_s": sum(cycle["report"].get("train_s", 0) for cycle in cycles),
         "requests": demo.requests + len(client.failures),
         "failed_requests": len(client.failures),
         "seconds": time.monotonic() - started,
         "package": args.package,
-        "chart": str(chart),
     }
-    _report(figures, before, after, activations, versions, ratio)
+    ends = [figures[key] for key in ("tau_before", "tau_after", "acceptance_before", "acceptance_after")]
+    figures["chart"] = str(draw(LearningCurve(served, *ends), args.chart))
+    _report(figures, activations, versions)
     for failure in client.failures[:5]:
         print(f"failed: {failure}")
     return figures
 
 
 def _report(
-    figures: Mapping[str, Any],
-    before: Examined,
-    after: Examined,
-    activations: Sequence[Mapping[str, Any]],
-    versions: Mapping[int, Mapping[str, Any]],
-    ratio: Ratio,
+    figures: Mapping[str, Any], activations: Sequence[Mapping[str, Any]], versions: Mapping[int, Mapping[str, Any]]
 ) -> None:
     print("\nversions that served")
     for activation in activations:
@@ -197,25 +194,24 @@ def _report(
         learnt = f"{window['trained_on']} signals" if window else "-"
         line = f"  {activation['to_version']:3d}  {activation['kind']:13} learnt from {learnt:12}"
         print(f"{line} {activation['reason']}")
-    rows: list[tuple[str, str, str, str]] = [
-        ("", "first draft", "learnt draft", "ratio (95 %)"),
-        (
-            "tokens per target forward, τ",
-            f"{before.tau:.2f}",
-            f"{after.tau:.2f}",
-            f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})",
-        ),
-        ("acceptance rate, Σ min(p, q)", f"{before.acceptance:.3f}", f"{after.acceptance:.3f}", ""),
-        ("tokens/s (one run each)", f"{before.tokens_per_s:.0f}", f"{after.tokens_per_s:.0f}", ""),
-    ]
-    print(f"\nheld-out queries of {figures['package']}: {len(before.sampled)} sampled, {len(before.greedy)} greedy")
-    for name, *cells in rows:
-        print(f"  {name:30}" + "".join(f"{cell:>14}" for cell in cells[:2]) + f"   {cells[2]}")
+    print(f"\nheld-out queries of {figures['package']}, {figures['greedy_compared']} of each kind")
+    print(f"  {'':42}{'first draft':>12}{'learnt':>9}   ratio (95 %)")
+    for name, kind in (("", "all"), ("sampled_", "sampled"), ("greedy_", "greedy")):
+        low, high = figures[f"{name}tau_ratio_low"], figures[f"{name}tau_ratio_high"]
+        ratio = f"{figures[f'{name}tau_ratio']:.2f} ({low:.2f} to {high:.2f})"
+        _row(f"tokens per target forward τ, {kind}", figures, f"{name}tau", 2, ratio)
+    for name, kind in (("", "all"), ("sampled_", "sampled"), ("greedy_", "greedy")):
+        _row(f"acceptance rate Σ min(p, q), {kind}", figures, f"{name}acceptance", 3)
     print(
         f"  greedy answers the same before and after: {figures['greedy_same']} of {figures['greedy_compared']}\n"
         f"\n{figures['requests']} requests, {figures['failed_requests']} failed, {figures['swaps']} swaps, "
         f"{figures['train_s']:.0f} s of training, {figures['seconds']:.0f} s in all\nchart: {figures['chart']}"
     )
+
+
+def _row(title: str, figures: Mapping[str, Any], key: str, digits: int, ratio: str = "") -> None:
+    before, after = figures[f"{key}_before"], figures[f"{key}_after"]
+    print(f"  {title:42}{before:12.{digits}f}{after:9.{digits}f}   {ratio}".rstrip())
 
 
 def demo_settings() -> Settings:
@@ -235,7 +231,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=500, help="queries of traffic")
     parser.add_argument("--held-out", type=int, default=60, help="queries measured before and after")
     parser.add_argument("--max-tokens", type=int, default=96, help="of an answer of the traffic")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the traffic and the sampled measurement")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="of the sampled half of the queries; the other half is greedy"
+    )
     parser.add_argument("--clients", type=int, default=8, help="requests under way at a time")
     parser.add_argument(
         "--package", default="", help="installed package to take code from; default: the largest unseen"

@@ -98,10 +98,16 @@ class Client:
         found: dict[str, Any] = answer.json()
         return found
 
-    def replay(self, prompts: Sequence[str], shape: Shape, seed: int) -> Iterator[tuple[int, Served]]:
-        """(index of the prompt, answer) as answers come. A failed request is kept in `failures`, and has no answer."""
-        with ThreadPoolExecutor(shape.clients) as pool:
-            sent = {pool.submit(self.complete, prompt, shape, seed + i): i for i, prompt in enumerate(prompts)}
+    def replay(self, prompts: Sequence[str], shapes: Sequence[Shape], seed: int) -> Iterator[tuple[int, Served]]:
+        """(index of the prompt, answer) as answers come; prompts take the shapes in turn.
+
+        A failed request is kept in `failures`, and has no answer.
+        """
+        with ThreadPoolExecutor(shapes[0].clients) as pool:
+            sent = {
+                pool.submit(self.complete, prompt, shapes[i % len(shapes)], seed + i): i
+                for i, prompt in enumerate(prompts)
+            }
             try:
                 for future in as_completed(sent):
                     try:
@@ -119,7 +125,7 @@ def answers(
 ) -> dict[int, Served]:
     """Every answer by its prompt's index, so that two replays pair up."""
     found = {}
-    for index, served in client.replay(prompts, shape, seed):
+    for index, served in client.replay(prompts, [shape], seed):
         found[index] = served
         each()
     return found
