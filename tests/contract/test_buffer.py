@@ -7,6 +7,7 @@ import redis
 
 from online import buffer as buffers
 from online.buffer import Bounds, Depth, MemoryBuffer, RedisBuffer, SignalBuffer
+from tests.conftest import missing
 
 Make = Callable[..., SignalBuffer]
 NEWEST = "99999999999999-0"
@@ -21,7 +22,7 @@ def make(request: pytest.FixtureRequest, redis_urls: dict[str, str]) -> Make:
             Bounds(signals, bytes, retention_s), MemoryBuffer(Bounds(signals, bytes, retention_s))
         )
     if request.param not in redis_urls:
-        pytest.skip(f"{request.param} is not installed")
+        missing(request.param)
     client = redis.Redis.from_url(redis_urls[request.param])
     client.flushall()
     return lambda signals=1000, bytes=2**20, retention_s=3600: RedisBuffer(client, Bounds(signals, bytes, retention_s))
