@@ -1,7 +1,6 @@
 """Traffic through the REST API: real prompts, a fixed number of clients, and what each answer said of itself."""
 
 import random
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -16,18 +15,13 @@ HELD_OUT_FILES = 5  # of a package's files, one in so many gives held-out prompt
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """One answered request. τ is tokens per target forward, the step's block efficiency."""
+    """One answered request."""
 
     tokens: int
     steps: int
     overlap: float | None  # mean Σ min(p, q); None where nothing was drafted
     versions: tuple[int, ...]
     text: str
-    finished_at: float
-
-    @property
-    def tau(self) -> float:
-        return self.tokens / self.steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +133,6 @@ def _served(answer: dict[str, Any]) -> Served:
         overlap=speculation["acceptance_rate"],
         versions=tuple(part["version"] for part in speculation["draft_versions"]),
         text=answer["choices"][0]["text"],
-        finished_at=time.monotonic(),
     )
 
 

@@ -64,7 +64,7 @@ def test_a_moving_ratio_is_of_what_is_inside_the_window() -> None:
 
 def test_swaps_are_marked_where_a_version_first_drafts(tmp_path: Path) -> None:
     """The first version is no swap; the chart is a picture."""
-    served = [Served(10, 5, 0.5, (v,), "", 0.0) for v in (0, 1, 1, 2, 1, 3)]
+    served = [Served(10, 5, 0.5, (v,), "") for v in (0, 1, 1, 2, 1, 3)]
     curve = LearningCurve(served, 1.5, 2.0, 0.4, 0.5)
     assert curve.swaps == [(3, 2), (5, 3)]
     assert draw(curve, tmp_path / "a" / "chart.png").read_bytes().startswith(b"\x89PNG")
