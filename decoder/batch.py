@@ -1,11 +1,14 @@
 """The batch: the rows that are decoded together, and one speculative step over all of them.
 
-    step()  =  plan  →  draft  →  verify  →  commit
+    step()  =  prefill  →  plan  →  draft  →  verify  →  commit
 
-Row i lives in slot i of every cache. Legend: B rows, G drafted positions, T = G + 1 verified positions, V vocabulary.
+Row i lives in slot i of every cache; the first `ready` rows have their prompts encoded and take part in steps.
+Legend: B rows, G drafted positions, T = G + 1 verified positions, V vocabulary.
 """
 
 import logging
+import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -14,30 +17,51 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from decoder.control import Control, StepCosts
+from decoder.device import upload
 from decoder.drafters.chain import Proposal, propose_chain
 from decoder.drafts import LiveDraft
 from decoder.models import LanguageModel
-from decoder.observe import Observation, observe
+from decoder.observe import Observation, StepTrace, observe
+from decoder.prefixes import Context, Prefixes
 from decoder.rows import Row
 from decoder.sampling import Sampling, probabilities
 from decoder.slots import Rows
-from decoder.verify import Verdict, verify
+from decoder.verify import Verdict, judge
 from online.messages import TokenLogprob
 from online.metrics import ServiceMetrics
 
 log = logging.getLogger("slipstream.batch")
 R = TypeVar("R")
 
+FEED = 8  # tokens that a draft may lack and still get with its first forward; more are encoded before
+DRAFT_PREFILL = 4  # prompt tokens of a draft that cost about as much as one of the target
+PROBED = 8  # tokens that a row must have emitted plainly before its draft is probed on them
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    slots: int
+    kept_contexts: int  # slots beyond those of rows
+    gamma: int
+    prefill_tokens: int
+    signal_top_k: int
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """What one step is about to do with its rows."""
 
+    rows: list[Row]
     drafted: list[int]  # tokens to draft, by row
     sampling: Sampling
     draft_uniform_BG: Tensor
     accept_uniform_BG: Tensor
     emit_uniform_B: Tensor
+
+    @property
+    def gamma(self) -> int:
+        return max(self.drafted)
 
 
 class Batch:
@@ -47,109 +71,244 @@ class Batch:
         self,
         target: LanguageModel,
         drafts: Mapping[str, LiveDraft],
-        gamma: int,
-        signal_top_k: int,
+        limits: BatchLimits,
         metrics: ServiceMetrics,
         device: torch.device | str = "cpu",
     ) -> None:
         self.rows: list[Row] = []
-        self.target, self.drafts = target, drafts
-        self._gamma, self._signal_top_k = gamma, signal_top_k
+        self.target, self.drafts, self.limits = target, drafts, limits
+        self.control = Control(StepCosts(limits.gamma, limits.slots), limits.gamma)
+        self._prefixes = Prefixes(range(limits.slots, limits.slots + limits.kept_contexts))
         self._metrics, self._device = metrics, device
+        self._sampling: tuple[list[Row], Sampling] | None = None
+
+    def measure_costs(self) -> None:
+        """Times both models, for the choice of γ. Only while the batch is empty."""
+        draft = next(iter(self.drafts.values())).model
+        self.control.costs.measure(self.target, draft, self.limits.slots)
+
+    @property
+    def ready(self) -> int:
+        """Rows before the first one that waits for its prompt."""
+        return next((i for i, row in enumerate(self.rows) if row.waits_for_prefill), len(self.rows))
 
     def step(self) -> None:
-        """Every row emits at least one token. Rows that end have a finish reason, and stay until `release`."""
-        plan = self._plan()
+        """Every ready row emits at least one token. Rows that end have a finish reason, and stay until `release`."""
+        self._prefill()
+        if not (ready := self.ready):
+            return
+        drafted = self._choose(self.rows[:ready])
+        started = time.perf_counter()
+        plan = self._plan(self.rows[:ready], drafted)
         proposal = self._draft(plan)
         verdict, observation = self._verify(plan, proposal)
-        self._commit(plan, proposal, verdict, observation)
+        self._commit(plan, verdict.read(proposal.tokens_BG), observation)
+        self.control.stepped(ready, plan.gamma, time.perf_counter() - started)
 
     # ── joining and leaving ──
 
     def join(self, rows: list[Row]) -> None:
-        """Takes rows in: all of their prompt but its last token, which is the first step's input like any step's."""
-        first = len(self.rows)
-        self.rows += rows
-        self._prefill(self.target, slice(first, len(self.rows)), [list(row.query.prompt_ids[:-1]) for row in rows])
-        drafting = [slot for slot in range(first, len(self.rows)) if self.rows[slot].gamma(self._gamma)]
-        for draft, members in self._by_draft(drafting):
-            self._guarded(draft, lambda d=draft, m=members: self._prefill_draft(d, m))  # type: ignore[misc]
+        """Takes rows in. Their prompts are encoded by the next steps, beyond what another context shares with them."""
+        for row in rows:
+            draft = self.drafts[row.query.route]
+            row.acceptance.parent = draft.acceptance
+            prompt = row.tokens[:-1]
+            found = self._prefixes.longest(row.query.route, prompt, map(self._context, range(len(self.rows))))
+            if found is not None:
+                context, row.cached = found
+                self.target.copy(context.slot, len(self.rows), row.cached)
+                # What another version wrote would cost acceptance for as long as the prefix is popular.
+                if context.draft_version == draft.version and draft.usable:
+                    row.draft_cached, row.draft_version = min(context.draft_cached, row.cached), draft.version
+                    self._guarded(draft, lambda: draft.model.copy(context.slot, len(self.rows), row.draft_cached))  # noqa: B023
+            self._metrics.prefix(len(prompt), row.cached)
+            self.rows.append(row)
 
     def release(self) -> list[Row]:
-        """Takes finished rows out and closes the holes they leave: the last row moves into the first hole."""
+        """Takes finished rows out, keeps their contexts for others, and closes the holes they leave."""
         finished = []
         for slot in reversed(range(len(self.rows))):
-            if self.rows[slot].finish_reason is None:
+            row = self.rows[slot]
+            if row.finish_reason is None:
                 continue
-            finished.append(self.rows[slot])
-            moved = self.rows.pop()
-            if slot < len(self.rows):
-                self.rows[slot] = moved
-                last = len(self.rows)
-                self.target.move(last, slot, len(moved.tokens))
-                self.drafts[moved.query.route].model.move(last, slot, moved.draft_cached)
+            finished.append(row)
+            context = self._context(slot)
+            if (kept := self._prefixes.keep(context)) is not None:
+                self._copy(row, slot, kept)
+            self._close(slot)
         return finished
 
-    def _prefill(self, model: LanguageModel, rows: Rows, prompts: list[list[int]]) -> None:
-        if longest := max(map(len, prompts)):
-            ids_BT, _ = self._ragged(prompts)
-            model.forward(rows, ids_BT, torch.zeros(len(prompts), dtype=torch.long), longest, keep=1)
+    def clear(self) -> list[Row]:
+        """Drops all rows, whatever state they and the caches are in."""
+        rows, self.rows = self.rows, []
+        self._prefixes.clear()
+        return rows
 
-    def _prefill_draft(self, draft: LiveDraft, members: list[int]) -> None:
-        prompts = [self.rows[i].tokens[:-1] for i in members]
-        self._prefill(draft.model, _rows(members), prompts)
-        for i, prompt in zip(members, prompts, strict=True):
-            self.rows[i].draft_cached = len(prompt)
+    def _close(self, hole: int) -> None:
+        """Ready rows stay before those that wait for their prompts: the last of the ready, then the last of all move up."""
+        for last in (self.ready - 1, len(self.rows) - 1):
+            if hole < last:
+                self.rows[hole] = self.rows[last]
+                self._copy(self.rows[hole], last, hole)
+                hole = last
+        self.rows.pop()
+
+    def _copy(self, row: Row, source: int, destination: int) -> None:
+        self.target.copy(source, destination, row.cached)
+        draft = self.drafts[row.query.route]
+        if draft.usable and row.draft_cached:
+            draft.model.copy(source, destination, row.draft_cached)
+
+    def _context(self, slot: int) -> Context:
+        row = self.rows[slot]
+        draft_cached = min(row.draft_cached, row.cached)
+        return Context(slot, row.query.route, row.tokens[: row.cached], draft_cached, row.draft_version)
+
+    # ── prefill ──
+
+    def _prefill(self) -> None:
+        """Encodes the next piece of the prompts that wait."""
+        first = self.ready
+        waiting = [row.tokens[row.cached : len(row.query.prompt_ids) - 1] for row in self.rows[first:]]
+        pieces = fit(waiting, self.limits.prefill_tokens)
+        members = list(range(first, first + len(pieces)))
+        self._encode(self.target, members, pieces, [self.rows[i].cached for i in members])
+        for i, piece in zip(members, pieces, strict=True):
+            self.rows[i].cached += len(piece)
+
+    def _catch_up(self, members: list[int]) -> None:
+        """Encodes what drafts lack of their rows' contexts; what does not fit now is left for the next steps."""
+        for draft, group in self._by_draft(members):
+            lacking = [self.rows[i].tokens[self.rows[i].draft_cached : -1] for i in group]
+            pieces = fit(lacking, DRAFT_PREFILL * self.limits.prefill_tokens)
+            fed = group[: len(pieces)]
+            starts = [self.rows[i].draft_cached for i in fed]
+            self._guarded(draft, lambda d=draft, f=fed, p=pieces, s=starts: self._encode(d.model, f, p, s))  # type: ignore[misc]
+            for i, piece in zip(fed, pieces, strict=True):
+                self._fed(self.rows[i], draft, len(piece))
+
+    def _encode(self, model: LanguageModel, members: list[int], pieces: list[list[int]], starts: list[int]) -> None:
+        if members:
+            upto = max(start + len(piece) for start, piece in zip(starts, pieces, strict=True))
+            model.encode(_rows(members), self._ragged(pieces), self._integers(starts), upto)
+
+    def _fed(self, row: Row, draft: LiveDraft, tokens: int) -> None:
+        if row.draft_cached == 0:
+            row.draft_version = draft.version
+        row.draft_cached += tokens if draft.usable else 0
+
+    # ── plan ──
+
+    def _choose(self, rows: list[Row]) -> list[int]:
+        """How many tokens each row drafts in this step."""
+        usable = [self.drafts[row.query.route].usable for row in rows]
+        ours = [i for i, row in enumerate(rows) if usable[i] and row.query.gamma is None]
+        gamma = self.control.gamma([rows[i].acceptance.rate for i in ours], len(rows))
+        if gamma == 0 and self.control.credit_s > 0:
+            self._probe(ours)
+        drafted = [row.drafted(gamma) if able else 0 for row, able in zip(rows, usable, strict=True)]
+        self._catch_up([i for i, count in enumerate(drafted) if count and rows[i].draft_lag > FEED])
+        return [0 if rows[i].draft_lag > FEED else count for i, count in enumerate(drafted)]
+
+    def _probe(self, members: list[int]) -> None:
+        """Without drafting nothing is learnt of the draft: now and then a row's own output shows what it would accept."""
+        known = {i: min(self.rows[i].draft_lag - 1, self.rows[i].emitted) for i in members}
+        ripe = [i for i in members if known[i] >= PROBED]
+        if not ripe:
+            return
+        started = time.perf_counter()
+        best = max(ripe, key=lambda i: known[i] / self.rows[i].draft_lag)
+        draft = self.drafts[self.rows[best].query.route]
+        if self.rows[best].draft_lag > DRAFT_PREFILL * self.limits.prefill_tokens:
+            self._catch_up([best])
+        else:
+            self._guarded(draft, lambda: self._measure(best, known[best], draft))
+        self.control.spent(time.perf_counter() - started)
+
+    def _measure(self, slot: int, known: int, draft: LiveDraft) -> None:
+        """Σ_x min(p(x), q(x)) is the mean of min(1, q(x) / p(x)) over x from p: over tokens that plain steps emitted."""
+        row = self.rows[slot]
+        fed, start = row.tokens[row.draft_cached : -1], row.draft_cached
+        ids_BT, starts_B = self._ragged([fed]), self._integers([start])
+        logits_BTV = draft.model.forward(slice(slot, slot + 1), ids_BT, starts_B, start + len(fed))[:, -known:]
+        query = row.query
+        sampling = Sampling.of([query.temperature], [query.top_k], [query.top_p], self.target.vocab_size, self._device)
+        emitted_1T1 = self._integers(row.tokens[-known:])[None, :, None]
+        q = probabilities(logits_BTV, sampling).gather(-1, emitted_1T1).flatten().cpu().numpy()
+        p = np.array(row.emitted_p[-known:])
+        drawn = ~np.isnan(p)
+        overlap, compared = float(np.minimum(1, q / p)[drawn].sum()), int(drawn.sum())
+        row.stats.add_probe(overlap, compared)
+        row.acceptance.add(overlap, compared)
+        self._fed(row, draft, len(fed))
+
+    def _plan(self, rows: list[Row], drafted: list[int]) -> StepPlan:
+        gamma = max(drafted)
+        uniform = np.zeros((len(rows), 2 * gamma + 1))
+        for i, (row, count) in enumerate(zip(rows, drafted, strict=True)):
+            if row.query.temperature > 0:
+                # A row draws only for itself, so its randomness does not depend on who shares the batch.
+                own = row.rng.random(2 * count + 1)
+                uniform[i, :count], uniform[i, gamma : gamma + count] = own[:count], own[count:-1]
+                uniform[i, -1] = own[-1]
+        uniform_BU = upload(uniform, self._device)
+        return StepPlan(
+            rows, drafted, self._sampling_of(rows), uniform_BU[:, :gamma], uniform_BU[:, gamma:-1], uniform_BU[:, -1]
+        )
+
+    def _sampling_of(self, rows: list[Row]) -> Sampling:
+        """Made anew only when other rows decode than in the step before."""
+        if self._sampling is None or self._sampling[0] != rows:
+            queries = [row.query for row in rows]
+            sampling = Sampling.of(
+                [q.temperature for q in queries],
+                [q.top_k for q in queries],
+                [q.top_p for q in queries],
+                self.target.vocab_size,
+                self._device,
+            )
+            self._sampling = rows, sampling
+        return self._sampling[1]
 
     # ── draft ──
 
-    def _plan(self) -> StepPlan:
-        drafted = [row.gamma(self._gamma) if self.drafts[row.query.route].usable else 0 for row in self.rows]
-        gamma = max(drafted)
-        uniform = np.zeros((len(self.rows), 2 * gamma + 1))
-        for i, (row, count) in enumerate(zip(self.rows, drafted, strict=True)):
-            # A row draws only for itself, so its randomness does not depend on who shares the batch.
-            own = row.rng.random(2 * count + 1)
-            uniform[i, :count], uniform[i, gamma : gamma + count], uniform[i, -1] = own[:count], own[count:-1], own[-1]
-        uniform_BU = torch.from_numpy(uniform).to(self._device)
-        queries = [row.query for row in self.rows]
-        sampling = Sampling.of(
-            [q.temperature for q in queries],
-            [q.top_k for q in queries],
-            [q.top_p for q in queries],
-            self.target.vocab_size,
-            self._device,
-        )
-        return StepPlan(drafted, sampling, uniform_BU[:, :gamma], uniform_BU[:, gamma:-1], uniform_BU[:, -1])
-
     def _draft(self, plan: StepPlan) -> Proposal:
         """One proposal for all rows; each route's draft fills in its own."""
-        proposal = Proposal.empty(len(self.rows), max(plan.drafted), self.target.vocab_size, self._device)
-        for draft, members in self._by_draft([i for i, count in enumerate(plan.drafted) if count]):
-            ready = self._guarded(draft, lambda d=draft, m=members: self._propose(d, m, plan))  # type: ignore[misc]
-            if ready is not None:
-                proposal.put(members, ready)
+        members = [i for i, count in enumerate(plan.drafted) if count]
+        groups = self._by_draft(members)
+        proposals = [self._guarded(d, lambda d=d, g=group: self._propose(d, g, plan)) for d, group in groups]  # type: ignore[misc]
+        if len(groups) == 1 and len(members) == len(plan.rows) and proposals[0] is not None:
+            return proposals[0]
+        greedy, vocabulary = plan.sampling.all_greedy, self.target.vocab_size
+        proposal = Proposal.empty(len(plan.rows), plan.gamma, vocabulary, self._device, greedy)
+        for (_, group), part in zip(groups, proposals, strict=True):
+            if part is not None:
+                proposal.put(group, part)
+            else:
+                for i in group:
+                    plan.drafted[i] = 0
         return proposal
 
     def _propose(self, draft: LiveDraft, members: list[int], plan: StepPlan) -> Proposal:
-        rows = [self.rows[i] for i in members]
-        starts = [row.draft_cached for row in rows]
-        unseen_BT, unseen_B = self._ragged([row.tokens[row.draft_cached :] for row in rows])
+        rows = [plan.rows[i] for i in members]
+        unseen = [row.tokens[row.draft_cached :] for row in rows]
+        everyone = len(members) == len(plan.rows)
         gamma = max(plan.drafted[i] for i in members)
         proposal = propose_chain(
             draft.model,
             _rows(members),
-            unseen_BT,
-            unseen_B,
-            torch.tensor(starts, device=self._device),
+            self._ragged(unseen),
+            self._integers([len(tokens) for tokens in unseen]),
+            self._integers([row.draft_cached for row in rows]),
             max(len(row.tokens) for row in rows),
-            torch.tensor([plan.drafted[i] for i in members], device=self._device),
+            self._integers([plan.drafted[i] for i in members]),
             gamma,
-            plan.sampling.select(members),
-            plan.draft_uniform_BG[members],
+            plan.sampling if everyone else plan.sampling.select(members),
+            plan.draft_uniform_BG if everyone else plan.draft_uniform_BG[members],
         )
         for row in rows:
-            row.draft_cached = len(row.tokens) + gamma - 1  # cut back in _commit, where a rejection came earlier
+            # Cut back in _commit, where a rejection came earlier.
+            self._fed(row, draft, len(row.tokens) + gamma - 1 - row.draft_cached)
         return proposal
 
     def _by_draft(self, members: list[int]) -> list[tuple[LiveDraft, list[int]]]:
@@ -164,6 +323,9 @@ class Batch:
             return work()
         except Exception:
             draft.fail()
+            for row in self.rows:
+                if row.query.route == draft.route:
+                    row.draft_cached = 0
             self._metrics.faults.labels("draft").inc()
             log.exception("draft of route %s failed; its rows are decoded without one", draft.route)
             return None
@@ -171,49 +333,65 @@ class Batch:
     # ── verify ──
 
     def _verify(self, plan: StepPlan, proposal: Proposal) -> tuple[Verdict, Observation | None]:
-        last_B1 = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self._device)
-        starts = [len(row.tokens) - 1 for row in self.rows]
-        ids_BT = torch.cat([last_B1, proposal.tokens_BG], 1)
+        last_B1 = self._integers([row.tokens[-1] for row in plan.rows])[:, None]
+        ids_BT = torch.cat([last_B1, proposal.tokens_BG], 1) if plan.gamma else last_B1
         # A row's longest context is its own, not the padded one: padding writes, but nobody reads it.
-        upto = max(start + 1 + count for start, count in zip(starts, plan.drafted, strict=True))
-        logits_BTV = self.target.forward(slice(0, len(self.rows)), ids_BT, torch.tensor(starts), upto)
-        verdict = verify(
-            probabilities(logits_BTV, plan.sampling),
-            proposal.probs_BGV,
-            proposal.tokens_BG,
-            proposal.drafted_B,
-            plan.accept_uniform_BG,
-            plan.emit_uniform_B,
-        )
-        reported = max((row.query.logprobs or 0 for row in self.rows), default=0)
-        wanted = any(row.trace is not None or row.query.logprobs is not None for row in self.rows)
-        seen = observe(logits_BTV, proposal, verdict, self._signal_top_k, reported) if wanted else None
-        return verdict, seen
+        upto = max(row.cached + 1 + count for row, count in zip(plan.rows, plan.drafted, strict=True))
+        starts_B = self._integers([row.cached for row in plan.rows])
+        logits_BTV = self.target.forward(slice(0, len(plan.rows)), ids_BT, starts_B, upto)
+        verdict = judge(logits_BTV, proposal, plan.sampling, plan.accept_uniform_BG, plan.emit_uniform_B)
+        if not any(row.trace is not None or row.query.logprobs is not None for row in plan.rows):
+            return verdict, None
+        reported = max(row.query.logprobs or 0 for row in plan.rows)
+        return verdict, observe(logits_BTV, proposal, verdict, self.limits.signal_top_k, reported)
 
     # ── commit ──
 
-    def _commit(self, plan: StepPlan, proposal: Proposal, verdict: Verdict, seen: Observation | None) -> None:
-        tokens, drafted = proposal.tokens_BG.tolist(), proposal.drafted_B.tolist()
-        accepted, following, overlap = verdict.accepted_B.tolist(), verdict.next_B.tolist(), verdict.overlap_B.tolist()
-        for i, row in enumerate(self.rows):
+    def _commit(self, plan: StepPlan, verdicts: list[list[float]], seen: Observation | None) -> None:
+        emitted = 0
+        for i, (row, drafted, verdict) in enumerate(zip(plan.rows, plan.drafted, verdicts, strict=True)):
+            accepted, following, following_p, overlap, *draft = verdict
+            accepted = int(accepted)
             start, version = row.emitted, self.drafts[row.query.route].version
-            new = [*tokens[i][: accepted[i]], following[i]]
+            new = [*map(int, draft[:accepted]), int(following)]
             taken, text = row.extend(new)
-            row.draft_cached = min(row.draft_cached, len(row.tokens) - 1)
-            row.stats.add_step(drafted[i], accepted[i], overlap[i], taken, version)
-            self._metrics.step(drafted[i], accepted[i], taken)
+            row.emitted_p += [*[math.nan] * accepted, following_p][:taken]
+            row.cached = len(row.tokens) - 1
+            row.draft_cached = min(row.draft_cached, row.cached)
+            row.stats.add_step(drafted, accepted, overlap, taken, version)
+            row.acceptance.add(overlap, min(accepted + 1, drafted))
+            emitted += taken
             logprobs: tuple[TokenLogprob, ...] = ()
             if seen is not None and row.trace is not None:
-                row.trace.steps.append(seen.trace(i, start, drafted[i], accepted[i], version, self._signal_top_k))
+                row.trace.steps.append(StepTrace(seen, i, start, drafted, accepted, version))
             if seen is not None and (top := row.query.logprobs) is not None:
                 logprobs = tuple(seen.token_logprob(i, j, new[j], top) for j in range(taken))
             row.deliver(text, new[:taken], logprobs)
+        self._metrics.step(plan.drafted, [int(verdict[0]) for verdict in verdicts], emitted)
 
-    def _ragged(self, sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Token lists as one padded [B, T] and their lengths [B]."""
-        lengths = [len(sequence) for sequence in sequences]
-        padded = [[*sequence, *[0] * (max(lengths) - len(sequence))] for sequence in sequences]
-        return torch.tensor(padded, device=self._device), torch.tensor(lengths, device=self._device)
+    def _integers(self, values: list[int]) -> Tensor:
+        return upload(np.array(values, np.int64), self._device)
+
+    def _ragged(self, sequences: list[list[int]]) -> Tensor:
+        """Token lists as one padded [B, T]."""
+        padded = np.zeros((len(sequences), max(map(len, sequences))), np.int64)
+        for row, sequence in zip(padded, sequences, strict=True):
+            row[: len(sequence)] = sequence
+        return upload(padded, self._device)
+
+
+def fit(sequences: list[list[int]], budget: int) -> list[list[int]]:
+    """As many of the first sequences as `budget` tokens hold, padding included; only the last of them is cut."""
+    pieces: list[list[int]] = []
+    longest = 0
+    for sequence in sequences:
+        longest = max(longest, len(sequence))
+        if pieces and longest * (len(pieces) + 1) > budget:
+            break
+        pieces.append(sequence[:budget])
+        if len(sequence) > budget:
+            break  # those behind it wait: the ready ones come first
+    return pieces
 
 
 def _rows(members: list[int]) -> Rows:

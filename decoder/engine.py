@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from tokenizers import Tokenizer
 
-from decoder.batch import Batch
+from decoder.batch import Batch, BatchLimits
 from decoder.drafts import LiveDraft
 from decoder.models import LanguageModel
 from decoder.recorder import Recorder
@@ -27,14 +27,10 @@ log = logging.getLogger("slipstream.engine")
 MAX_FAULTS = 3  # steps failing in a row after which the engine calls itself dead
 
 
-@dataclass(frozen=True, slots=True)
-class EngineLimits:
-    slots: int
+@dataclass(frozen=True)
+class EngineLimits(BatchLimits):
     max_waiting: int
     max_context: int
-    gamma: int
-    prefill_tokens: int
-    signal_top_k: int
 
 
 class Engine:
@@ -50,7 +46,7 @@ class Engine:
         closed_routes: frozenset[str] = frozenset(),
         device: torch.device | str = "cpu",
     ) -> None:
-        self.batch = Batch(target, drafts, limits.gamma, limits.signal_top_k, metrics, device)
+        self.batch = Batch(target, drafts, limits, metrics, device)
         self.limits = limits
         self._tokenizer, self._eos_ids, self._closed_routes = tokenizer, eos_ids, closed_routes
         self._recorder, self._metrics = recorder, metrics
@@ -66,6 +62,7 @@ class Engine:
     # ── called from other threads ──
 
     def start(self) -> None:
+        self.batch.measure_costs()
         self._thread.start()
 
     def stop(self) -> None:
@@ -159,16 +156,9 @@ class Engine:
             self._metrics.admitted(len(row.query.prompt_ids), time.monotonic() - row.arrived_at)
 
     def _take_waiting(self) -> list[Row]:
-        """Rows for the free slots, as many as the prefill budget allows, but one at least."""
-        joined: list[Row] = []
-        longest = 0
         with self._wake:
-            while self._waiting and len(self.batch.rows) + len(joined) < self.limits.slots:
-                longest = max(longest, len(self._waiting[0].query.prompt_ids))
-                if joined and longest * (len(joined) + 1) > self.limits.prefill_tokens:
-                    break
-                joined.append(self._waiting.popleft())
-        return joined
+            free = self.limits.slots - len(self.batch.rows)
+            return [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
 
     def _retire(self) -> None:
         for row in self.batch.release():
@@ -190,7 +180,7 @@ class Engine:
         log.exception("a step failed; %d rows are lost", len(self.batch.rows))
         self._metrics.faults.labels("engine").inc()
         self._faults += 1
-        rows, self.batch.rows = self.batch.rows, []
+        rows = self.batch.clear()
         if self._faults >= MAX_FAULTS:
             with self._wake:
                 rows += self._waiting

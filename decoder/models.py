@@ -3,16 +3,19 @@
 Legend: B rows, T new tokens, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from decoder import reference
+from decoder import llama, reference
+from decoder.device import dtype_of
+from decoder.llama import Llama
+from decoder.modules import ModuleCache, ModuleModel
 from decoder.slots import Rows, SlotCache
 from online.errors import InvalidRequest
 from online.settings import Settings
@@ -21,58 +24,41 @@ FINGERPRINT_CHUNK = 1 << 24
 
 
 class LanguageModel(Protocol):
-    """What the engine, the drafters and the enumeration test call. Tests have a tabular one."""
+    """What the batch, the drafters and the enumeration test call. Tests have a tabular one."""
 
     vocab_size: int
 
-    def forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, *, keep: int = 0) -> Tensor:
+    def forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> Tensor:
         """Appends `ids_BT` to the rows' contexts, row b from position `starts_B[b]` on, and returns logits [B, T, V].
 
         Whatever a row held from `starts_B[b]` on is replaced. `upto` is the longest context after the call (host-known,
-        so that no device is asked for it). `keep`: only the last so many positions' logits; 0 means all.
+        so that no device is asked for it).
         """
         ...
 
-    def move(self, source: int, destination: int, length: int) -> None:
-        """The context of slot `source` continues in slot `destination`."""
+    def encode(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> None:
+        """Appends like `forward`, without logits: for prompts."""
+        ...
+
+    def copy(self, source: int, destination: int, length: int) -> None:
+        """Slot `destination` now holds the first `length` tokens of slot `source`."""
         ...
 
 
-class SlotModel:
-    """Any `transformers` causal LM over slot caches."""
+class ServedModel(LanguageModel, Protocol):
+    """A model whose weights can be looked at, and replaced between two steps."""
 
-    def __init__(self, module: nn.Module, cache: SlotCache, vocab_size: int) -> None:
-        self.module = module
-        self.cache = cache
-        self.vocab_size = vocab_size
-        self.device = next(module.parameters()).device
+    def weights(self) -> dict[str, Tensor]:
+        """By Hugging Face names, tied ones once, as they are in use: what a safetensors file of the model holds."""
+        ...
 
-    @torch.inference_mode()
-    def forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, *, keep: int = 0) -> Tensor:
-        ids_BT, starts_B = ids_BT.to(self.device), starts_B.to(self.device)
-        # Padding of short rows may point past the end: the last cell belongs to nobody.
-        steps_T = torch.arange(ids_BT.shape[1], device=self.device)
-        positions_BT = (starts_B[:, None] + steps_T).clamp_(max=self.cache.capacity - 1)
-        mask_B1TK = (torch.arange(upto, device=self.device) <= positions_BT[..., None])[:, None]
-        self.cache.aim(rows, positions_BT, upto)
-        logits_BTV: Tensor = self.module(
-            input_ids=ids_BT,
-            position_ids=positions_BT,
-            attention_mask=mask_B1TK,
-            cache=self.cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        ).logits
-        return fit_vocabulary(logits_BTV, self.vocab_size)
+    def prepare(self, weights: Mapping[str, Tensor]) -> Any:
+        """Lays other weights out on the device, beside the live ones. Any thread may call it."""
+        ...
 
-    def move(self, source: int, destination: int, length: int) -> None:
-        self.cache.move(source, destination, length)
-
-
-def fit_vocabulary(logits_BTV: Tensor, vocab_size: int) -> Tensor:
-    """Cuts or pads the last axis: models that share a tokenizer may round their embeddings up differently."""
-    missing = vocab_size - logits_BTV.shape[-1]
-    return logits_BTV if missing == 0 else nn.functional.pad(logits_BTV, (0, missing), value=-torch.inf)
+    def install(self, staged: Any) -> bool:
+        """Puts what `prepare` returned in place, and says whether the device now holds it."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,22 +77,33 @@ class ModelFiles:
         return cls(target, draft, settings.model_name or default)
 
 
-def device_of(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
-
-
 def load_module(source: str | Path, device: torch.device, dtype: str) -> nn.Module:
-    """A causal LM from a folder or hub id, ready to serve.
-
-    `dtype` "auto" is float32 on a CPU, where half precision saves nothing for small models, and as stored elsewhere.
-    """
-    wanted: str | torch.dtype = dtype if dtype == "auto" else getattr(torch, dtype)
-    if dtype == "auto" and device.type == "cpu":
-        wanted = torch.float32
-    module: nn.Module = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, attn_implementation="sdpa")
+    """A causal LM from a folder or hub id, ready to serve."""
+    module: nn.Module = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype_of(dtype, device), attn_implementation="sdpa"
+    )
     return module.to(device).eval().requires_grad_(False)
+
+
+def load_models(
+    source: str | Path, count: int, slots: int, capacity: int, device: torch.device, dtype: str, vocab_size: int = 0
+) -> list[ServedModel]:
+    """`count` models from one folder or hub id, over one cache of `slots` contexts of `capacity` tokens.
+
+    A sequence is drafted by one of the routes' drafts, which have the same shape: so they can share their slots.
+    `vocab_size` is the target's, whatever a draft's own is; 0: the model's own.
+    """
+    modules = [load_module(source, device, dtype) for _ in range(count)]
+    size = vocab_size or modules[0].get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+    return over_slots(modules, slots, capacity, size)
+
+
+def over_slots(modules: list[nn.Module], slots: int, capacity: int, vocab_size: int) -> list[ServedModel]:
+    if llama.supported(modules[0].config):  # type: ignore[arg-type]
+        cache = SlotCache(slots, capacity)
+        return [Llama(module, cache, vocab_size) for module in modules]
+    shared = ModuleCache(slots, capacity)
+    return [ModuleModel(module, shared, vocab_size) for module in modules]
 
 
 def load_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
@@ -152,20 +149,24 @@ def context_limit(source: str) -> int:
     return int(getattr(config, "max_position_embeddings", None) or 2048)
 
 
-def own_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, tied ones once: what a draft's safetensors file holds."""
-    tied: Sequence[str] | dict[str, str] = getattr(module, "all_tied_weights_keys", None) or ()
-    return {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if name not in tied}
+def end_ids(source: str) -> frozenset[int]:
+    """The tokens that end a sequence."""
+    end = AutoConfig.from_pretrained(source).get_text_config().eos_token_id
+    try:
+        end = GenerationConfig.from_pretrained(source).eos_token_id or end
+    except OSError:
+        pass  # a model folder need not have a generation_config.json
+    return frozenset(end if isinstance(end, list) else [] if end is None else [end])
 
 
 @torch.inference_mode()
-def fingerprint(module: nn.Module) -> str:
+def fingerprint(model: ServedModel) -> str:
     """A 64-bit checksum of the weights as they are on the device: cheap enough to compare before and after a swap.
 
     It sees values and their order. It is no defence against an adversary; the sha256 of the file is.
     """
     total = 0
-    for index, (_, tensor) in enumerate(sorted(own_weights(module).items())):
+    for index, (_, tensor) in enumerate(sorted(model.weights().items())):
         words = tensor.detach().contiguous().flatten()
         words = words.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[words.element_size()])
         for at in range(0, len(words), FINGERPRINT_CHUNK):

@@ -1,6 +1,6 @@
 """The recorder: finished requests become signals in Redis, without the engine ever waiting for it.
 
-The engine hands over arrays it has anyway. A background thread joins, encodes and appends them; when its queue is full
+The engine hands over what it has on the device anyway. A background thread waits for it to arrive, joins, encodes and appends them; when its queue is full
 or Redis is away, signals are dropped and counted.
 """
 
@@ -8,13 +8,12 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 from redis import RedisError
 
+from decoder.observe import StepTrace
 from online.buffer import SignalBuffer
 from online.messages import Query
 from online.metrics import ServiceMetrics
@@ -23,21 +22,6 @@ from online.signals import Signal, encode
 log = logging.getLogger("slipstream.recorder")
 
 RETRY_S = 1.0  # after a failed append, how long signals are dropped without trying again
-
-
-@dataclass(frozen=True, slots=True)
-class StepTrace:
-    """What one row saw in one step. D drafted tokens, D + 1 verified positions, K = top-k."""
-
-    start: int  # index into the output of the first token that the step could emit
-    accepted: int
-    version: int
-    draft_ids: NDArray[np.int64]  # [D]
-    draft_logp: NDArray[np.float32]  # [D]
-    top_ids: NDArray[np.int64]  # [D + 1, K]
-    top_logp: NDArray[np.float32]  # [D + 1, K]
-    rest_mass: NDArray[np.float32]  # [D + 1]
-    draft_top_logp: NDArray[np.float32]  # [D, K]
 
 
 @dataclass(slots=True)
@@ -104,7 +88,8 @@ class Recorder:
 
 def to_signal(trace: Trace, model: str) -> Signal:
     query, steps = trace.query, trace.steps
-    joined: Callable[[str], NDArray[np.generic]] = lambda name: np.concatenate([getattr(s, name) for s in steps])
+    parts = [step.arrays() for step in steps]
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Signal(
         request_id=query.id,
         route=query.route,
@@ -115,13 +100,13 @@ def to_signal(trace: Trace, model: str) -> Signal:
         prompt_ids=np.array(query.prompt_ids, np.int32),
         output_ids=np.array(trace.output_ids, np.int32),
         step_start=np.array([s.start for s in steps], np.int32),
-        step_drafted=np.array([len(s.draft_ids) for s in steps], np.int32),
+        step_drafted=np.array([s.drafted for s in steps], np.int32),
         step_accepted=np.array([s.accepted for s in steps], np.int32),
         step_version=np.array([s.version for s in steps], np.int32),
-        draft_ids=joined("draft_ids").astype(np.int32),
-        draft_logp=joined("draft_logp").astype(np.float16),
-        top_ids=joined("top_ids").astype(np.int32),
-        top_logp=joined("top_logp").astype(np.float16),
-        rest_mass=joined("rest_mass").astype(np.float16),
-        draft_top_logp=joined("draft_top_logp").astype(np.float16),
+        draft_ids=joined["draft_ids"].astype(np.int32),
+        draft_logp=joined["draft_logp"].astype(np.float16),
+        top_ids=joined["top_ids"],
+        top_logp=joined["top_logp"].astype(np.float16),
+        rest_mass=joined["rest_mass"].astype(np.float16),
+        draft_top_logp=joined["draft_top_logp"].astype(np.float16),
     )

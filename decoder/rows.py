@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 from tokenizers import Tokenizer
 
+from decoder.control import ROW_MEMORY, Acceptance
 from decoder.recorder import Trace
 from decoder.text import TextStream
 from online.messages import Delta, FinishReason, Query, SpeculationStats, TokenLogprob
@@ -18,7 +19,11 @@ class Row:
         self.query = query
         self.on_delta = on_delta
         self.tokens = list(query.prompt_ids)  # prompt and output; the last one is in no cache yet
-        self.draft_cached = 0  # tokens whose keys and values the draft's slot holds
+        self.cached = 0  # tokens whose keys and values the target's slot holds
+        self.draft_cached = 0  # the same in the draft's
+        self.draft_version = 0  # which began to write them
+        self.acceptance = Acceptance(ROW_MEMORY)
+        self.emitted_p: list[float] = []  # of each output token: its probability, where it was the target's own draw
         self.rng = np.random.Generator(np.random.Philox(query.seed))
         self.text = TextStream(tokenizer, query.stop)
         self.stats = SpeculationStats()
@@ -36,9 +41,19 @@ class Row:
     def emitted(self) -> int:
         return len(self.tokens) - len(self.query.prompt_ids)
 
-    def gamma(self, default: int) -> int:
-        """Tokens worth drafting now: the last token that may be emitted comes from the target anyway."""
-        wanted = default if self.query.gamma is None else self.query.gamma
+    @property
+    def waits_for_prefill(self) -> bool:
+        """Whether prompt tokens are missing; the last one is the first step's input, like any step's."""
+        return self.cached < len(self.query.prompt_ids) - 1
+
+    @property
+    def draft_lag(self) -> int:
+        """Tokens that the draft's slot lacks. One is the rule: the last token, which is in no cache."""
+        return len(self.tokens) - self.draft_cached
+
+    def drafted(self, gamma: int) -> int:
+        """Tokens to draft now: the request's own wish, else `gamma`; the last one comes from the target anyway."""
+        wanted = gamma if self.query.gamma is None else self.query.gamma
         return max(0, min(wanted, self.query.max_tokens - self.emitted - 1))
 
     def extend(self, token_ids: list[int]) -> tuple[int, str]:

@@ -17,6 +17,7 @@ class Sampling:
     temperature_B: Tensor  # 0: greedy
     top_k_B: Tensor  # V: all
     top_p_B: Tensor  # 1: all
+    all_greedy: bool
     any_greedy: bool
     any_truncated: bool
 
@@ -34,6 +35,7 @@ class Sampling:
             torch.tensor(temperature, dtype=torch.float32, device=device),
             torch.tensor(top_k, device=device),
             torch.tensor(top_p, dtype=torch.float32, device=device),
+            all_greedy=max(temperature) == 0,
             any_greedy=min(temperature) == 0,
             any_truncated=min(top_k) < vocab_size or min(top_p) < 1,
         )
@@ -44,6 +46,7 @@ class Sampling:
             self.temperature_B[members],
             self.top_k_B[members],
             self.top_p_B[members],
+            self.all_greedy,
             self.any_greedy,
             self.any_truncated,
         )
@@ -67,6 +70,12 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         greedy = torch.zeros_like(probs).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         probs = torch.where(temperature > 0, probs, greedy)
     return probs
+
+
+def fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
+    """Cuts or pads the last axis: models that share a tokenizer may round their embeddings up differently."""
+    missing = vocab_size - logits.shape[-1]
+    return logits if missing == 0 else torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
 
 
 def sample(probs: Tensor, uniform: Tensor) -> Tensor:

@@ -10,21 +10,21 @@ import transformers
 import uvicorn
 from fastapi import FastAPI
 
+from decoder.device import device_of, prefill_tokens
 from decoder.drafts import LiveDraft
 from decoder.engine import Engine, EngineLimits
 from decoder.models import (
     ModelFiles,
-    SlotModel,
+    ServedModel,
     context_limit,
-    device_of,
+    end_ids,
     fingerprint,
-    load_module,
+    load_models,
     load_tokenizer,
     refuse_windows,
 )
 from decoder.recorder import Recorder
 from decoder.service import DecoderService
-from decoder.slots import SlotCache
 from decoder.swap import Swapper
 from decoder.text import HfCodec
 from online.api.app import ApiParts, create_app
@@ -55,20 +55,21 @@ def build(settings: Settings) -> FastAPI:
     database = connect(settings.sql_url)
     registry, ledger = Registry(database), CycleLedger(database)
     buffer = signal_buffer(settings)
-    recorder = Recorder(buffer, fingerprint(target.module), settings.signal_queue, metrics)
+    recorder = Recorder(buffer, fingerprint(target), settings.signal_queue, metrics)
     limits = EngineLimits(
-        settings.slots,
-        settings.max_waiting,
-        max_context,
-        settings.gamma,
-        settings.prefill_tokens,
-        settings.signal_top_k,
+        slots=settings.slots,
+        kept_contexts=settings.kept_contexts,
+        gamma=settings.gamma,
+        prefill_tokens=settings.prefill_tokens or prefill_tokens(device),
+        signal_top_k=settings.signal_top_k,
+        max_waiting=settings.max_waiting,
+        max_context=max_context,
     )
     engine = Engine(
         target,
         drafts,
         codec.backend,
-        _end_ids(target),
+        end_ids(files.target),
         limits,
         recorder,
         metrics,
@@ -82,7 +83,7 @@ def build(settings: Settings) -> FastAPI:
         ArtifactStore(settings.artifacts_path),
         lambda folder: _write_first_draft(files, folder),
         git_commit(),
-        lambda: fingerprint(target.module),
+        lambda: fingerprint(target),
         RolloutGuard(settings.guard_requests),
         metrics,
         settings.poll_s,
@@ -115,26 +116,14 @@ def build(settings: Settings) -> FastAPI:
 
 def _load(
     settings: Settings, files: ModelFiles, device: torch.device, max_context: int
-) -> tuple[HfCodec, SlotModel, dict[str, LiveDraft]]:
+) -> tuple[HfCodec, ServedModel, dict[str, LiveDraft]]:
     tokenizer = load_tokenizer(files)
-    target_module = load_module(files.target, device, settings.dtype)
-    vocab_size = target_module.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     # One cell more than a context can fill: padding is written there.
-    target = SlotModel(target_module, SlotCache(settings.slots, max_context + 1), vocab_size)
-    # Routes' drafts have the same shape and a sequence has one route: their slots can share one cache.
-    cache = SlotCache(settings.slots, max_context + 1)
-    drafts = {
-        route: LiveDraft(route, SlotModel(load_module(files.draft, device, settings.dtype), cache, vocab_size))
-        for route in settings.routes
-    }
-    return HfCodec(tokenizer, files.name, vocab_size), target, drafts
-
-
-def _end_ids(target: SlotModel) -> frozenset[int]:
-    generation, config = target.module.generation_config, target.module.config
-    end = getattr(generation, "eos_token_id", None)
-    end = getattr(config, "eos_token_id", None) if end is None else end
-    return frozenset(end if isinstance(end, list) else [] if end is None else [end])
+    size = settings.slots + settings.kept_contexts, max_context + 1
+    (target,) = load_models(files.target, 1, *size, device, settings.dtype)
+    models = load_models(files.draft, len(settings.routes), *size, device, settings.dtype, target.vocab_size)
+    drafts = {route: LiveDraft(route, model) for route, model in zip(settings.routes, models, strict=True)}
+    return HfCodec(tokenizer, files.name, target.vocab_size), target, drafts
 
 
 def _write_first_draft(files: ModelFiles, folder: Path) -> None:

@@ -11,14 +11,58 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from decoder.sampling import sample
+from decoder.drafters.chain import Proposal
+from decoder.sampling import Sampling, probabilities, sample
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
     accepted_B: Tensor  # drafted tokens kept
     next_B: Tensor  # the token after them, the target's own
+    next_p_B: Tensor  # its probability under the target
     overlap_B: Tensor  # Σ over compared positions (up to the first rejection) of Σ_x min(p(x), q(x))
+
+    def read(self, tokens_BG: Tensor) -> "list[list[float]]":
+        """Everything the host needs, in the step's one transfer: by row accepted, next, next_p, overlap, the draft."""
+        columns = (self.accepted_B, self.next_B, self.next_p_B, self.overlap_B)
+        packed = torch.stack([column.to(torch.float64) for column in columns], 1)  # a float64 holds any token id
+        rows: list[list[float]] = torch.cat([packed, tokens_BG.to(torch.float64)], 1).tolist()
+        return rows
+
+
+def judge(
+    logits_BTV: Tensor,
+    proposal: Proposal,
+    sampling: Sampling,
+    accept_uniform_BG: Tensor,
+    emit_uniform_B: Tensor,
+) -> Verdict:
+    """What a step emits, given the target's logits at the last token and at every drafted one."""
+    if sampling.all_greedy:
+        return verify_greedy(logits_BTV.argmax(-1), proposal.tokens_BG, proposal.drafted_B)
+    probs_BTV = probabilities(logits_BTV, sampling)
+    if logits_BTV.shape[1] == 1:
+        return _plain(probs_BTV[:, 0], emit_uniform_B)
+    return verify(
+        probs_BTV, proposal.probs_BGV, proposal.tokens_BG, proposal.drafted_B, accept_uniform_BG, emit_uniform_B
+    )
+
+
+def verify_greedy(best_BT: Tensor, draft_tokens_BG: Tensor, drafted_B: Tensor) -> Verdict:
+    """`verify` where all distributions have their mass on one token: keeps the draft as far as it is the target's."""
+    if draft_tokens_BG.shape[1] == 0:
+        accepted_B = torch.zeros_like(drafted_B)
+    else:
+        drafted_BG = torch.arange(draft_tokens_BG.shape[1], device=drafted_B.device) < drafted_B[:, None]
+        accepted_B = ((draft_tokens_BG == best_BT[:, :-1]) & drafted_BG).long().cumprod(-1).sum(-1)
+    next_B = best_BT.gather(1, accepted_B[:, None]).squeeze(1)
+    return Verdict(accepted_B, next_B, torch.ones_like(accepted_B), accepted_B)
+
+
+def _plain(probs_BV: Tensor, emit_uniform_B: Tensor) -> Verdict:
+    next_B = sample(probs_BV, emit_uniform_B)
+    nothing_B = torch.zeros_like(next_B)
+    return Verdict(nothing_B, next_B, probs_BV.gather(1, next_B[:, None]).squeeze(1), nothing_B)
 
 
 def verify(
@@ -47,15 +91,15 @@ def verify(
     overlap_BG = torch.minimum(target_probs_BGV, draft_probs_BGV).sum(-1)
 
     emit_BV = _emit_probs(target_probs_BTV, draft_probs_BGV, accepted_B, drafted_B)
-    return Verdict(accepted_B, sample(emit_BV, emit_uniform_B), (overlap_BG * compared_BG).sum(-1))
+    next_B = sample(emit_BV, emit_uniform_B)
+    row_B = torch.arange(len(next_B), device=next_B.device)
+    return Verdict(accepted_B, next_B, target_probs_BTV[row_B, accepted_B, next_B], (overlap_BG * compared_BG).sum(-1))
 
 
 def _emit_probs(target_probs_BTV: Tensor, draft_probs_BGV: Tensor, accepted_B: Tensor, drafted_B: Tensor) -> Tensor:
     """What the token after the accepted prefix is drawn from, unnormalised [B, V]."""
     row_B = torch.arange(len(accepted_B), device=accepted_B.device)
     target_BV = target_probs_BTV[row_B, accepted_B]
-    if draft_probs_BGV.shape[1] == 0:
-        return target_BV
     draft_BV = draft_probs_BGV[row_B, accepted_B.clamp(max=draft_probs_BGV.shape[1] - 1)]
     residual_BV = (target_BV - draft_BV).clamp(min=0)
     # p = q leaves no residual, and then nothing is rejected but by rounding: p itself is right.

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+MAX_GAMMA = 16  # drafted tokens a step that may be asked for
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -19,7 +21,7 @@ class Query:
     top_p: float = 1.0
     top_k: int = 0  # 0: all
     seed: int = 0
-    gamma: int | None = None  # drafted tokens a step; None: the server's
+    gamma: int | None = None  # drafted tokens a step; None: what the server finds fastest
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -50,6 +52,11 @@ class SpeculationStats:
     def acceptance_rate(self) -> float | None:
         """α: the mean of Σ min(p, q) over compared positions; None where nothing was drafted."""
         return self.overlap / self.compared if self.compared else None
+
+    def add_probe(self, overlap: float, compared: int) -> None:
+        """Positions that a draft was compared on without drafting for them."""
+        self.overlap += overlap
+        self.compared += compared
 
     def add_step(self, drafted: int, accepted: int, overlap: float, emitted: int, version: int) -> None:
         self.steps += 1

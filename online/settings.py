@@ -7,6 +7,8 @@ from typing import Annotated, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from online.messages import MAX_GAMMA
+
 _NAME = re.compile(r"^[a-z0-9][a-z0-9_-]{0,62}$")
 _SHA256 = re.compile(r"^[0-9a-f]{64}$")
 CommaSeparated = Annotated[tuple[str, ...], NoDecode]
@@ -29,7 +31,9 @@ class Settings(BaseSettings):
     model_name: str = Field("", description="name shown by /v1/models; empty: the target's folder or hub name")
     device: str = Field("auto", description="cpu, cuda, cuda:N; auto: cuda where there is one")
     dtype: str = Field(
-        "auto", pattern="^(auto|float32|bfloat16|float16)$", description="auto: float32 on CPU, else as stored"
+        "auto",
+        pattern="^(auto|float32|bfloat16|float16)$",
+        description="auto: as stored, but float32 on a CPU without bfloat16 instructions",
     )
     threads: int = Field(0, ge=0, description="torch threads of the decoder; 0: one fewer than cores")
 
@@ -41,9 +45,14 @@ class Settings(BaseSettings):
     slots: int = Field(16, ge=1, le=1024, description="sequences decoded together")
     max_waiting: int = Field(256, ge=1, description="queued sequences beyond which a request gets 429")
     max_context: int = Field(2048, ge=16, description="tokens of prompt and output together, capped by the model's own")
-    gamma: int = Field(4, ge=0, le=16, description="drafted tokens a step, unless the request says otherwise")
+    gamma: int = Field(
+        6, ge=0, le=MAX_GAMMA, description="drafted tokens a step, at most: steps draft as many as is fastest"
+    )
     prefill_tokens: int = Field(
-        2048, ge=16, description="prompt tokens computed between two steps, at most (one prompt at least)"
+        0, ge=0, description="prompt tokens computed between two steps, at most; 0: 256 on a CPU, else 2048"
+    )
+    kept_contexts: int = Field(
+        8, ge=0, le=1024, description="finished contexts whose beginnings later requests of the route may reuse"
     )
 
     # Signals

@@ -12,9 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from decoder.drafts import LiveDraft
 from decoder.engine import Engine, EngineLimits
-from decoder.models import SlotModel, load_module
+from decoder.models import load_models, load_module, over_slots
 from decoder.recorder import Recorder
-from decoder.slots import SlotCache
 from online.buffer import Bounds, MemoryBuffer
 from online.messages import Delta, Query, SpeculationStats
 from online.metrics import ServiceMetrics
@@ -83,8 +82,11 @@ class Bench:
 
 
 def query(prompt: str | tuple[int, ...] = (40, 50, 60), name: str = "q", **more: object) -> Query:
+    """With γ fixed: the tiny draft costs what the target does, and left to itself the engine would not draft."""
     ids = prompt if isinstance(prompt, tuple) else tuple(ord(c) for c in prompt)
-    return Query(**{"id": name, "route": "default", "prompt_ids": ids, "max_tokens": 24, "temperature": 0.0, **more})  # type: ignore[arg-type]
+    return Query(
+        **{"id": name, "route": "default", "prompt_ids": ids, "max_tokens": 24, "temperature": 0.0, "gamma": 4, **more}
+    )  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -100,17 +102,19 @@ def bench(
         "max_waiting": 100,
         "max_context": CAPACITY - 1,
         "gamma": 4,
-        "prefill_tokens": 2048,
+        "prefill_tokens": 64,
+        "kept_contexts": 4,
         "signal_top_k": 16,
     }
     sizes.update(limits)
-    cache = SlotCache(sizes["slots"], CAPACITY)
+    slots, routes = sizes["slots"] + sizes["kept_contexts"], drafts or {"default": pair.draft}
+    served = target or load_models(pair.target, 1, slots, CAPACITY, CPU, "float32")[0]
+    # Routes share one cache, as in the service; here each may begin with a draft of its own.
+    modules = [load_module(folder, CPU, "float32") for folder in routes.values()]
+    models = over_slots(modules, slots, CAPACITY, VOCABULARY)
     engine = Engine(
-        target or SlotModel(load_module(pair.target, CPU, "float32"), SlotCache(sizes["slots"], CAPACITY), VOCABULARY),  # type: ignore[arg-type]
-        {
-            route: LiveDraft(route, SlotModel(load_module(folder, CPU, "float32"), cache, VOCABULARY))
-            for route, folder in (drafts or {"default": pair.draft}).items()
-        },
+        served,  # type: ignore[arg-type]
+        {route: LiveDraft(route, model) for route, model in zip(routes, models, strict=True)},
         tokenizer.backend_tokenizer,
         frozenset([0]),
         EngineLimits(**sizes),

@@ -1,4 +1,4 @@
-"""A language model that is a table: logits for every context, drawn once. Passes the contract tests of `SlotModel`."""
+"""A language model that is a table: logits for every context, drawn once. It passes the real ones' contract tests."""
 
 import zlib
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from decoder.slots import Rows
 
 
 class TableModel:
-    def __init__(self, vocab_size: int, seed: int, slots: int = 8, scale: float = 1.5) -> None:
+    def __init__(self, vocab_size: int, seed: int, slots: int = 16, scale: float = 1.5) -> None:
         self.vocab_size = vocab_size
         self._seed, self._scale = seed, scale
         self._contexts: list[list[int]] = [[] for _ in range(slots)]
@@ -21,7 +21,7 @@ class TableModel:
         key = zlib.crc32(repr((self._seed, list(context))).encode())
         return np.random.default_rng(key).normal(0, self._scale, self.vocab_size)
 
-    def forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, *, keep: int = 0) -> Tensor:
+    def forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> Tensor:
         slots = range(rows.start, rows.stop) if isinstance(rows, slice) else rows
         out = []
         for slot, ids, start in zip(slots, ids_BT.tolist(), starts_B.tolist(), strict=True):
@@ -29,7 +29,10 @@ class TableModel:
             assert len(context) == start, "a row's context has a gap"
             self._contexts[slot] = [*context, *ids]
             out.append([self.logits([*context, *ids[: t + 1]]) for t in range(len(ids))])
-        return torch.from_numpy(np.array(out))[:, -keep:]
+        return torch.from_numpy(np.array(out))
 
-    def move(self, source: int, destination: int, length: int) -> None:
+    def encode(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> None:
+        self.forward(rows, ids_BT, starts_B, upto)
+
+    def copy(self, source: int, destination: int, length: int) -> None:
         self._contexts[destination] = self._contexts[source][:length]

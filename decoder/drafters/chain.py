@@ -18,16 +18,16 @@ class Proposal:
     """Drafted tokens with the distributions they were drawn from. Rows that drafted fewer are padded."""
 
     tokens_BG: Tensor
-    probs_BGV: Tensor  # after temperature, top-k and top-p: what verification needs
+    probs_BGV: Tensor  # after temperature, top-k and top-p: what verification needs; G = 0 where all rows are greedy
     logits_BGV: Tensor  # as the draft gave them: what signals need
     drafted_B: Tensor
 
     @classmethod
-    def empty(cls, rows: int, gamma: int, vocab_size: int, device: torch.device | str = "cpu") -> "Proposal":
+    def empty(cls, rows: int, gamma: int, vocab_size: int, device: torch.device | str, greedy: bool) -> "Proposal":
         """Room for `gamma` tokens a row, with none drafted."""
         return cls(
             torch.zeros((rows, gamma), dtype=torch.long, device=device),
-            torch.zeros((rows, gamma, vocab_size), device=device),
+            torch.zeros((rows, 0 if greedy else gamma, vocab_size), device=device),
             torch.zeros((rows, gamma, vocab_size), device=device),
             torch.zeros(rows, dtype=torch.long, device=device),
         )
@@ -36,8 +36,9 @@ class Proposal:
         """Fills in what one drafter proposed for some of the rows."""
         gamma = part.tokens_BG.shape[1]
         self.tokens_BG[members, :gamma] = part.tokens_BG
-        self.probs_BGV[members, :gamma] = part.probs_BGV.to(self.probs_BGV.dtype)
         self.logits_BGV[members, :gamma] = part.logits_BGV.to(self.logits_BGV.dtype)
+        if part.probs_BGV.shape[1]:
+            self.probs_BGV[members, :gamma] = part.probs_BGV.to(self.probs_BGV.dtype)
         self.drafted_B[members] = part.drafted_B
 
 
@@ -58,19 +59,24 @@ def propose_chain(
     `starts_B` are the cached lengths, `upto` the longest context after the first feed. Rows with `drafted_B` < `gamma`
     draft along; what they draft beyond is ignored by verification.
     """
-    logits_BTV = model.forward(rows, unseen_BT, starts_B, upto)
-    last_B11 = (unseen_B - 1)[:, None, None].expand(-1, 1, logits_BTV.shape[-1])
-    logits_B1V = logits_BTV.gather(1, last_B11)
+    logits_B1V = model.forward(rows, unseen_BT, starts_B, upto)
+    if unseen_BT.shape[1] > 1:
+        last_B11 = (unseen_B - 1)[:, None, None].expand(-1, 1, logits_B1V.shape[-1])
+        logits_B1V = logits_B1V.gather(1, last_B11)
     starts_B = starts_B + unseen_B
     tokens, probs, logits = [], [], []
     for g in range(gamma):
-        probs_B1V = probabilities(logits_B1V, sampling)
-        token_B1 = sample(probs_B1V, uniform_BG[:, g : g + 1])
+        if sampling.all_greedy:
+            token_B1 = logits_B1V.argmax(-1)
+        else:
+            probs_B1V = probabilities(logits_B1V, sampling)
+            token_B1 = sample(probs_B1V, uniform_BG[:, g : g + 1])
+            probs.append(probs_B1V)
         tokens.append(token_B1)
-        probs.append(probs_B1V)
         logits.append(logits_B1V)
         if g + 1 < gamma:
             upto += 1
             logits_B1V = model.forward(rows, token_B1, starts_B, upto)
             starts_B = starts_B + 1
-    return Proposal(torch.cat(tokens, 1), torch.cat(probs, 1), torch.cat(logits, 1), drafted_B)
+    probs_BGV = torch.cat(probs, 1) if probs else logits_B1V[:, :0]
+    return Proposal(torch.cat(tokens, 1), probs_BGV, torch.cat(logits, 1), drafted_B)

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
+from online.messages import MAX_GAMMA
+
 
 def _encodable(text: str) -> str:
     try:
@@ -30,7 +32,9 @@ class StreamOptions(BaseModel):
 
 class Speculation(BaseModel):
     model_config = Body
-    gamma: int | None = Field(None, ge=0, le=16, description="tokens drafted a step; 0: none")
+    gamma: int | None = Field(
+        None, ge=0, le=MAX_GAMMA, description="tokens drafted a step; 0: none; null: as is fastest"
+    )
 
 
 class GenerationBody(BaseModel):

@@ -10,8 +10,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from decoder.models import LanguageModel, SlotModel, fingerprint, fit_vocabulary, refuse_windows
-from decoder.slots import SlotCache
+from decoder.models import LanguageModel, ServedModel, fingerprint, over_slots, refuse_windows
+from decoder.sampling import fit_vocabulary
 from online.errors import InvalidRequest
 from tests.tabular import TableModel
 
@@ -43,7 +43,7 @@ FAMILIES: dict[str, dict[str, object]] = {
 Make = Callable[[], tuple[LanguageModel, Callable[[list[int]], torch.Tensor]]]
 
 
-def transformers_model(family: str) -> tuple[SlotModel, Callable[[list[int]], torch.Tensor]]:
+def served_model(family: str) -> tuple[ServedModel, Callable[[list[int]], torch.Tensor]]:
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         family, vocab_size=V, bos_token_id=0, eos_token_id=0, pad_token_id=0, **FAMILIES[family]
@@ -55,7 +55,7 @@ def transformers_model(family: str) -> tuple[SlotModel, Callable[[list[int]], to
         logits: torch.Tensor = module(torch.tensor([context])).logits[0]
         return logits
 
-    return SlotModel(module, SlotCache(SLOTS, CAPACITY), V), whole
+    return over_slots([module], SLOTS, CAPACITY, V)[0], whole
 
 
 def tabular_model() -> tuple[TableModel, Callable[[list[int]], torch.Tensor]]:
@@ -80,7 +80,7 @@ def inference() -> Iterator[None]:
 def make(request: pytest.FixtureRequest) -> Make:
     if request.param == "table":
         return tabular_model
-    return lambda: transformers_model(request.param)
+    return lambda: served_model(request.param)
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -132,18 +132,20 @@ def test_a_moved_row_goes_on_where_it_was(make: Make) -> None:
     """The last row fills the hole of a finished one."""
     model, whole = make()
     feed(model, slice(0, 3), [[5, 6], [7], [9, 10, 11]], [0] * 3)
-    model.move(2, 0, 3)
+    model.copy(2, 0, 3)
     logits = feed(model, slice(0, 2), [[21], [22]], [3, 1])
     assert close(logits[0], whole([9, 10, 11, 21])[-1:])
     assert close(logits[1], whole([7, 22])[-1:])
 
 
-def test_keep_gives_the_last_positions_only(make: Make) -> None:
-    """Prefill does not need a row of logits per prompt token."""
+def test_prompts_may_come_in_pieces(make: Make) -> None:
+    """A prompt encoded in chunks is the same context as one that came whole."""
     model, whole = make()
-    logits = model.forward(slice(0, 1), torch.tensor([[5, 6, 7]]), torch.tensor([0]), 3, keep=1)
-    assert logits.shape == (1, 1, V)
-    assert close(logits[0], whole([5, 6, 7])[-1:])
+    model.encode(slice(0, 2), torch.tensor([[5, 6, 7], [8, 9, 10]]), torch.tensor([0, 0]), 3)
+    model.encode(slice(0, 2), torch.tensor([[11, 12], [13, 0]]), torch.tensor([3, 3]), 5)
+    logits = feed(model, slice(0, 2), [[21], [22]], [5, 4])
+    assert close(logits[0], whole([5, 6, 7, 11, 12, 21])[-1:])
+    assert close(logits[1], whole([8, 9, 10, 13, 22])[-1:])
 
 
 def test_vocabularies_of_other_sizes_are_cut_or_padded() -> None:
@@ -155,17 +157,21 @@ def test_vocabularies_of_other_sizes_are_cut_or_padded() -> None:
 
 def test_a_fingerprint_sees_any_change_and_nothing_else() -> None:
     """One weight, or two swapped ones."""
-    module = transformers_model("llama")[0].module
-    before = fingerprint(module)
-    assert fingerprint(module) == before
-    weight = module.model.layers[1].mlp.up_proj.weight  # type: ignore[union-attr, index]
-    kept = weight.clone()
-    weight[3, 4] += 1e-3
-    assert fingerprint(module) != before
-    weight.copy_(kept)
-    assert fingerprint(module) == before
-    weight[[0, 1]] = weight[[1, 0]]
-    assert fingerprint(module) != before
+    model = served_model("llama")[0]
+    before = fingerprint(model)
+    assert fingerprint(model) == before
+    kept = {name: tensor.clone() for name, tensor in model.weights().items()}
+    for change in ("one weight", "two rows"):
+        other = {name: tensor.clone() for name, tensor in kept.items()}
+        weight = other["model.layers.1.mlp.up_proj.weight"]
+        if change == "one weight":
+            weight[3, 4] += 1e-3
+        else:
+            weight[[0, 1]] = weight[[1, 0]]
+        assert model.install(model.prepare(other))
+        assert fingerprint(model) != before
+        assert model.install(model.prepare(kept))
+        assert fingerprint(model) == before
 
 
 def test_models_that_forget_are_refused_beyond_their_window(tmp_path: object) -> None:

@@ -296,11 +296,11 @@ class _Always(TableModel):
     def logits(self, context: object) -> np.ndarray:
         return np.where(np.arange(VOCABULARY) == self._token, 5.0, 0.0)
 
-    def forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, *, keep: int = 0) -> Tensor:
-        if keep == 0 and self.fails:
+    def forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> Tensor:
+        if self.fails:
             self.fails -= 1
             raise RuntimeError("out of memory, says the device")
-        return super().forward(rows, ids_BT, starts_B, upto, keep=keep).float()
+        return super().forward(rows, ids_BT, starts_B, upto).float()
 
 
 class _Failing:

@@ -1,0 +1,137 @@
+"""What differs between devices; nothing else in the decoder asks which one it runs on.
+
+CPU: weight matrices lie in oneDNN's blocked layout. `F.linear` brings a matrix into that layout anew at every call, which
+for a few tokens costs more than the product itself. Elsewhere they are plain tensors at addresses that never change.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+EXPECTED_TOKENS = 32  # what oneDNN's layout is chosen for; it serves any number
+
+
+def device_of(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype | str:
+    """The precision that weights are served in. "auto": as stored, or float32 on a CPU that can't multiply bfloat16."""
+    if name != "auto":
+        return getattr(torch, name)  # type: ignore[no-any-return]
+    return "auto" if device.type != "cpu" or multiplies_bfloat16() else torch.float32
+
+
+def prefill_tokens(device: torch.device) -> int:
+    """Prompt tokens that take about as long as a few decoding steps: running streams wait for them."""
+    return 256 if device.type == "cpu" else 2048
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16 products (AVX512-BF16 or AMX), and torch a library that uses them."""
+    return _has_onednn() and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
+def _packs(tensor: Tensor) -> bool:
+    if tensor.device.type != "cpu" or not _has_onednn():
+        return False
+    return tensor.dtype == torch.float32 or (tensor.dtype == torch.bfloat16 and multiplies_bfloat16())
+
+
+class Linear:
+    """Weight matrices with the same input, stacked: one product for all of them.
+
+    `names` are those of the stacked weights in a Hugging Face file; `sizes` their numbers of rows.
+    """
+
+    def __init__(self, weights: dict[str, Tensor], bias: Tensor | None = None) -> None:
+        self.names = tuple(weights)
+        self.sizes = [len(weight) for weight in weights.values()]
+        self.bias = bias
+        self._packed = _packs(next(iter(weights.values())))
+        self._weight = self.pack(list(weights.values()))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._packed:
+            product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")
+            return product
+        return F.linear(x, self._weight, self.bias)
+
+    def pack(self, weights: Sequence[Tensor]) -> Tensor:
+        """Other weights for the same place, laid out as this device multiplies them."""
+        stacked = torch.cat(list(weights)) if len(weights) > 1 else weights[0].contiguous()
+        if not self._packed:
+            return stacked
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(stacked, EXPECTED_TOKENS)
+        return packed
+
+    def install(self, packed: Tensor) -> None:
+        """Puts packed weights in place. A captured CUDA graph reads the same addresses; no graph reads a packed layout."""
+        if self._packed:
+            self._weight = packed
+        else:
+            self._weight.copy_(packed)
+
+    def holds(self, packed: Tensor) -> bool:
+        return self._weight is packed or torch.equal(self._weight, packed)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights by name, as they are multiplied now."""
+        dense = self._weight.to_dense() if self._packed else self._weight
+        return dict(zip(self.names, torch.split(dense, self.sizes), strict=True))
+
+
+class Download:
+    """Tensors on their way to the host: sent at once, waited for by whoever reads them first, on any thread."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        if tensors[0].device.type == "cpu":
+            self._tensors = list(tensors)
+            return
+        self._tensors = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+        for here, there in zip(self._tensors, tensors, strict=True):
+            here.copy_(there, non_blocking=True)
+        self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._arrived.record()
+
+    def arrays(self) -> list[NDArray[Any]]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return [tensor.numpy() for tensor in self._tensors]
+
+
+def upload(array: NDArray[Any], device: torch.device | str) -> Tensor:
+    """A host array on the device, without waiting for it."""
+    tensor = torch.from_numpy(array)
+    return tensor if torch.device(device).type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm of the last axis of `x` (float32), in the weight's precision.
+
+    On a CPU torch's own is a dozen operations, and their number is what costs; these are five.
+    """
+    if x.device.type != "cpu":
+        return F.rms_norm(x, x.shape[-1:], None, eps).to(weight.dtype) * weight
+    size = x.shape[-1]
+    # sqrt(mean(x²) + eps) is hypot(|x|, sqrt(size eps)) / sqrt(size).
+    norm = torch.linalg.vector_norm(x, 2, -1, True).hypot_(_scalar(math.sqrt(size * eps)))
+    return torch.addcdiv(_scalar(0.0), x, norm, value=math.sqrt(size)).to(weight.dtype) * weight
+
+
+@cache
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value)

@@ -1,0 +1,89 @@
+"""Prefix reuse: contexts that begin alike are encoded once.
+
+A new row takes over the keys and values of the longest common beginning that a live row, or a finished one that was
+kept, has in its slot. Contexts are shared within a route only: whether a prompt was seen before shows in its latency, and
+that is nobody else's business.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+WORTHWHILE = 16  # tokens; below this a copy costs what it saves
+
+
+@dataclass(slots=True)
+class Context:
+    """What a slot holds: the target's keys and values of `tokens`, the draft's of the first `draft_cached` of them."""
+
+    slot: int
+    route: str
+    tokens: Sequence[int]
+    draft_cached: int = 0
+    draft_version: int = 0
+
+
+class Prefixes:
+    """Contexts of finished rows in slots of their own; the least recently used one makes room."""
+
+    def __init__(self, slots: range) -> None:
+        self._free = list(slots)
+        self._kept: list[Context] = []  # least recently used first
+
+    def longest(self, route: str, tokens: Sequence[int], live: Iterable[Context]) -> tuple[Context, int] | None:
+        """The context that shares most of `tokens`' beginning, and how many tokens that is."""
+        best, length = None, WORTHWHILE - 1
+        for context in (*self._kept, *live):
+            if context.route == route and (common := common_prefix(context.tokens, tokens, length + 1)) > length:
+                best, length = context, common
+        if best is None:
+            return None
+        if best in self._kept:
+            self._touch(best)
+        return best, length
+
+    def keep(self, finished: Context) -> int | None:
+        """A slot to copy a finished row's context to; None where nothing would be gained."""
+        if len(finished.tokens) < WORTHWHILE or not (self._free or self._kept):
+            return None
+        for kept in self._kept:
+            if kept.route != finished.route:
+                continue
+            common = common_prefix(kept.tokens, finished.tokens, 1)
+            if common == len(finished.tokens):
+                self._touch(kept)
+                return None
+            if common == len(kept.tokens):  # a conversation that went on
+                return self._replace(kept, finished)
+        if self._free:
+            finished.slot = self._free.pop()
+            self._kept.append(finished)
+            return finished.slot
+        return self._replace(self._kept[0], finished)
+
+    def clear(self) -> None:
+        self._free += [context.slot for context in self._kept]
+        self._kept.clear()
+
+    def _replace(self, kept: Context, finished: Context) -> int:
+        self._kept.remove(kept)
+        finished.slot = kept.slot
+        self._kept.append(finished)
+        return finished.slot
+
+    def _touch(self, context: Context) -> None:
+        self._kept.remove(context)
+        self._kept.append(context)
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int], at_least: int) -> int:
+    """Length of the common beginning; 0 where it is shorter than `at_least`."""
+    if len(one) < at_least or len(other) < at_least or one[:at_least] != other[:at_least]:
+        return 0
+    low, high = at_least, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
