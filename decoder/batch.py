@@ -279,8 +279,8 @@ class Batch:
         proposals = [self._guarded(d, lambda d=d, g=group: self._propose(d, g, plan)) for d, group in groups]  # type: ignore[misc]
         if len(groups) == 1 and len(members) == len(plan.rows) and proposals[0] is not None:
             return proposals[0]
-        greedy, vocabulary = plan.sampling.all_greedy, self.target.vocab_size
-        proposal = Proposal.empty(len(plan.rows), plan.gamma, vocabulary, self._device, greedy)
+        gamma, greedy, vocabulary = plan.gamma, plan.sampling.all_greedy, self.target.vocab_size
+        proposal = Proposal.empty(len(plan.rows), gamma, vocabulary, self._device, greedy)
         for (_, group), part in zip(groups, proposals, strict=True):
             if part is not None:
                 proposal.put(group, part)
@@ -334,7 +334,7 @@ class Batch:
 
     def _verify(self, plan: StepPlan, proposal: Proposal) -> tuple[Verdict, Observation | None]:
         last_B1 = self._integers([row.tokens[-1] for row in plan.rows])[:, None]
-        ids_BT = torch.cat([last_B1, proposal.tokens_BG], 1) if plan.gamma else last_B1
+        ids_BT = torch.cat([last_B1, proposal.tokens_BG], 1) if proposal.tokens_BG.shape[1] else last_B1
         # A row's longest context is its own, not the padded one: padding writes, but nobody reads it.
         upto = max(row.cached + 1 + count for row, count in zip(plan.rows, plan.drafted, strict=True))
         starts_B = self._integers([row.cached for row in plan.rows])

@@ -30,6 +30,21 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype | str:
     return "auto" if device.type != "cpu" or multiplies_bfloat16() else torch.float32
 
 
+def spread_over_cores(threads: int) -> None:
+    """Lets this thread's operations use `threads` cores (0: torch's default), and those of threads to come as well.
+
+    One thread of a process only: OpenMP keeps a team of workers for each thread that asks for one, and teams that are
+    more than the cores put each other to sleep at every operation, which doubles the time of a small forward.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def stay_on_one_core() -> None:
+    """For every thread but the engine's: see `spread_over_cores`."""
+    torch.set_num_threads(1)
+
+
 def prefill_tokens(device: torch.device) -> int:
     """Prompt tokens that take about as long as a few decoding steps: running streams wait for them."""
     return 256 if device.type == "cpu" else 2048

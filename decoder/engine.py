@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer
 
 from decoder.batch import Batch, BatchLimits
+from decoder.device import spread_over_cores
 from decoder.drafts import LiveDraft
 from decoder.models import LanguageModel
 from decoder.recorder import Recorder
@@ -31,6 +32,7 @@ MAX_FAULTS = 3  # steps failing in a row after which the engine calls itself dea
 class EngineLimits(BatchLimits):
     max_waiting: int
     max_context: int
+    threads: int = 0  # of torch, on a CPU; 0: torch's default
 
 
 class Engine:
@@ -56,14 +58,16 @@ class Engine:
         self._between: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._started = threading.Event()
         self._stopping = False
         self._faults = 0
 
     # ── called from other threads ──
 
     def start(self) -> None:
-        self.batch.measure_costs()
+        """Returns when the models are timed and queries are taken up."""
         self._thread.start()
+        self._started.wait()
 
     def stop(self) -> None:
         with self._wake:
@@ -108,6 +112,11 @@ class Engine:
     # ── the loop ──
 
     def _run(self) -> None:
+        spread_over_cores(self.limits.threads)
+        try:
+            self.batch.measure_costs()
+        finally:
+            self._started.set()
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._stopping or self._has_work())

@@ -10,7 +10,7 @@ import transformers
 import uvicorn
 from fastapi import FastAPI
 
-from decoder.device import device_of, prefill_tokens
+from decoder.device import device_of, prefill_tokens, stay_on_one_core
 from decoder.drafts import LiveDraft
 from decoder.engine import Engine, EngineLimits
 from decoder.models import (
@@ -44,7 +44,8 @@ def build(settings: Settings) -> FastAPI:
     """The application with everything behind it. Threads start with the application and stop with it."""
     # One core is left to the API, the recorder and whoever shares the machine: torch's threads wait for each other at
     # every operation, and one that has to queue for its core stalls them all.
-    torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() - 1))
+    threads = settings.threads or max(1, torch.get_num_threads() - 1)
+    stay_on_one_core()
     files, device = ModelFiles.of(settings), device_of(settings.device)
     metrics = ServiceMetrics(files.name)
     max_context = min(settings.max_context, context_limit(files.target), context_limit(files.draft))
@@ -64,6 +65,7 @@ def build(settings: Settings) -> FastAPI:
         signal_top_k=settings.signal_top_k,
         max_waiting=settings.max_waiting,
         max_context=max_context,
+        threads=threads,
     )
     engine = Engine(
         target,

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from decoder.device import stay_on_one_core
 from decoder.drafts import LiveDraft
 from online.artifacts import ArtifactStore
 from online.errors import ArtifactError, Conflict, SlipstreamError
@@ -74,6 +75,7 @@ class Swapper:
         }
 
     def _run(self) -> None:
+        stay_on_one_core()
         while not self._stopping:
             try:
                 self.sync()
