@@ -82,10 +82,32 @@ class Batch:
         self._metrics, self._device = metrics, device
         self._sampling: tuple[list[Row], Sampling] | None = None
 
-    def measure_costs(self) -> None:
-        """Times both models, for the choice of γ. Only while the batch is empty."""
-        draft = next(iter(self.drafts.values())).model
-        self.control.costs.measure(self.target, draft, self.limits.slots)
+    def measure_costs(self, dummies: Callable[[int, int], list[Row]]) -> None:
+        """Times whole steps, for the choice of γ. `dummies` makes rows that all draft γ tokens. Only while it is empty."""
+        metrics, self._metrics = self._metrics, ServiceMetrics("rehearsal")
+        try:
+            for count in self.control.costs.rows:
+                seconds = {gamma: self._timed(dummies(count, gamma)) for gamma in {0, 1, self.control.max_gamma}}
+                self.control.costs.measured(count, seconds)
+        except Exception:
+            # A model that can't run says so at its first step, to the request that needs it.
+            log.exception("steps could not be timed")
+        finally:
+            self.clear()
+            self._metrics = metrics
+            for draft in self.drafts.values():
+                draft.acceptance.forget()
+
+    def _timed(self, rows: list[Row]) -> float:
+        """The fastest of a few steps: what is slower is the machine's doing. The first ones encode prompts, and allocate."""
+        self.join(rows)
+        taken = []
+        for _ in range(8):
+            started = time.perf_counter()
+            self.step()
+            taken.append(time.perf_counter() - started)
+        self.clear()
+        return min(taken[2:])
 
     @property
     def ready(self) -> int:
@@ -342,7 +364,7 @@ class Batch:
         verdict = judge(logits_BTV, proposal, plan.sampling, plan.accept_uniform_BG, plan.emit_uniform_B)
         if not any(row.trace is not None or row.query.logprobs is not None for row in plan.rows):
             return verdict, None
-        reported = max(row.query.logprobs or 0 for row in plan.rows)
+        reported = max((row.query.logprobs for row in plan.rows if row.query.logprobs is not None), default=None)
         return verdict, observe(logits_BTV, proposal, verdict, self.limits.signal_top_k, reported)
 
     # ── commit ──

@@ -1,28 +1,24 @@
 """Speculation control: how many tokens a step drafts, from what steps cost and how much of a draft is accepted.
 
-The rate that is maximised is tokens per second of the whole batch: Σ_rows E[tokens | γ] ÷ seconds of a step with γ, where
-a row with acceptance rate α emits (1 − α^(γ+1)) / (1 − α) tokens (Leviathan et al., arXiv 2211.17192, equation 1). γ = 0 is
-the plain step, with no draft work at all.
+What is maximised is the tokens per second of the whole batch: Σ over rows of E[tokens | γ] ÷ seconds of a step with γ,
+where a row with acceptance rate α emits (1 − α^(γ+1)) / (1 − α) tokens (Leviathan et al., arXiv 2211.17192, equation 1).
+γ = 0 is the plain step, with no draft work at all.
 """
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from decoder.models import LanguageModel
-
 FIRST_GUESS = 0.7  # acceptance of a draft that nothing is known about: high enough to be tried
-ROUTE_MEMORY = 200.0  # compared positions that a route's mean remembers
+ROUTE_MEMORY = 2000.0  # compared positions that a route's mean remembers
 ROW_MEMORY = 32.0
 PRIOR_POSITIONS = 6.0  # positions of its own after which a row counts as much as its route
-MARGIN = 1.02  # speculation must promise this much more than plain steps: estimates are noisy
+MARGIN = 1.05  # speculation must promise this much more than plain steps: it also pays for drafts' prompts
 PROBE_SHARE = 0.01  # of the time that plain steps take, for looking whether drafting would pay again
-LEARNING_RATE = 0.1
+GAMMA_LEARNS, ROWS_LEARN = 0.05, 0.02  # shares of a surprise that corrections take up
 SURPRISE = 0.5  # a step may be slow for reasons of the machine's own: its logarithm counts up to this
 
 
@@ -52,24 +48,22 @@ class Acceptance:
 class StepCosts:
     """Seconds of a step, by rows and γ: measured at start, corrected by every step since.
 
-    log seconds = log measured at start + correction of this number of rows + correction of this γ. So a γ that has not
-    been tried lately still follows what its neighbours show: longer contexts, a busier machine.
+    log seconds = log measured at start + correction of this number of rows + correction of this γ. The first one moves
+    slowly and for all γ, so that a γ that has not been tried lately follows what its neighbours show: longer contexts, a
+    busier machine.
     """
 
     def __init__(self, max_gamma: int, slots: int) -> None:
-        self._buckets = [1 << i for i in range((slots - 1).bit_length() + 1)]
-        self._start = np.zeros((len(self._buckets), max_gamma + 1))
-        self._by_rows = np.zeros(len(self._buckets))
+        self.rows = [min(1 << i, slots) for i in range((slots - 1).bit_length() + 1)]  # numbers of rows told apart
+        self._start = np.zeros((len(self.rows), max_gamma + 1))
+        self._by_rows = np.zeros(len(self.rows))
         self._by_gamma = np.zeros_like(self._start)
 
-    def measure(self, target: LanguageModel, draft: LanguageModel, slots: int) -> None:
-        """Runs both models on empty slots. Only while no sequence is in them."""
-        gammas = np.arange(self._start.shape[1])
-        for i, bucket in enumerate(self._buckets):
-            rows = min(bucket, slots)
-            one, all_ = _forward_s(target, rows, 1), _forward_s(target, rows, len(gammas))
-            verify_s = one + (all_ - one) * gammas / max(1, gammas[-1])
-            self._start[i] = np.log(verify_s + gammas * _forward_s(draft, rows, 1))
+    def measured(self, rows: int, seconds: Mapping[int, float]) -> None:
+        """Seconds by γ, for some of them; in between they are interpolated."""
+        gammas = sorted(seconds)
+        known = [seconds[gamma] for gamma in gammas]
+        self._start[self._bucket(rows)] = np.log(np.interp(np.arange(self._start.shape[1]), gammas, known))
 
     def seconds(self, rows: int) -> NDArray[np.float64]:
         """By γ, [max_gamma + 1]."""
@@ -80,9 +74,9 @@ class StepCosts:
     def observe(self, rows: int, gamma: int, seconds: float) -> None:
         i = self._bucket(rows)
         known = self._start[i, gamma] + self._by_rows[i] + self._by_gamma[i, gamma]
-        surprise = LEARNING_RATE * max(-SURPRISE, min(SURPRISE, math.log(seconds) - known))
-        self._by_rows[i] += surprise
-        self._by_gamma[i, gamma] += surprise
+        surprise = max(-SURPRISE, min(SURPRISE, math.log(seconds) - known))
+        self._by_rows[i] += ROWS_LEARN * surprise
+        self._by_gamma[i, gamma] += GAMMA_LEARNS * surprise
 
     def _bucket(self, rows: int) -> int:
         return (rows - 1).bit_length()
@@ -121,19 +115,3 @@ class Control:
     def spent(self, seconds: float) -> None:
         """A probe took this long."""
         self.credit_s -= seconds
-
-
-def _forward_s(model: LanguageModel, rows: int, new: int) -> float:
-    ids_BT = torch.zeros((rows, new), dtype=torch.long)
-    starts_B = torch.zeros(rows, dtype=torch.long)
-    return _median_s(lambda: model.forward(slice(0, rows), ids_BT, starts_B, new)[0, -1, :1].tolist())
-
-
-def _median_s(work: Callable[[], object], times: int = 5) -> float:
-    work()  # the first call allocates
-    taken = []
-    for _ in range(times):
-        started = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - started)
-    return sorted(taken)[times // 2]

@@ -68,21 +68,24 @@ def _packs(tensor: Tensor) -> bool:
 class Linear:
     """Weight matrices with the same input, stacked: one product for all of them.
 
-    `names` are those of the stacked weights in a Hugging Face file; `sizes` their numbers of rows.
+    `weights` and `biases` are named as in a Hugging Face file; biases are there for all of the weights, or for none.
     """
 
-    def __init__(self, weights: dict[str, Tensor], bias: Tensor | None = None) -> None:
+    def __init__(self, weights: dict[str, Tensor], biases: dict[str, Tensor]) -> None:
         self.names = tuple(weights)
         self.sizes = [len(weight) for weight in weights.values()]
-        self.bias = bias
+        self._bias = torch.cat(list(biases.values())) if biases else None
+        self.biases = (
+            dict(zip(biases, torch.split(self._bias, self.sizes), strict=True)) if self._bias is not None else {}
+        )
         self._packed = _packs(next(iter(weights.values())))
         self._weight = self.pack(list(weights.values()))
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._packed:
-            product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")
+            product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
             return product
-        return F.linear(x, self._weight, self.bias)
+        return F.linear(x, self._weight, self._bias)
 
     def pack(self, weights: Sequence[Tensor]) -> Tensor:
         """Other weights for the same place, laid out as this device multiplies them."""

@@ -114,7 +114,7 @@ class Engine:
     def _run(self) -> None:
         spread_over_cores(self.limits.threads)
         try:
-            self.batch.measure_costs()
+            self.batch.measure_costs(self._dummies)
         finally:
             self._started.set()
         while True:
@@ -129,6 +129,11 @@ class Engine:
                 self._fault()
         for row in [*self.batch.rows, *self._waiting]:
             row.fail("the server is shutting down")
+
+    def _dummies(self, count: int, gamma: int) -> list[Row]:
+        route, tokens = next(iter(self.batch.drafts)), self.limits.max_context // 2
+        query = Query("", route, (1,) * 8, tokens, temperature=0.0, gamma=gamma, ignore_eos=True, store=False)
+        return [Row(query, lambda delta: None, self._tokenizer, self._eos_ids, recorded=False) for _ in range(count)]
 
     def _has_work(self) -> bool:
         return bool(self.batch.rows or self._waiting or self._between or self._cancelled)

@@ -105,9 +105,12 @@ class Llama:
         self._steps = torch.arange(cache.capacity, device=self.device)
         self._cos, self._sin = _rotations(module, self._steps, self._dtype)
         self._linears = [self.head, *(m for x in self.layers for m in (x.qkv, x.out, x.gate_up, x.down))]
-        packed = {name for linear in self._linears for name in linear.names} - {"model.embed_tokens.weight"}
-        names = state.keys() - packed - ({"lm_head.weight"} if tied else set())
-        self._rest = {name: state[name] for name in sorted(names)}  # norms, biases, the embedding
+        # What is not a matrix: norms, the embedding, and biases where the products read them.
+        read = {name for linear in self._linears for name in (*linear.names, *linear.biases)} | {"lm_head.weight"}
+        self._rest = {name: state[name] for name in sorted(state.keys() - read)}
+        self._rest["model.embed_tokens.weight"] = self.embedding
+        for linear in self._linears:
+            self._rest |= linear.biases
 
     @torch.inference_mode()
     def forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> Tensor:
@@ -172,8 +175,8 @@ class Staged:
 
 
 def _stack(state: Mapping[str, Tensor], names: list[str]) -> Linear:
-    biases = [state[f"{name}.bias"] for name in names if f"{name}.bias" in state]
-    return Linear({f"{name}.weight": state[f"{name}.weight"] for name in names}, torch.cat(biases) if biases else None)
+    named = lambda kind: {f"{name}.{kind}": state[f"{name}.{kind}"] for name in names if f"{name}.{kind}" in state}
+    return Linear(named("weight"), named("bias"))
 
 
 def _rotations(module: nn.Module, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,7 @@ class Observation:
         seen = self.seen
         ids, logp = seen.top_ids_BTK[row, position, :top], seen.top_logp_BTK[row, position, :top]
         pairs = tuple((int(i), _finite(p)) for i, p in zip(ids, logp, strict=True))
+        assert seen.emitted_logp_BT is not None, "nobody asked for log-probabilities in this step"
         return TokenLogprob(token_id, _finite(seen.emitted_logp_BT[row, position]), pairs)
 
 
@@ -40,13 +41,12 @@ class Observation:
 class Seen:
     """All log-probabilities are the models' own: at temperature 1, before top-k and top-p."""
 
-    top_ids_BTK: NDArray[np.int32]
+    top_ids_BTK: NDArray[np.int64]
     top_logp_BTK: Array
-    rest_mass_BT: Array
-    emitted_logp_BT: Array  # the target's, of the token that was emitted there
     draft_ids_BG: NDArray[np.int64]
     draft_logp_BG: Array
     draft_top_logp_BGK: Array
+    emitted_logp_BT: Array | None = None  # the target's, of the token that was emitted there
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +64,13 @@ class StepTrace:
         """draft_ids, draft_logp [D]; top_ids, top_logp [D + 1, K]; rest_mass [D + 1]; draft_top_logp [D, K]."""
         seen, k = self.observation.seen, self.observation.record_k
         b, drafted, verified = self.row, slice(self.drafted), slice(self.drafted + 1)
+        top_logp = seen.top_logp_BTK[b, verified, :k]
         return {
             "draft_ids": seen.draft_ids_BG[b, drafted],
             "draft_logp": seen.draft_logp_BG[b, drafted],
             "top_ids": seen.top_ids_BTK[b, verified, :k],
-            "top_logp": seen.top_logp_BTK[b, verified, :k],
-            "rest_mass": seen.rest_mass_BT[b, verified],
+            "top_logp": top_logp,
+            "rest_mass": (1 - np.exp(top_logp).sum(-1)).clip(min=0),
             "draft_top_logp": seen.draft_top_logp_BGK[b, drafted, :k],
         }
 
@@ -79,21 +80,24 @@ def _finite(logp: np.float32) -> float:
     return max(float(logp), -9999.0)
 
 
-def observe(logits_BTV: Tensor, proposal: Proposal, verdict: Verdict, record_k: int, report_k: int) -> Observation:
-    """`record_k` positions go into signals and define the rest; `report_k` is what a client asked for at most."""
-    logits_BTV = logits_BTV.float()
-    whole_BT1 = logits_BTV.logsumexp(-1, keepdim=True)
-    vocabulary, gamma = logits_BTV.shape[-1], proposal.tokens_BG.shape[1]
-    top_logits_BTK, top_ids_BTK = logits_BTV.topk(min(max(record_k, report_k), vocabulary), -1)
-    top_logp_BTK = top_logits_BTK - whole_BT1
-    rest_mass_BT = (1 - top_logp_BTK[..., :record_k].exp().sum(-1)).clamp_(min=0)
-    # The emitted tokens in place: accepted drafts, then the target's own.
-    emitted_BT = torch.nn.functional.pad(proposal.tokens_BG, (0, 1))
-    emitted_BT = emitted_BT.scatter(1, verdict.accepted_B[:, None], verdict.next_B[:, None])
-    emitted_logp_BT = (logits_BTV.gather(-1, emitted_BT[..., None]) - whole_BT1).squeeze(-1)
-    draft_BGV = proposal.logits_BGV.float()
-    draft_whole_BG1 = draft_BGV.logsumexp(-1, keepdim=True)
-    draft_logp_BG = (draft_BGV.gather(-1, proposal.tokens_BG[..., None]) - draft_whole_BG1).squeeze(-1)
-    draft_top_logp_BGK = draft_BGV.gather(-1, top_ids_BTK[:, :gamma]) - draft_whole_BG1
-    arrays = (top_ids_BTK.int(), top_logp_BTK, rest_mass_BT, emitted_logp_BT)
-    return Observation(Download([*arrays, proposal.tokens_BG, draft_logp_BG, draft_top_logp_BGK]), record_k)
+def observe(
+    logits_BTV: Tensor, proposal: Proposal, verdict: Verdict, record_k: int, report_k: int | None
+) -> Observation:
+    """`record_k` tokens a position go into signals; `report_k` is the most that a client asked for, None if nobody did."""
+    target_logp_BTV = logits_BTV.log_softmax(-1, dtype=torch.float32)
+    draft_logp_BGV = proposal.logits_BGV.log_softmax(-1, dtype=torch.float32)
+    gamma = proposal.tokens_BG.shape[1]
+    top_logp_BTK, top_ids_BTK = target_logp_BTV.topk(min(max(record_k, report_k or 0), logits_BTV.shape[-1]), -1)
+    arrays = [
+        top_ids_BTK,
+        top_logp_BTK,
+        proposal.tokens_BG,
+        draft_logp_BGV.gather(-1, proposal.tokens_BG[..., None]).squeeze(-1),
+        draft_logp_BGV.gather(-1, top_ids_BTK[:, :gamma]),
+    ]
+    if report_k is not None:
+        # The emitted tokens in place: accepted drafts, then the target's own.
+        emitted_BT = torch.nn.functional.pad(proposal.tokens_BG, (0, 1))
+        emitted_BT = emitted_BT.scatter_(1, verdict.accepted_B[:, None], verdict.next_B[:, None])
+        arrays.append(target_logp_BTV.gather(-1, emitted_BT[..., None]).squeeze(-1))
+    return Observation(Download(arrays), record_k)

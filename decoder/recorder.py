@@ -1,7 +1,7 @@
 """The recorder: finished requests become signals in Redis, without the engine ever waiting for it.
 
-The engine hands over what it has on the device anyway. A background thread waits for it to arrive, joins, encodes and appends them; when its queue is full
-or Redis is away, signals are dropped and counted.
+The engine hands over what it has on the device anyway. A background thread waits for it to arrive, joins, encodes and
+appends it; when its queue is full or Redis is away, signals are dropped and counted.
 """
 
 import logging
@@ -105,7 +105,7 @@ def to_signal(trace: Trace, model: str) -> Signal:
         step_version=np.array([s.version for s in steps], np.int32),
         draft_ids=joined["draft_ids"].astype(np.int32),
         draft_logp=joined["draft_logp"].astype(np.float16),
-        top_ids=joined["top_ids"],
+        top_ids=joined["top_ids"].astype(np.int32),
         top_logp=joined["top_logp"].astype(np.float16),
         rest_mass=joined["rest_mass"].astype(np.float16),
         draft_top_logp=joined["draft_top_logp"].astype(np.float16),

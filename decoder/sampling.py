@@ -78,6 +78,11 @@ def fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
     return logits if missing == 0 else torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
 
 
+def most_likely(logits: Tensor) -> Tensor:
+    """The first of the most likely tokens; in float32, which a CPU compares several times faster than bfloat16."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).argmax(-1)
+
+
 def sample(probs: Tensor, uniform: Tensor) -> Tensor:
     """One token per distribution by the inverse of its cumulative sum. `probs` [B, …, V], `uniform` [B, …]."""
     cumulative = probs.cumsum(-1, dtype=torch.float64)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from decoder.drafters.chain import Proposal
-from decoder.sampling import Sampling, probabilities, sample
+from decoder.sampling import Sampling, most_likely, probabilities, sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ def judge(
 ) -> Verdict:
     """What a step emits, given the target's logits at the last token and at every drafted one."""
     if sampling.all_greedy:
-        return verify_greedy(logits_BTV.argmax(-1), proposal.tokens_BG, proposal.drafted_B)
+        return verify_greedy(most_likely(logits_BTV), proposal.tokens_BG, proposal.drafted_B)
     probs_BTV = probabilities(logits_BTV, sampling)
     if logits_BTV.shape[1] == 1:
         return _plain(probs_BTV[:, 0], emit_uniform_B)

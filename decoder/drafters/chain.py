@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from decoder.models import LanguageModel
-from decoder.sampling import Sampling, probabilities, sample
+from decoder.sampling import Sampling, most_likely, probabilities, sample
 from decoder.slots import Rows
 
 
@@ -67,7 +67,7 @@ def propose_chain(
     tokens, probs, logits = [], [], []
     for g in range(gamma):
         if sampling.all_greedy:
-            token_B1 = logits_B1V.argmax(-1)
+            token_B1 = most_likely(logits_B1V)
         else:
             probs_B1V = probabilities(logits_B1V, sampling)
             token_B1 = sample(probs_B1V, uniform_BG[:, g : g + 1])

@@ -4,11 +4,13 @@ Families are tiny random configurations: rotary, learned and ALiBi positions, gr
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from decoder.models import LanguageModel, ServedModel, fingerprint, over_slots, refuse_windows
 from decoder.sampling import fit_vocabulary
@@ -43,19 +45,27 @@ FAMILIES: dict[str, dict[str, object]] = {
 Make = Callable[[], tuple[LanguageModel, Callable[[list[int]], torch.Tensor]]]
 
 
-def served_model(family: str) -> tuple[ServedModel, Callable[[list[int]], torch.Tensor]]:
-    torch.manual_seed(0)
+def module(family: str, seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
     config = AutoConfig.for_model(
         family, vocab_size=V, bos_token_id=0, eos_token_id=0, pad_token_id=0, **FAMILIES[family]
     )
     config._attn_implementation = "sdpa"
-    module = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    made = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for parameter in made.parameters():  # norms of 1 and biases of 0 would hide that they are not applied
+        if parameter.ndim == 1:
+            parameter.add_(torch.randn(parameter.shape) * 0.3)
+    return made  # type: ignore[no-any-return]
+
+
+def served_model(family: str, seed: int = 0) -> tuple[ServedModel, Callable[[list[int]], torch.Tensor]]:
+    made = module(family, seed)
 
     def whole(context: list[int]) -> torch.Tensor:
-        logits: torch.Tensor = module(torch.tensor([context])).logits[0]
+        logits: torch.Tensor = made(torch.tensor([context])).logits[0]
         return logits
 
-    return over_slots([module], SLOTS, CAPACITY, V)[0], whole
+    return over_slots([made], SLOTS, CAPACITY, V)[0], whole
 
 
 def tabular_model() -> tuple[TableModel, Callable[[list[int]], torch.Tensor]]:
@@ -172,6 +182,24 @@ def test_a_fingerprint_sees_any_change_and_nothing_else() -> None:
         assert fingerprint(model) != before
         assert model.install(model.prepare(kept))
         assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt2"])
+def test_installed_weights_are_the_ones_that_answer(family: str) -> None:
+    """Every tensor of another model's file is put in place: stacked, packed, tied or biased."""
+    model, _ = served_model(family)
+    other, whole = served_model(family, seed=1)
+    assert model.install(model.prepare(other.weights()))
+    assert fingerprint(model) == fingerprint(other)
+    assert close(feed(model, slice(0, 1), [[5, 6, 7]], [0])[0], whole([5, 6, 7]))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_weights_carry_the_names_of_a_hugging_face_file(family: str, tmp_path: Path) -> None:
+    """What a swap reads is what `save_pretrained` writes."""
+    model, _ = served_model(family)
+    module(family).save_pretrained(tmp_path)
+    assert model.weights().keys() == safetensors.torch.load_file(tmp_path / "model.safetensors").keys()
 
 
 def test_models_that_forget_are_refused_beyond_their_window(tmp_path: object) -> None:

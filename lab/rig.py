@@ -1,0 +1,174 @@
+"""A pair, its prompts, and an engine over it in this process: what benchmarks and offline distillation share."""
+
+import argparse
+import json
+import queue
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from decoder.device import device_of, prefill_tokens, stay_on_one_core
+from decoder.drafts import LiveDraft
+from decoder.engine import Engine, EngineLimits
+from decoder.models import ModelFiles, end_ids, load_models, load_tokenizer
+from decoder.recorder import Recorder
+from lab import traffic
+from online.buffer import Bounds, MemoryBuffer
+from online.messages import Delta, Query, SpeculationStats
+from online.metrics import ServiceMetrics
+from online.settings import Settings
+
+ROUTE = "default"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A target, a draft and prompts for them."""
+
+    files: ModelFiles
+    prompts: list[list[int]]
+    dtype: str
+    device: str
+    threads: int
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.files)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", default="", help="folder or hub id (default: the embedded target)")
+    parser.add_argument("--draft", default="", help="folder or hub id (default: the embedded draft)")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        help='JSON lines with a "prompt" each (default: cut out of an installed package); chat where the model has a template',
+    )
+    parser.add_argument(
+        "--prompt-count", type=int, default=200, help="prompts taken from the file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="for every contestant"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N (default: cuda where there is one)")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads of every contestant (default: torch's)")
+
+
+def pair_of(args: argparse.Namespace) -> Pair:
+    files = ModelFiles.of(Settings(target=args.target, draft=args.draft))
+    tokenizer = load_tokenizer(files)
+    prompts = [tokenize(tokenizer, text) for text in read_prompts(args.prompts, args.prompt_count)]
+    return Pair(files, prompts, args.dtype, args.device, args.threads or torch.get_num_threads())
+
+
+def read_prompts(path: Path | None, count: int) -> list[str]:
+    """Raises ValueError, naming the line, where the file does not hold prompts."""
+    if path is None:
+        return traffic.package_prompts(traffic.shifted_package(), count, held_out=True, seed=1)
+    prompts = []
+    for number, line in enumerate(path.read_text().splitlines()[:count], 1):
+        try:
+            prompts.append(str(json.loads(line)["prompt"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{path}, line {number}: not a JSON object with a "prompt": {error}') from error
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts")
+    return prompts
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    if not tokenizer.chat_template:
+        return list(tokenizer(text)["input_ids"])
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+    )
+    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+def random_draft(files: ModelFiles, folder: Path) -> str:
+    """A draft of the pair's own shape that knows nothing."""
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(files.draft)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
+@dataclass(frozen=True)
+class Answer:
+    ids: list[int]
+    stats: SpeculationStats
+    first_s: float  # since its submission
+    arrivals_s: list[float]  # of every delta with tokens, since its submission
+    error: str = ""
+
+
+class Rig:
+    """An engine and the parts around it. `complete` sends queries all at once and waits for their answers."""
+
+    def __init__(self, engine: Engine, recorder: Recorder, buffer: MemoryBuffer, metrics: ServiceMetrics) -> None:
+        self.engine, self.recorder, self.buffer, self.metrics = engine, recorder, buffer, metrics
+
+    def complete(self, queries: Sequence[Query]) -> list[Answer]:
+        inbox: queue.SimpleQueue[tuple[int, float, Delta]] = queue.SimpleQueue()
+        started = time.perf_counter()
+        for i, query in enumerate(queries):
+            self.engine.submit(query, lambda delta, i=i: inbox.put((i, time.perf_counter(), delta)))  # type: ignore[misc]
+        ids: list[list[int]] = [[] for _ in queries]
+        arrivals: list[list[float]] = [[] for _ in queries]
+        answers: dict[int, Answer] = {}
+        while len(answers) < len(queries):
+            i, now, delta = inbox.get()
+            ids[i] += delta.token_ids
+            if delta.token_ids:
+                arrivals[i].append(now - started)
+            if delta.finish_reason is not None:
+                assert delta.stats is not None
+                first = arrivals[i][0] if arrivals[i] else 0.0
+                answers[i] = Answer(ids[i], delta.stats, first, arrivals[i], delta.error)
+        return [answers[i] for i in range(len(queries))]
+
+
+@contextmanager
+def rig(pair: Pair, draft: str, slots: int, *, gamma: int = 0, max_tokens: int = 256) -> Iterator[Rig]:
+    """An engine that is up and has timed its models. `draft` is a folder or hub id; γ at most is the service's own."""
+    settings, device = Settings(), device_of(pair.device)
+    stay_on_one_core()
+    metrics = ServiceMetrics(pair.files.name)
+    buffer = MemoryBuffer(Bounds(10**6, 2**34, 7 * 86400))
+    recorder = Recorder(buffer, "lab", 4096, metrics)
+    max_context = max(map(len, pair.prompts)) + max_tokens
+    size = slots + settings.kept_contexts, max_context + 1
+    (target,) = load_models(pair.files.target, 1, *size, device, pair.dtype)
+    (model,) = load_models(draft, 1, *size, device, pair.dtype, target.vocab_size)
+    limits = EngineLimits(
+        slots=slots,
+        kept_contexts=settings.kept_contexts,
+        gamma=gamma or settings.gamma,
+        prefill_tokens=settings.prefill_tokens or prefill_tokens(device),
+        signal_top_k=settings.signal_top_k,
+        max_waiting=10**6,
+        max_context=max_context,
+        threads=pair.threads,
+    )
+    engine = Engine(
+        target,
+        {ROUTE: LiveDraft(ROUTE, model)},
+        pair.tokenizer.backend_tokenizer,
+        end_ids(pair.files.target),
+        limits,
+        recorder,
+        metrics,
+        device=device,
+    )
+    recorder.start()
+    engine.start()
+    try:
+        yield Rig(engine, recorder, buffer, metrics)
+    finally:
+        engine.stop()
+        recorder.stop()
