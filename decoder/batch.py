@@ -83,7 +83,7 @@ class Batch:
         self._sampling: tuple[list[Row], Sampling] | None = None
 
     def measure_costs(self, dummies: Callable[[int, int], list[Row]]) -> None:
-        """Times whole steps, for the choice of γ. `dummies` makes rows that all draft γ tokens. Only while it is empty."""
+        """Times whole steps, for the choice of γ. `dummies` makes rows that all draft γ tokens. Only while empty."""
         metrics, self._metrics = self._metrics, ServiceMetrics("rehearsal")
         try:
             for count in self.control.costs.rows:
@@ -99,7 +99,7 @@ class Batch:
                 draft.acceptance.forget()
 
     def _timed(self, rows: list[Row]) -> float:
-        """The fastest of a few steps: what is slower is the machine's doing. The first ones encode prompts, and allocate."""
+        """The fastest of a few steps: others are slower for the machine's own reasons. The first ones allocate."""
         self.join(rows)
         taken = []
         for _ in range(8):
@@ -116,8 +116,10 @@ class Batch:
 
     def step(self) -> None:
         """Every ready row emits at least one token. Rows that end have a finish reason, and stay until `release`."""
-        self._prefill()
-        if not (ready := self.ready):
+        alone = self._alone()
+        if not alone:
+            self._prefill()
+        if not (ready := 1 if alone else self.ready):
             return
         drafted = self._choose(self.rows[:ready])
         started = time.perf_counter()
@@ -125,26 +127,31 @@ class Batch:
         proposal = self._draft(plan)
         verdict, observation = self._verify(plan, proposal)
         self._commit(plan, verdict.read(proposal.tokens_BG), observation)
-        self.control.stepped(ready, plan.gamma, time.perf_counter() - started)
+        if not alone:
+            self.control.stepped(ready, plan.gamma, time.perf_counter() - started)
 
     # ── joining and leaving ──
 
     def join(self, rows: list[Row]) -> None:
         """Takes rows in. Their prompts are encoded by the next steps, beyond what another context shares with them."""
         for row in rows:
-            draft = self.drafts[row.query.route]
-            row.acceptance.parent = draft.acceptance
-            prompt = row.tokens[:-1]
-            found = self._prefixes.longest(row.query.route, prompt, map(self._context, range(len(self.rows))))
-            if found is not None:
-                context, row.cached = found
-                self.target.copy(context.slot, len(self.rows), row.cached)
-                # What another version wrote would cost acceptance for as long as the prefix is popular.
-                if context.draft_version == draft.version and draft.usable:
-                    row.draft_cached, row.draft_version = min(context.draft_cached, row.cached), draft.version
-                    self._guarded(draft, lambda: draft.model.copy(context.slot, len(self.rows), row.draft_cached))  # noqa: B023
-            self._metrics.prefix(len(prompt), row.cached)
+            row.acceptance.parent = self.drafts[row.query.route].acceptance
+            self._reuse(row, len(self.rows))
+            self._metrics.prefix(len(row.tokens) - 1, row.cached)
             self.rows.append(row)
+
+    def _reuse(self, row: Row, slot: int) -> None:
+        """Copies what another context has of the row's beginning into the row's slot-to-be."""
+        live = map(self._context, range(len(self.rows)))
+        found = self._prefixes.longest(row.query.route, row.tokens[:-1], live)
+        if found is None:
+            return
+        context, row.cached = found
+        draft = self.drafts[row.query.route]
+        # What another version wrote would cost acceptance for as long as the prefix is popular.
+        if context.draft_version == draft.version:
+            row.draft_cached, row.draft_version = min(context.draft_cached, row.cached), draft.version
+        self._copy(row, context.slot, slot)
 
     def release(self) -> list[Row]:
         """Takes finished rows out, keeps their contexts for others, and closes the holes they leave."""
@@ -167,7 +174,7 @@ class Batch:
         return rows
 
     def _close(self, hole: int) -> None:
-        """Ready rows stay before those that wait for their prompts: the last of the ready, then the last of all move up."""
+        """The last ready row moves up, then the last of all: ready rows stay before those that wait."""
         for last in (self.ready - 1, len(self.rows) - 1):
             if hole < last:
                 self.rows[hole] = self.rows[last]
@@ -197,6 +204,11 @@ class Batch:
         self._encode(self.target, members, pieces, [self.rows[i].cached for i in members])
         for i, piece in zip(members, pieces, strict=True):
             self.rows[i].cached += len(piece)
+
+    def _alone(self) -> bool:
+        """Whether there is one row, with a prompt so short that its first step encodes it along."""
+        row = self.rows[0] if len(self.rows) == 1 else None
+        return row is not None and row.waits_for_prefill and row.lag <= self.limits.prefill_tokens
 
     def _catch_up(self, members: list[int]) -> None:
         """Encodes what drafts lack of their rows' contexts; what does not fit now is left for the next steps."""
@@ -229,11 +241,12 @@ class Batch:
         if gamma == 0 and self.control.credit_s > 0:
             self._probe(ours)
         drafted = [row.drafted(gamma) if able else 0 for row, able in zip(rows, usable, strict=True)]
-        self._catch_up([i for i, count in enumerate(drafted) if count and rows[i].draft_lag > FEED])
-        return [0 if rows[i].draft_lag > FEED else count for i, count in enumerate(drafted)]
+        feed = FEED if len(rows) > 1 else self.limits.prefill_tokens  # more than one row would be padded to the longest
+        self._catch_up([i for i, count in enumerate(drafted) if count and rows[i].draft_lag > feed])
+        return [0 if rows[i].draft_lag > feed else count for i, count in enumerate(drafted)]
 
     def _probe(self, members: list[int]) -> None:
-        """Without drafting nothing is learnt of the draft: now and then a row's own output shows what it would accept."""
+        """Plain steps say nothing of the draft: now and then a row's own output shows what would be accepted."""
         known = {i: min(self.rows[i].draft_lag - 1, self.rows[i].emitted) for i in members}
         ripe = [i for i in members if known[i] >= PROBED]
         if not ripe:
@@ -248,7 +261,7 @@ class Batch:
         self.control.spent(time.perf_counter() - started)
 
     def _measure(self, slot: int, known: int, draft: LiveDraft) -> None:
-        """Σ_x min(p(x), q(x)) is the mean of min(1, q(x) / p(x)) over x from p: over tokens that plain steps emitted."""
+        """Σ_x min(p(x), q(x)) is the mean of min(1, q(x) / p(x)) over x from p: over what plain steps emitted."""
         row = self.rows[slot]
         fed, start = row.tokens[row.draft_cached : -1], row.draft_cached
         ids_BT, starts_B = self._ragged([fed]), self._integers([start])
@@ -355,12 +368,15 @@ class Batch:
     # ── verify ──
 
     def _verify(self, plan: StepPlan, proposal: Proposal) -> tuple[Verdict, Observation | None]:
-        last_B1 = self._integers([row.tokens[-1] for row in plan.rows])[:, None]
-        ids_BT = torch.cat([last_B1, proposal.tokens_BG], 1) if proposal.tokens_BG.shape[1] else last_B1
+        fed_BT = self._ragged(
+            [row.tokens[row.cached :] for row in plan.rows]
+        )  # the last token, and a lone row's prompt
+        ids_BT = torch.cat([fed_BT, proposal.tokens_BG], 1) if proposal.tokens_BG.shape[1] else fed_BT
         # A row's longest context is its own, not the padded one: padding writes, but nobody reads it.
-        upto = max(row.cached + 1 + count for row, count in zip(plan.rows, plan.drafted, strict=True))
+        upto = max(len(row.tokens) + count for row, count in zip(plan.rows, plan.drafted, strict=True))
         starts_B = self._integers([row.cached for row in plan.rows])
         logits_BTV = self.target.forward(slice(0, len(plan.rows)), ids_BT, starts_B, upto)
+        logits_BTV = logits_BTV[:, fed_BT.shape[1] - 1 :]
         verdict = judge(logits_BTV, proposal, plan.sampling, plan.accept_uniform_BG, plan.emit_uniform_B)
         if not any(row.trace is not None or row.query.logprobs is not None for row in plan.rows):
             return verdict, None

@@ -1,8 +1,8 @@
 """Speculation control: how many tokens a step drafts, from what steps cost and how much of a draft is accepted.
 
 What is maximised is the tokens per second of the whole batch: Σ over rows of E[tokens | γ] ÷ seconds of a step with γ,
-where a row with acceptance rate α emits (1 − α^(γ+1)) / (1 − α) tokens (Leviathan et al., arXiv 2211.17192, equation 1).
-γ = 0 is the plain step, with no draft work at all.
+where a row with acceptance rate α emits (1 − α^(γ+1)) / (1 − α) tokens (Leviathan et al., arXiv 2211.17192, equation
+1). γ = 0 is the plain step, with no draft work at all.
 """
 
 import math
@@ -49,8 +49,8 @@ class StepCosts:
     """Seconds of a step, by rows and γ: measured at start, corrected by every step since.
 
     log seconds = log measured at start + correction of this number of rows + correction of this γ. The first one moves
-    slowly and for all γ, so that a γ that has not been tried lately follows what its neighbours show: longer contexts, a
-    busier machine.
+    slowly and for all γ, so that a γ that has not been tried lately follows what its neighbours show: longer contexts,
+    a busier machine.
     """
 
     def __init__(self, max_gamma: int, slots: int) -> None:

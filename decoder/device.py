@@ -1,11 +1,11 @@
 """What differs between devices; nothing else in the decoder asks which one it runs on.
 
-CPU: weight matrices lie in oneDNN's blocked layout. `F.linear` brings a matrix into that layout anew at every call, which
-for a few tokens costs more than the product itself. Elsewhere they are plain tensors at addresses that never change.
+CPU: weight matrices lie in oneDNN's blocked layout. `F.linear` brings a matrix into that layout anew at every call, and
+for a few tokens that costs more than the product. Elsewhere they are plain tensors at addresses that never change.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -51,7 +51,7 @@ def prefill_tokens(device: torch.device) -> int:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for bfloat16 products (AVX512-BF16 or AMX), and torch a library that uses them."""
+    """Whether this CPU has instructions for bfloat16 products (AVX512-BF16 or AMX), and torch what uses them."""
     return _has_onednn() and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
@@ -96,7 +96,7 @@ class Linear:
         return packed
 
     def install(self, packed: Tensor) -> None:
-        """Puts packed weights in place. A captured CUDA graph reads the same addresses; no graph reads a packed layout."""
+        """Puts packed weights in place. Plain tensors keep their addresses, which captured CUDA graphs read."""
         if self._packed:
             self._weight = packed
         else:
@@ -109,6 +109,80 @@ class Linear:
         """The weights by name, as they are multiplied now."""
         dense = self._weight.to_dense() if self._packed else self._weight
         return dict(zip(self.names, torch.split(dense, self.sizes), strict=True))
+
+
+Forward = Callable[[Any, Tensor, Tensor, int], Tensor]  # rows, ids [B, T], starts [B], upto → logits [B, T, V]
+
+
+class Graphs:
+    """A forward as captured CUDA graphs, one for each shape of a ladder; others run as they are.
+
+    Rows are rounded up to a power of two and contexts to the next rung, so that few graphs serve all steps. Rows beyond
+    the real ones write to the last cell of their slots, which belongs to nobody, and their logits are cut off. Graphs
+    read weights and caches at their addresses, which stay: a swap needs no new capture.
+    """
+
+    CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+    TOKENS = 17  # new tokens of a row: a step's, not a prompt's
+
+    def __init__(self, forward: Forward, slots: int, capacity: int, device: torch.device, capture: "Capture") -> None:
+        self._forward, self._capture = forward, capture
+        self._slots, self._capacity, self._device = slots, capacity, device
+        self._captured: dict[tuple[int, int, int], tuple[Tensor, Tensor, Callable[[], Tensor]]] = {}
+
+    @classmethod
+    def of(cls, forward: Forward, slots: int, capacity: int, device: torch.device) -> "Graphs | None":
+        """None where there is nothing to capture."""
+        return cls(forward, slots, capacity, device, capture_cuda()) if device.type == "cuda" else None
+
+    def take(self, rows: Any, ids_BT: Tensor) -> bool:
+        """Whether these rows are the first slots, with few new tokens each."""
+        return isinstance(rows, slice) and rows.start == 0 and ids_BT.shape[1] <= self.TOKENS
+
+    def forward(self, ids_BT: Tensor, starts_B: Tensor, upto: int) -> Tensor:
+        count, new = ids_BT.shape
+        rows = min(1 << (count - 1).bit_length(), self._slots)
+        context = min(next(rung for rung in self.CONTEXTS if rung >= upto), self._capacity)
+        key = rows, new, context
+        if key not in self._captured:
+            self._captured[key] = self._new(*key)
+        ids, starts, replay = self._captured[key]
+        ids[:count].copy_(ids_BT)
+        starts[:count].copy_(starts_B)
+        starts[count:].fill_(self._capacity - 1)
+        return replay()[:count].clone()  # the next replay writes over it
+
+    def _new(self, rows: int, new: int, context: int) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
+        ids = torch.zeros((rows, new), dtype=torch.long, device=self._device)
+        starts = torch.full((rows,), self._capacity - 1, device=self._device)
+        return ids, starts, self._capture(lambda: self._forward(slice(0, rows), ids, starts, context))
+
+
+Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+
+
+def capture_cuda() -> Capture:
+    """Records work on the device once, to be replayed on whatever then lies at the same addresses."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # libraries choose and allocate before the recording
+            for _ in range(3):
+                work()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            out = work()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+    return capture
 
 
 class Download:

@@ -1,8 +1,8 @@
 """The Llama family's forward over slot caches: Llama, Mistral, Qwen2, Qwen3.
 
-The same numbers as `transformers`, with nothing computed twice: query, key and value projections are one product, so are
-gate and up; keys and values are written in place; the query heads that share a key-value head are further positions of
-one attention, not copies of it. The residual stream is float32.
+The same numbers as `transformers`, with nothing computed twice: query, key and value projections are one product, so
+are gate and up; keys and values are written in place; the query heads that share a key-value head are further positions
+of one attention, not copies of it. The residual stream is float32.
 
 Legend: B rows, T new tokens, U visible positions, E hidden size, H query heads, K key-value heads, G = H / K,
 D head size, V vocabulary.
@@ -10,13 +10,14 @@ D head size, V vocabulary.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
-from decoder.device import Linear, rms_norm
+from decoder.device import Graphs, Linear, rms_norm
 from decoder.sampling import fit_vocabulary
 from decoder.slots import Rows, SlotCache, slot_index
 
@@ -105,6 +106,7 @@ class Llama:
         self._steps = torch.arange(cache.capacity, device=self.device)
         self._cos, self._sin = _rotations(module, self._steps, self._dtype)
         self._linears = [self.head, *(m for x in self.layers for m in (x.qkv, x.out, x.gate_up, x.down))]
+        self.graphs = Graphs.of(self._forward, cache.slots, cache.capacity, self.device)
         # What is not a matrix: norms, the embedding, and biases where the products read them.
         read = {name for linear in self._linears for name in (*linear.names, *linear.biases)} | {"lm_head.weight"}
         self._rest = {name: state[name] for name in sorted(state.keys() - read)}
@@ -114,19 +116,25 @@ class Llama:
 
     @torch.inference_mode()
     def forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> Tensor:
-        x_BTE = self._run(rows, ids_BT, starts_B, upto)
-        return fit_vocabulary(self.head(rms_norm(x_BTE, self.norm, self.eps)), self.vocab_size)
+        ids_BT, starts_B = ids_BT.to(self.device), starts_B.to(self.device)
+        if self.graphs is not None and self.graphs.take(rows, ids_BT):
+            return self.graphs.forward(ids_BT, starts_B, upto)
+        return self._forward(rows, ids_BT, starts_B, upto)
 
     @torch.inference_mode()
     def encode(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> None:
-        self._run(rows, ids_BT, starts_B, upto)
+        self._run(rows, ids_BT.to(self.device), starts_B.to(self.device), upto)
 
     def copy(self, source: int, destination: int, length: int) -> None:
         self.cache.copy(source, destination, length)
 
+    def _forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> Tensor:
+        x_BTE = self._run(rows, ids_BT, starts_B, upto)
+        return fit_vocabulary(self.head(rms_norm(x_BTE, self.norm, self.eps)), self.vocab_size)
+
     def _run(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> Tensor:
-        place = self._place(rows, ids_BT.shape[1], starts_B.to(self.device), upto)
-        x_BTE = F.embedding(ids_BT.to(self.device), self.embedding).float()
+        place = self._place(rows, ids_BT.shape[1], starts_B, upto)
+        x_BTE = F.embedding(ids_BT, self.embedding).float()
         for layer in self.layers:
             x_BTE = layer(x_BTE, place, self.cache)
         return x_BTE
@@ -175,16 +183,17 @@ class Staged:
 
 
 def _stack(state: Mapping[str, Tensor], names: list[str]) -> Linear:
-    named = lambda kind: {f"{name}.{kind}": state[f"{name}.{kind}"] for name in names if f"{name}.{kind}" in state}
+    def named(kind: str) -> dict[str, Tensor]:
+        return {f"{name}.{kind}": state[f"{name}.{kind}"] for name in names if f"{name}.{kind}" in state}
+
     return Linear(named("weight"), named("bias"))
 
 
 def _rotations(module: nn.Module, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines [L, D] as `transformers` has them; the sines' first half is negated, for `_rotate`."""
-    rotary = module.model.rotary_emb  # type: ignore[union-attr]
-    frequencies: Tensor = rotary.inv_freq  # type: ignore[union-attr, assignment]
-    angles = positions[:, None].float() * frequencies.float()
-    cos, sin = angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling  # type: ignore[union-attr]
+    rotary: Any = module.get_submodule("model.rotary_emb")
+    angles = positions[:, None].float() * rotary.inv_freq.float()
+    cos, sin = angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 

@@ -83,7 +83,7 @@ def _finite(logp: np.float32) -> float:
 def observe(
     logits_BTV: Tensor, proposal: Proposal, verdict: Verdict, record_k: int, report_k: int | None
 ) -> Observation:
-    """`record_k` tokens a position go into signals; `report_k` is the most that a client asked for, None if nobody did."""
+    """`record_k` tokens a position go into signals; `report_k` is the most a client asked for, None if nobody did."""
     target_logp_BTV = logits_BTV.log_softmax(-1, dtype=torch.float32)
     draft_logp_BGV = proposal.logits_BGV.log_softmax(-1, dtype=torch.float32)
     gamma = proposal.tokens_BG.shape[1]

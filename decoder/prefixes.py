@@ -1,8 +1,8 @@
 """Prefix reuse: contexts that begin alike are encoded once.
 
 A new row takes over the keys and values of the longest common beginning that a live row, or a finished one that was
-kept, has in its slot. Contexts are shared within a route only: whether a prompt was seen before shows in its latency, and
-that is nobody else's business.
+kept, has in its slot. Contexts are shared within a route only: whether a prompt was seen before shows in its latency,
+and that is nobody else's business.
 """
 
 from collections.abc import Iterable, Sequence

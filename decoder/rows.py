@@ -47,8 +47,13 @@ class Row:
         return self.cached < len(self.query.prompt_ids) - 1
 
     @property
+    def lag(self) -> int:
+        """Tokens that the target's slot lacks. One is the rule: the last token, which is in no cache."""
+        return len(self.tokens) - self.cached
+
+    @property
     def draft_lag(self) -> int:
-        """Tokens that the draft's slot lacks. One is the rule: the last token, which is in no cache."""
+        """The same of the draft's slot."""
         return len(self.tokens) - self.draft_cached
 
     def drafted(self, gamma: int) -> int:

@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from online.stack import Stack
 DEMO_SETTINGS: Mapping[str, Any] = {"port": 0, "cycle_min_signals": 100, "tick_s": 1.0, "poll_s": 0.2, "routes": "demo"}
 CYCLE_WAIT_S = 90.0
 HELD_OUT_TOKENS = 64  # more queries say more than longer answers
+EXAM_GAMMA = 4
 RECENT = 40  # requests that a progress line averages over
 
 
@@ -57,8 +58,9 @@ class Demo:
     def examine(self, what: str) -> Examined:
         self.say(f"{what}: {2 * len(self._held_out)} held-out queries, sampled and greedy")
         tokens, clients = min(self._args.max_tokens, HELD_OUT_TOKENS), self._args.clients
-        shape = Shape(tokens, self._args.temperature, store=False, clients=clients)
-        greedy = Shape(tokens, 0.0, store=False, clients=clients)
+        # γ is fixed: left to the service it would grow with the draft, and tokens a step would say less.
+        shape = Shape(tokens, self._args.temperature, store=False, clients=clients, gamma=EXAM_GAMMA)
+        greedy = replace(shape, temperature=0.0)
         found = [answers(self._client, self._held_out, s, 1000, self._count) for s in (shape, greedy)]
         examined = Examined(found[0], found[1])
         served = list(examined.all.values())

@@ -1,7 +1,7 @@
 """`python -m lab distil`: warms a draft up on prompts, offline, by the path that the service takes while it serves.
 
-The engine answers the prompts, its recorder logs the target's distributions, and the trainer's recipe distils the draft on
-them. The result is a model folder: a first draft for the service, or a contestant for the benchmarks.
+The engine answers the prompts, its recorder logs the target's distributions, and the trainer's recipe distils the draft
+on them. The result is a model folder: a first draft for the service, or a contestant for the benchmarks.
 """
 
 import argparse

@@ -3,8 +3,9 @@
 import argparse
 import json
 import queue
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts",
         type=Path,
-        help='JSON lines with a "prompt" each (default: cut out of an installed package); chat where the model has a template',
+        help='JSON lines with a "prompt" each, sent as chat where there is a template (default: code of a package)',
     )
     parser.add_argument(
         "--prompt-count", type=int, default=200, help="prompts taken from the file (default: %(default)s)"
@@ -70,15 +71,16 @@ def read_prompts(path: Path | None, count: int) -> list[str]:
     """Raises ValueError, naming the line, where the file does not hold prompts."""
     if path is None:
         return traffic.package_prompts(traffic.shifted_package(), count, held_out=True, seed=1)
+    lines = path.read_text().splitlines()
     prompts = []
-    for number, line in enumerate(path.read_text().splitlines()[:count], 1):
+    for number in range(0, len(lines), max(1, len(lines) // count)):  # all over the file, which may be in some order
         try:
-            prompts.append(str(json.loads(line)["prompt"]))
+            prompts.append(str(json.loads(lines[number])["prompt"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{path}, line {number}: not a JSON object with a "prompt": {error}') from error
+            raise ValueError(f'{path}, line {number + 1}: not a JSON object with a "prompt": {error}') from error
     if not prompts:
         raise ValueError(f"{path} holds no prompts")
-    return prompts
+    return prompts[:count]
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -102,22 +104,41 @@ def random_draft(files: ModelFiles, folder: Path) -> str:
 class Answer:
     ids: list[int]
     stats: SpeculationStats
-    first_s: float  # since its submission
-    arrivals_s: list[float]  # of every delta with tokens, since its submission
+    arrivals_s: list[float]  # of every delta with tokens, since it was sent
     error: str = ""
 
 
 class Rig:
-    """An engine and the parts around it. `complete` sends queries all at once and waits for their answers."""
+    """An engine and the parts around it. `complete` sends queries and waits for their answers."""
 
     def __init__(self, engine: Engine, recorder: Recorder, buffer: MemoryBuffer, metrics: ServiceMetrics) -> None:
         self.engine, self.recorder, self.buffer, self.metrics = engine, recorder, buffer, metrics
 
-    def complete(self, queries: Sequence[Query]) -> list[Answer]:
+    def between_steps(self, work: Callable[[], None]) -> None:
+        """Runs `work` on the engine's thread, and waits for it."""
+        done = threading.Event()
+
+        def change() -> None:
+            try:
+                work()
+            finally:
+                done.set()
+
+        self.engine.between_steps(change)
+        done.wait()
+
+    def complete(self, queries: Sequence[Query], at_once: int = 0) -> list[Answer]:
+        """Answers in the queries' order; `at_once` of them in flight, as one ends the next is sent (0: all)."""
         inbox: queue.SimpleQueue[tuple[int, float, Delta]] = queue.SimpleQueue()
-        started = time.perf_counter()
-        for i, query in enumerate(queries):
-            self.engine.submit(query, lambda delta, i=i: inbox.put((i, time.perf_counter(), delta)))  # type: ignore[misc]
+        sent: list[float] = []
+
+        def send() -> None:
+            i = len(sent)
+            sent.append(time.perf_counter())
+            self.engine.submit(queries[i], lambda delta: inbox.put((i, time.perf_counter(), delta)))
+
+        for _ in range(min(at_once or len(queries), len(queries))):
+            send()
         ids: list[list[int]] = [[] for _ in queries]
         arrivals: list[list[float]] = [[] for _ in queries]
         answers: dict[int, Answer] = {}
@@ -125,16 +146,19 @@ class Rig:
             i, now, delta = inbox.get()
             ids[i] += delta.token_ids
             if delta.token_ids:
-                arrivals[i].append(now - started)
+                arrivals[i].append(now - sent[i])
             if delta.finish_reason is not None:
                 assert delta.stats is not None
-                first = arrivals[i][0] if arrivals[i] else 0.0
-                answers[i] = Answer(ids[i], delta.stats, first, arrivals[i], delta.error)
+                answers[i] = Answer(ids[i], delta.stats, arrivals[i], delta.error)
+                if len(sent) < len(queries):
+                    send()
         return [answers[i] for i in range(len(queries))]
 
 
 @contextmanager
-def rig(pair: Pair, draft: str, slots: int, *, gamma: int = 0, max_tokens: int = 256) -> Iterator[Rig]:
+def rig(
+    pair: Pair, draft: str, slots: int, *, gamma: int = 0, max_tokens: int = 256, kept_contexts: int | None = None
+) -> Iterator[Rig]:
     """An engine that is up and has timed its models. `draft` is a folder or hub id; γ at most is the service's own."""
     settings, device = Settings(), device_of(pair.device)
     stay_on_one_core()
@@ -142,12 +166,13 @@ def rig(pair: Pair, draft: str, slots: int, *, gamma: int = 0, max_tokens: int =
     buffer = MemoryBuffer(Bounds(10**6, 2**34, 7 * 86400))
     recorder = Recorder(buffer, "lab", 4096, metrics)
     max_context = max(map(len, pair.prompts)) + max_tokens
-    size = slots + settings.kept_contexts, max_context + 1
+    kept = settings.kept_contexts if kept_contexts is None else kept_contexts
+    size = slots + kept, max_context + 1
     (target,) = load_models(pair.files.target, 1, *size, device, pair.dtype)
     (model,) = load_models(draft, 1, *size, device, pair.dtype, target.vocab_size)
     limits = EngineLimits(
         slots=slots,
-        kept_contexts=settings.kept_contexts,
+        kept_contexts=kept,
         gamma=gamma or settings.gamma,
         prefill_tokens=settings.prefill_tokens or prefill_tokens(device),
         signal_top_k=settings.signal_top_k,

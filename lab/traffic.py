@@ -33,6 +33,7 @@ class Shape:
     store: bool = True
     route: str | None = None
     clients: int = 8
+    gamma: int | None = None  # None: the service's choice
 
 
 def package_prompts(package: str, count: int, *, held_out: bool, seed: int, prompt_chars: int = 400) -> list[str]:
@@ -80,6 +81,8 @@ class Client:
             "seed": seed,
             "store": shape.store,
         }
+        if shape.gamma is not None:
+            body["speculation"] = {"gamma": shape.gamma}
         if shape.route:
             body["metadata"] = {"route": shape.route}
         answer = self._http.post("/v1/completions", json=body)

@@ -12,6 +12,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from decoder.device import Graphs
+from decoder.llama import Llama
 from decoder.models import LanguageModel, ServedModel, fingerprint, over_slots, refuse_windows
 from decoder.sampling import fit_vocabulary
 from online.errors import InvalidRequest
@@ -209,3 +211,24 @@ def test_models_that_forget_are_refused_beyond_their_window(tmp_path: object) ->
     refuse_windows(str(tmp_path), 16)
     with pytest.raises(InvalidRequest, match="window 16"):
         refuse_windows(str(tmp_path), 64)
+
+
+def test_captured_shapes_are_padded_and_nobody_notices() -> None:
+    """The ladder of CUDA graphs with a capture that runs anew: rounded rows and contexts change no logits, no slot."""
+    model, whole = served_model("llama")
+    assert isinstance(model, Llama)
+    replays: list[Callable[[], torch.Tensor]] = []
+
+    def capture(work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        replays.append(work)
+        return work
+
+    feed(model, slice(0, 4), [[5, 6], [7, 8, 9], [10], [11, 12]], [0] * 4)
+    model.graphs = Graphs(model._forward, SLOTS, CAPACITY, model.device, capture)
+    for start in (2, 3):  # the second step replays what the first one captured
+        logits = feed(model, slice(0, 3), [[21, 22], [31, 32], [41, 42]], [start, start, 1])
+    assert len(replays) == 1
+    assert close(logits[0], whole([5, 6, 21, 21, 22])[-2:])
+    assert close(logits[1], whole([7, 8, 31, 31, 32])[-2:])
+    assert close(logits[2], whole([10, 41, 42])[-2:])
+    assert close(feed(model, [3], [[51]], [2])[0], whole([11, 12, 51])[-1:])

@@ -1,0 +1,154 @@
+"""`python -m lab bench decode`: this engine beside `transformers`, on one pair, in one run.
+
+All contestants answer the same prompts up to their natural end. Repetitions are interleaved and in random order.
+Printed are medians over repetitions; ratios are medians of the repetitions' own ratios, with their range.
+`transformers` gets the same draft, and assists at the γ that is best for it.
+"""
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lab import rig
+from lab.bench.contestants import Case, Contestant, Continuous, Generate, Ours, Outcome
+
+CONCURRENCIES = (1, 8, 32, 64)
+BATCHES = (8, 32)
+ASSISTED_GAMMAS = (1, 2, 3, 4, 6)
+
+
+def cases() -> dict[str, list[Case]]:
+    """What every contestant does, by its name."""
+    both = (False, True)
+    generate = [Case(f"generate, {_way(s)}", sampled=s) for s in both]
+    generate += [
+        Case(f"assisted γ={gamma}, {_way(s)}", sampled=s, gamma=gamma, drafts=True)
+        for s in both
+        for gamma in ASSISTED_GAMMAS
+    ]
+    generate += [Case(f"batched, {n}", at_once=n) for n in BATCHES]
+    plain = [Case(f"plain, {n}", at_once=n) for n in CONCURRENCIES] + [Case("plain, 1 sampled", sampled=True)]
+    drafting = [Case(f"speculative, {n}", at_once=n, drafts=True) for n in CONCURRENCIES]
+    drafting += [Case("speculative, 1 sampled", sampled=True, drafts=True)]
+    return {
+        "generate": generate,
+        "continuous": [Case(f"continuous, {n}", at_once=n) for n in BATCHES],
+        "ours": plain + drafting,
+        "random": [Case(f"random draft, {n}", at_once=n, drafts=True) for n in CONCURRENCIES]
+        + [Case(f"plain beside it, {n}", at_once=n) for n in CONCURRENCIES],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m lab bench decode", description=__doc__)
+    rig.add_arguments(parser)
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--max-tokens", type=int, default=128, help="of an answer that does not end before")
+    parser.add_argument("--alone", type=int, default=12, help="prompts of a repetition, one after another")
+    parser.add_argument("--rounds", type=int, default=3, help="prompts of a repetition by sequence at once, in batches")
+    args = parser.parse_args()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        results = _measure(args, rig.random_draft(rig.pair_of(args).files, Path(folder)))
+    table(results)
+    figures = ratios(results)
+    figures["repetitions"], figures["seconds"] = args.repetitions, round(time.monotonic() - started)
+    print(json.dumps(figures))
+
+
+def _measure(args: argparse.Namespace, random_draft: str) -> dict[str, list[Outcome]]:
+    pair, slots = rig.pair_of(args), max(CONCURRENCIES)
+    contestants = {
+        "generate": Contestant(Generate, pair, args.max_tokens),
+        "continuous": Contestant(Continuous, pair, args.max_tokens),
+        "ours": Contestant(Ours, pair, args.max_tokens, pair.files.draft, slots),
+        "random": Contestant(Ours, pair, args.max_tokens, random_draft, slots),
+    }
+    rng, results = random.Random(0), {case.name: [] for group in cases().values() for case in group}  # type: ignore[var-annotated]
+    try:
+        for repetition in range(-1, args.repetitions):  # the first one warms everyone up
+            order = [(who, case) for who, group in cases().items() for case in group]
+            rng.shuffle(order)
+            for who, case in order:
+                count = args.alone if case.at_once == 1 else args.rounds * case.at_once
+                first = rng.randrange(len(pair.prompts)) if repetition < 0 else repetition * args.alone
+                prompts = [pair.prompts[(first + i) % len(pair.prompts)] for i in range(count)]
+                outcome = contestants[who].run(case, prompts, seed=1000 * (repetition + 1))
+                if repetition >= 0:
+                    results[case.name].append(outcome)
+            print(f"repetition {repetition + 1} of {args.repetitions}", flush=True)
+    finally:
+        for contestant in contestants.values():
+            contestant.close()
+    return results
+
+
+def table(results: dict[str, list[Outcome]]) -> None:
+    print(f"\n{'':28} {'tokens/s':>9} {'range':>13} {'ms/token':>9} {'τ':>5} {'outside':>8}")
+    for group in cases().values():
+        for case in group:
+            speeds, outcomes = _speeds(results[case.name]), results[case.name]
+            median = float(np.median(speeds))
+            steps = sum(outcome.steps for outcome in outcomes)
+            tau = f"{sum(o.tokens for o in outcomes) / steps:.2f}" if steps else ""
+            outside = f"{np.median([o.outside for o in outcomes]):.0%}" if steps else ""
+            spread = f"{min(speeds):.0f}–{max(speeds):.0f}"
+            print(
+                f"{case.name:28} {median:9.0f} {spread:>13} {1000 * case.at_once / median:9.2f} {tau:>5} {outside:>8}"
+            )
+
+
+def ratios(results: dict[str, list[Outcome]]) -> dict[str, object]:
+    """The figures that are asked for, and under `ranges` the smallest and largest ratio of a repetition."""
+    speed = {name: _speeds(outcomes) for name, outcomes in results.items()}
+    best = lambda names: max(names, key=lambda name: np.median(speed[name]))
+    assisted = {
+        way: best([f"assisted γ={gamma}, {way}" for gamma in ASSISTED_GAMMAS]) for way in (_way(False), _way(True))
+    }
+    pairs: dict[str, tuple[str, str]] = {
+        "plain_vs_generate": ("plain, 1", "generate, greedy"),
+        "spec_vs_generate": ("speculative, 1", "generate, greedy"),
+        "spec_vs_assisted_greedy": ("speculative, 1", assisted["greedy"]),
+        "spec_vs_assisted_sampled": ("speculative, 1 sampled", assisted["sampled"]),
+        "spec_vs_plain_sampled": ("speculative, 1 sampled", "plain, 1 sampled"),
+        **{
+            f"engine_vs_transformers_{n}": (f"speculative, {n}", best([f"batched, {n}", f"continuous, {n}"]))
+            for n in BATCHES
+        },
+    }
+    by_concurrency = {
+        "spec_vs_plain": [(f"speculative, {n}", f"plain, {n}") for n in CONCURRENCIES],
+        "random_draft_vs_plain": [(f"random draft, {n}", f"plain beside it, {n}") for n in CONCURRENCIES],
+    }
+    ranges: dict[str, object] = {}
+    figures: dict[str, object] = {}
+    for key, (ours, theirs) in pairs.items():
+        figures[key], ranges[key] = _ratio(speed[ours], speed[theirs])
+    for key, compared in by_concurrency.items():
+        found = [_ratio(speed[ours], speed[theirs]) for ours, theirs in compared]
+        figures[key] = {str(n): value for n, (value, _) in zip(CONCURRENCIES, found, strict=True)}
+        ranges[key] = {str(n): spread for n, (_, spread) in zip(CONCURRENCIES, found, strict=True)}
+    figures["outside_forward_share"] = {
+        name: round(float(np.median([outcome.outside for outcome in results[name]])), 3)
+        for name in ("plain, 1", "speculative, 1", "speculative, 1 sampled")
+    }
+    return {**figures, "peers": {**assisted}, "ranges": ranges}
+
+
+def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, list[float]]:
+    each = np.array(ours) / np.array(theirs)
+    return round(float(np.median(each)), 3), [round(float(each.min()), 3), round(float(each.max()), 3)]
+
+
+def _speeds(outcomes: Sequence[Outcome]) -> list[float]:
+    return [outcome.tokens / outcome.seconds for outcome in outcomes]
+
+
+def _way(sampled: bool) -> str:
+    return "sampled" if sampled else "greedy"
