@@ -95,6 +95,7 @@ class Batch:
         finally:
             self.clear()
             self._metrics = metrics
+            self.control.credit_s = 0.0
             for draft in self.drafts.values():
                 draft.acceptance.forget()
 
@@ -143,15 +144,17 @@ class Batch:
     def _reuse(self, row: Row, slot: int) -> None:
         """Copies what another context has of the row's beginning into the row's slot-to-be."""
         live = map(self._context, range(len(self.rows)))
-        found = self._prefixes.longest(row.query.route, row.tokens[:-1], live)
+        draft = self.drafts[row.query.route]
+        found = self._prefixes.longest(row.query.route, row.tokens[:-1], draft.version, live)
         if found is None:
             return
         context, row.cached = found
-        draft = self.drafts[row.query.route]
         # What another version wrote would cost acceptance for as long as the prefix is popular.
         if context.draft_version == draft.version:
             row.draft_cached, row.draft_version = min(context.draft_cached, row.cached), draft.version
         self._copy(row, context.slot, slot)
+        if not draft.usable:
+            row.draft_cached = 0
 
     def release(self) -> list[Row]:
         """Takes finished rows out, keeps their contexts for others, and closes the holes they leave."""
@@ -174,19 +177,24 @@ class Batch:
         return rows
 
     def _close(self, hole: int) -> None:
-        """The last ready row moves up, then the last of all: ready rows stay before those that wait."""
-        for last in (self.ready - 1, len(self.rows) - 1):
-            if hole < last:
-                self.rows[hole] = self.rows[last]
-                self._copy(self.rows[hole], last, hole)
-                hole = last
+        """The last ready row moves into the hole, and those that wait for their prompts move up in their order."""
+        if hole < (last := self.ready - 1):
+            self._move(last, hole)
+            hole = last
+        for slot in range(hole + 1, len(self.rows)):
+            self._move(slot, slot - 1)
         self.rows.pop()
 
+    def _move(self, source: int, destination: int) -> None:
+        self.rows[destination] = self.rows[source]
+        self._copy(self.rows[source], source, destination)
+
     def _copy(self, row: Row, source: int, destination: int) -> None:
-        self.target.copy(source, destination, row.cached)
+        if row.cached:
+            self.target.copy(source, destination, row.cached)
         draft = self.drafts[row.query.route]
         if draft.usable and row.draft_cached:
-            draft.model.copy(source, destination, row.draft_cached)
+            self._guarded(draft, lambda: draft.model.copy(source, destination, row.draft_cached))
 
     def _context(self, slot: int) -> Context:
         row = self.rows[slot]

@@ -19,6 +19,8 @@ PRIOR_POSITIONS = 6.0  # positions of its own after which a row counts as much a
 MARGIN = 1.05  # speculation must promise this much more than plain steps: it also pays for drafts' prompts
 PROBE_SHARE = 0.01  # of the time that plain steps take, for looking whether drafting would pay again
 GAMMA_LEARNS, ROWS_LEARN = 0.05, 0.02  # shares of a surprise that corrections take up
+RECHECK_STEPS = 50  # drafting steps in a row after which one is plain: or what plain steps cost would be hearsay
+RECHECK_LEARNS = 0.5  # share of that step's surprise that is taken up: there are few of them
 SURPRISE = 0.5  # a step may be slow for reasons of the machine's own: its logarithm counts up to this
 
 
@@ -63,7 +65,9 @@ class StepCosts:
         """Seconds by γ, for some of them; in between they are interpolated."""
         gammas = sorted(seconds)
         known = [seconds[gamma] for gamma in gammas]
-        self._start[self._bucket(rows)] = np.log(np.interp(np.arange(self._start.shape[1]), gammas, known))
+        i = self._bucket(rows)
+        self._start[i] = np.log(np.interp(np.arange(self._start.shape[1]), gammas, known))
+        self._by_rows[i], self._by_gamma[i] = 0, 0
 
     def seconds(self, rows: int) -> NDArray[np.float64]:
         """By γ, [max_gamma + 1]."""
@@ -71,12 +75,12 @@ class StepCosts:
         seconds: NDArray[np.float64] = np.exp(self._start[i] + self._by_rows[i] + self._by_gamma[i])
         return seconds
 
-    def observe(self, rows: int, gamma: int, seconds: float) -> None:
+    def observe(self, rows: int, gamma: int, seconds: float, weight: float = GAMMA_LEARNS) -> None:
         i = self._bucket(rows)
         known = self._start[i, gamma] + self._by_rows[i] + self._by_gamma[i, gamma]
         surprise = max(-SURPRISE, min(SURPRISE, math.log(seconds) - known))
         self._by_rows[i] += ROWS_LEARN * surprise
-        self._by_gamma[i, gamma] += GAMMA_LEARNS * surprise
+        self._by_gamma[i, gamma] += weight * surprise
 
     def _bucket(self, rows: int) -> int:
         return (rows - 1).bit_length()
@@ -96,6 +100,7 @@ class Control:
     costs: StepCosts
     max_gamma: int
     credit_s: float = 0.0  # time that probes may spend
+    _drafted: int = 0  # steps since the last plain one
 
     def gamma(self, rates_B: Sequence[float], rows: int) -> int:
         """`rates_B` are the acceptance rates of the rows that leave γ to us; the others emit what they emit anyway."""
@@ -104,11 +109,15 @@ class Control:
         seconds = self.costs.seconds(rows)
         speed = (expected_tokens(rates_B, self.max_gamma) + (rows - len(rates_B))) / seconds
         best = int(speed.argmax())
-        return best if speed[best] > MARGIN * speed[0] else 0
+        if speed[best] <= MARGIN * speed[0] or self._drafted >= RECHECK_STEPS:
+            return 0
+        return best
 
     def stepped(self, rows: int, gamma: int, seconds: float) -> None:
         if gamma <= self.max_gamma:  # a request may ask for more
-            self.costs.observe(rows, gamma, seconds)
+            rechecked = gamma == 0 and self._drafted >= RECHECK_STEPS
+            self.costs.observe(rows, gamma, seconds, RECHECK_LEARNS if rechecked else GAMMA_LEARNS)
+        self._drafted = self._drafted + 1 if gamma else 0
         if gamma == 0:
             self.credit_s = min(self.credit_s + PROBE_SHARE * seconds, seconds)
 

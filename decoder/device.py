@@ -65,6 +65,17 @@ def _packs(tensor: Tensor) -> bool:
     return tensor.dtype == torch.float32 or (tensor.dtype == torch.bfloat16 and multiplies_bfloat16())
 
 
+def padded(tokens: int, like: Tensor) -> int:
+    """The number of tokens to multiply instead of `tokens`: oneDNN compiles a product for every number that it meets.
+
+    A compiled product costs a millisecond and up to a megabyte, and there are five shapes of them in each model.
+    """
+    if not _packs(like) or tokens <= 16:
+        return tokens
+    rung = 8 if tokens <= 128 else 32
+    return -(-tokens // rung) * rung
+
+
 class Linear:
     """Weight matrices with the same input, stacked: one product for all of them.
 

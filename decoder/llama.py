@@ -4,8 +4,8 @@ The same numbers as `transformers`, with nothing computed twice: query, key and 
 are gate and up; keys and values are written in place; the query heads that share a key-value head are further positions
 of one attention, not copies of it. The residual stream is float32.
 
-Legend: B rows, T new tokens, U visible positions, E hidden size, H query heads, K key-value heads, G = H / K,
-D head size, V vocabulary.
+Legend: B rows, T new tokens, N = B × T and padding, U visible positions, E hidden size, H query heads, K key-value
+heads, G = H / K, D head size, V vocabulary.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
-from decoder.device import Graphs, Linear, rms_norm
+from decoder.device import Graphs, Linear, padded, rms_norm
 from decoder.sampling import fit_vocabulary
 from decoder.slots import Rows, SlotCache, slot_index
 
@@ -38,6 +38,7 @@ class Place:
 
     rows: slice | Tensor
     upto: int
+    padding: int  # tokens behind the last one, which only products see
     cells_N: Tensor  # where keys and values are written
     cos_BT1D: Tensor
     sin_BT1D: Tensor
@@ -64,15 +65,15 @@ class Layer:
             self.kv_heads, sum(self.qkv.sizes) // (self.heads + 2 * self.kv_heads), self.norm.dtype, self.norm.device
         )
 
-    def __call__(self, x_BTE: Tensor, place: Place, cache: SlotCache) -> Tensor:
-        x_BTE = x_BTE + self._attention(rms_norm(x_BTE, self.norm, self.eps), place, cache)
-        gate, up = self.gate_up(rms_norm(x_BTE, self.mlp_norm, self.eps)).chunk(2, -1)
-        return x_BTE + self.down(F.silu(gate) * up)
+    def __call__(self, x_NE: Tensor, place: Place, cache: SlotCache) -> Tensor:
+        x_NE = x_NE + self._attention(rms_norm(x_NE, self.norm, self.eps), place, cache)
+        gate, up = self.gate_up(rms_norm(x_NE, self.mlp_norm, self.eps)).chunk(2, -1)
+        return x_NE + self.down(F.silu(gate) * up)
 
-    def _attention(self, x_BTE: Tensor, place: Place, cache: SlotCache) -> Tensor:
-        B, T, _ = x_BTE.shape
+    def _attention(self, x_NE: Tensor, place: Place, cache: SlotCache) -> Tensor:
+        B, T = place.cos_BT1D.shape[:2]
         H, K = self.heads, self.kv_heads
-        qkv = self.qkv(x_BTE).view(B, T, H + 2 * K, -1)
+        qkv = self.qkv(x_NE)[: B * T].view(B, T, H + 2 * K, -1)
         qk, v_BTKD = qkv[:, :, : H + K], qkv[:, :, H + K :]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = qk[:, :, :H].float(), qk[:, :, H:].float()
@@ -84,7 +85,8 @@ class Layer:
         y_BKQD = F.scaled_dot_product_attention(
             q_BKQD, keys_BUKD.transpose(1, 2), values_BUKD.transpose(1, 2), place.bias_B1QU
         )
-        return self.out(y_BKQD.view(B, K, H // K, T, -1).permute(0, 3, 1, 2, 4).reshape(B, T, -1))
+        y = y_BKQD.view(B, K, H // K, T, -1).permute(0, 3, 1, 2, 4).reshape(B * T, -1)
+        return self.out(F.pad(y, (0, 0, 0, place.padding)) if place.padding else y)
 
 
 class Llama:
@@ -129,15 +131,18 @@ class Llama:
         self.cache.copy(source, destination, length)
 
     def _forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> Tensor:
-        x_BTE = self._run(rows, ids_BT, starts_B, upto)
-        return fit_vocabulary(self.head(rms_norm(x_BTE, self.norm, self.eps)), self.vocab_size)
+        x_NE = self._run(rows, ids_BT, starts_B, upto)
+        logits_NV = self.head(rms_norm(x_NE, self.norm, self.eps))[: ids_BT.numel()]
+        return fit_vocabulary(logits_NV.view(*ids_BT.shape, -1), self.vocab_size)
 
     def _run(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> Tensor:
         place = self._place(rows, ids_BT.shape[1], starts_B, upto)
-        x_BTE = F.embedding(ids_BT, self.embedding).float()
+        x_NE = F.embedding(ids_BT.flatten(), self.embedding).float()
+        if place.padding:
+            x_NE = F.pad(x_NE, (0, 0, 0, place.padding))
         for layer in self.layers:
-            x_BTE = layer(x_BTE, place, self.cache)
-        return x_BTE
+            x_NE = layer(x_NE, place, self.cache)
+        return x_NE
 
     def _place(self, rows: Rows, new: int, starts_B: Tensor, upto: int) -> Place:
         # Padding of short rows may point past the end: the last cell belongs to nobody.
@@ -150,7 +155,8 @@ class Llama:
             bias = torch.zeros(hidden_BTU.shape, dtype=self._dtype, device=self.device)
             bias = bias.masked_fill_(hidden_BTU, -torch.inf)[:, None]
         cos, sin = self._cos[positions_BT][:, :, None], self._sin[positions_BT][:, :, None]
-        return Place(rows if isinstance(rows, slice) else slots_B, upto, cells_BT.flatten(), cos, sin, bias)
+        padding = padded(cells_BT.numel(), self.embedding) - cells_BT.numel()
+        return Place(rows if isinstance(rows, slice) else slots_B, upto, padding, cells_BT.flatten(), cos, sin, bias)
 
     # ── weights ──
 

@@ -31,6 +31,7 @@ class ModuleModel:
 
     def _run(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, keep: int) -> Tensor:
         ids_BT, starts_B = ids_BT.to(self.device), starts_B.to(self.device)
+        upto = min(upto, self.cache.capacity)  # rows near their end draft along with others that go further
         # Padding of short rows may point past the end: the last cell belongs to nobody.
         steps_T = torch.arange(ids_BT.shape[1], device=self.device)
         positions_BT = (starts_B[:, None] + steps_T).clamp_(max=self.cache.capacity - 1)

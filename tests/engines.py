@@ -1,5 +1,6 @@
 """An engine over a tiny pair, and what a test needs to talk to it."""
 
+import functools
 import queue
 import time
 from collections.abc import Iterator, Mapping
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from decoder.drafts import LiveDraft
 from decoder.engine import Engine, EngineLimits
@@ -77,6 +78,10 @@ class Bench:
             time.sleep(0.005)
         return [decode(entry.record) for entry in self.buffer.before(route, "99999999999999-0", 1000)]
 
+    def counter(self, name: str) -> float:
+        """A metric's value so far."""
+        return self.metrics.registry.get_sample_value(f"{name}_total", {"model_name": "tiny"}) or 0.0
+
     def run(self, *queries: Query) -> list[Finished]:
         return [listener.wait() for listener in [self.submit(query) for query in queries]]
 
@@ -89,9 +94,26 @@ def query(prompt: str | tuple[int, ...] = (40, 50, 60), name: str = "q", **more:
     )  # type: ignore[arg-type]
 
 
+@functools.cache
+def reference(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model as `transformers` runs it, which shares no code with the engine."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def target_alone(pair: TinyPair, prompt: tuple[int, ...], tokens: int) -> list[int]:
+    """Greedy by `transformers` itself."""
+    out = reference(pair.target).generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False)
+    return list(out[0, len(prompt) :].tolist())
+
+
 @contextmanager
 def bench(
-    pair: TinyPair, drafts: Mapping[str, Path] | None = None, target: object = None, **limits: int
+    pair: TinyPair,
+    drafts: Mapping[str, Path] | None = None,
+    target: object = None,
+    dtype: str = "float32",
+    **limits: int,
 ) -> Iterator[Bench]:
     metrics = ServiceMetrics("tiny")
     buffer = MemoryBuffer(Bounds(10_000, 2**30, 3600))
@@ -108,9 +130,9 @@ def bench(
     }
     sizes.update(limits)
     slots, routes = sizes["slots"] + sizes["kept_contexts"], drafts or {"default": pair.draft}
-    served = target or load_models(pair.target, 1, slots, CAPACITY, CPU, "float32")[0]
+    served = target or load_models(pair.target, 1, slots, CAPACITY, CPU, dtype)[0]
     # Routes share one cache, as in the service; here each may begin with a draft of its own.
-    modules = [load_module(folder, CPU, "float32") for folder in routes.values()]
+    modules = [load_module(folder, CPU, dtype) for folder in routes.values()]
     models = over_slots(modules, slots, CAPACITY, VOCABULARY)
     engine = Engine(
         served,  # type: ignore[arg-type]

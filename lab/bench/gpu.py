@@ -1,8 +1,8 @@
 """`python -m lab bench gpu`: how near to the device's limits plain decoding, a speculative step and a swap come.
 
 A random Llama-shaped pair (or --target and --draft): plain decoding of one sequence against the time it takes to read
-the target's weights once, a step with γ drafted tokens against one target forward and γ draft forwards, and the pause of
-a swap. Runs on a CPU too, where it is a smoke test.
+the target's weights once, a step with γ drafted tokens against one target forward and γ draft forwards, and a swap's
+pause. Runs on a CPU too, where it is a smoke test.
 """
 
 import argparse

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from decoder.slots import Rows
 from online.errors import Overloaded, Unavailable
-from tests.engines import Bench, bench, query
+from tests.engines import Bench, bench, query, target_alone
 from tests.tabular import TableModel
 from tests.tiny import VOCABULARY, TinyPair
 
@@ -24,13 +24,6 @@ PROMPTS = [tuple(int(t) for t in RNG.integers(4, 300, length)) for length in (1,
 def tiny(pair: TinyPair) -> Iterator[Bench]:
     with bench(pair) as made:
         yield made
-
-
-def target_alone(pair: TinyPair, prompt: tuple[int, ...], tokens: int) -> list[int]:
-    """Greedy by `transformers` itself, which shares no code with the engine."""
-    model = AutoModelForCausalLM.from_pretrained(pair.target, dtype=torch.float32)
-    out = model.generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False)
-    return list(out[0, len(prompt) :].tolist())
 
 
 # ── exactness ──

@@ -8,6 +8,7 @@ Legend: V vocabulary, G drafted tokens, C = V^G draft sequences, all in one batc
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from decoder.drafters.chain import Proposal, propose_chain
 from decoder.sampling import Sampling, probabilities, sample
-from decoder.verify import Verdict, verify
+from decoder.verify import Verdict, judge, verify
 from tests.tabular import TableModel
 
 V, G, PROMPT = 4, 3, [1, 2]
@@ -29,7 +30,7 @@ SETTINGS = {
     "all three": (1.3, 3, 0.8),
     "greedy": (0.0, 0, 1.0),
 }
-Verifier = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Verdict]
+Judge = Callable[[Tensor, Proposal, Sampling, Tensor, Tensor], Verdict]
 
 
 def reference_distribution(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
@@ -82,6 +83,9 @@ def enumerate_drafts(draft: TableModel, sampling: Sampling, drafted: int) -> tup
     count = len(sequences)
     probability = torch.ones(count, dtype=torch.float64)
     uniform_CG = torch.zeros(count, G, dtype=torch.float64)
+    if sampling.all_greedy:  # nothing is drawn: one sequence, whatever the uniforms
+        proposal = propose(draft, sampling, uniform_CG, drafted)
+        return proposal, (proposal.tokens_BG == sequences).all(1).to(torch.float64)
     for g in range(G):
         proposal = propose(draft, sampling, uniform_CG, drafted)
         masses = outcome_masses(lambda u, p=proposal.probs_BGV[:, g]: sample(p, u), count)
@@ -111,8 +115,16 @@ def propose(draft: TableModel, sampling: Sampling, uniform_CG: Tensor, drafted: 
     )
 
 
+def target_logits(target: TableModel, tokens_BG: Tensor) -> Tensor:
+    """The target's, after the prompt and after every drafted token: [B, T, V]."""
+    rows, count = slice(0, len(tokens_BG)), len(tokens_BG)
+    target.encode(rows, torch.tensor([PROMPT[:-1]] * count), torch.zeros(count, dtype=torch.long), len(PROMPT) - 1)
+    inputs_BT = torch.cat([torch.full((count, 1), PROMPT[-1]), tokens_BG], 1)
+    return target.forward(rows, inputs_BT, torch.full((count,), len(PROMPT) - 1), len(PROMPT) + tokens_BG.shape[1])
+
+
 def emitted_joint(
-    verifier: Verifier, target: TableModel, draft: TableModel, setting: tuple[float, int, float], drafted: int
+    judged: Judge, target: TableModel, draft: TableModel, setting: tuple[float, int, float], drafted: int
 ) -> np.ndarray:
     """The distribution over the first `drafted` + 1 tokens that drafting and verifying emit.
 
@@ -122,14 +134,10 @@ def emitted_joint(
     temperature, top_k, top_p = setting
     sampling = Sampling.of([temperature] * count, [top_k] * count, [top_p] * count, V)
     proposal, probability_C = enumerate_drafts(draft, sampling, drafted)
-    target.forward(slice(0, count), torch.tensor([PROMPT[:-1]] * count), torch.zeros(count, dtype=torch.long), 1)
-    inputs_BT = torch.cat([torch.full((count, 1), PROMPT[-1]), proposal.tokens_BG], 1)
-    starts_B = torch.full((count,), len(PROMPT) - 1)
-    logits_BTV = target.forward(slice(0, count), inputs_BT, starts_B, len(PROMPT) + G)
-    probs_BTV = probabilities(logits_BTV, sampling)
+    logits_BTV = target_logits(target, proposal.tokens_BG)
 
     def run(accept_CG: Tensor, emit_C: Tensor) -> Verdict:
-        return verifier(probs_BTV, proposal.probs_BGV, proposal.tokens_BG, proposal.drafted_B, accept_CG, emit_C)
+        return judged(logits_BTV, proposal, sampling, accept_CG, emit_C)
 
     anything_C = torch.full((count,), 0.5, dtype=torch.float64)
     always_CG = torch.zeros(count, G, dtype=torch.float64)
@@ -172,40 +180,109 @@ def _spread(
         _spread(joint, target, setting, [*tokens, v], mass * following[v])
 
 
-def total_variation(verifier: Verifier, setting: tuple[float, int, float], drafted: int, seed: int = 0) -> float:
+def total_variation(judged: Judge, setting: tuple[float, int, float], drafted: int, seed: int = 0) -> float:
     target, draft = TableModel(V, seed, V**G), TableModel(V, seed + 100, V**G)
-    emitted = emitted_joint(verifier, target, draft, setting, drafted)
+    emitted = emitted_joint(judged, target, draft, setting, drafted)
     return float(np.abs(emitted - target_joint(target, setting, drafted + 1)).sum() / 2)
 
 
-def always_accepts(p_BTV: Tensor, q_BGV: Tensor, tokens_BG: Tensor, drafted_B: Tensor, u: Tensor, e: Tensor) -> Verdict:
+def always_accepts(logits_BTV: Tensor, proposal: Proposal, sampling: Sampling, u: Tensor, e: Tensor) -> Verdict:
     """A mutant: keeps every drafted token."""
-    return verify(p_BTV, q_BGV, tokens_BG, drafted_B, u * 0 - 1, e)
+    return judge(logits_BTV, proposal, sampling, u * 0 - 1, e)
 
 
-def skips_residual(p_BTV: Tensor, q_BGV: Tensor, tokens_BG: Tensor, drafted_B: Tensor, u: Tensor, e: Tensor) -> Verdict:
+def skips_residual(logits_BTV: Tensor, proposal: Proposal, sampling: Sampling, u: Tensor, e: Tensor) -> Verdict:
     """A mutant: after a rejection it draws from the target as if nothing had been rejected."""
-    honest = verify(p_BTV, q_BGV, tokens_BG, drafted_B, u, e)
-    row_B = torch.arange(len(drafted_B))
-    return Verdict(honest.accepted_B, sample(p_BTV[row_B, honest.accepted_B], e), honest.overlap_B)
+    honest = judge(logits_BTV, proposal, sampling, u, e)
+    row_B = torch.arange(len(honest.accepted_B))
+    next_B = sample(probabilities(logits_BTV, sampling)[row_B, honest.accepted_B], e)
+    return replace(honest, next_B=next_B)
+
+
+def greedily_accepts(logits_BTV: Tensor, proposal: Proposal, sampling: Sampling, u: Tensor, e: Tensor) -> Verdict:
+    """A mutant of the greedy path: compares the draft with itself."""
+    honest = judge(logits_BTV, proposal, sampling, u, e)
+    next_B = logits_BTV[torch.arange(len(u)), proposal.drafted_B].argmax(-1)
+    return replace(honest, accepted_B=proposal.drafted_B, next_B=next_B)
 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
 def test_emitted_distribution_is_the_targets(setting: tuple[float, int, float]) -> None:
     """Draft, verify and emit together give exactly the target's distribution over the next γ + 1 tokens."""
-    assert total_variation(verify, setting, drafted=G) <= LIMIT
+    assert total_variation(judge, setting, drafted=G) <= LIMIT
 
 
+@pytest.mark.parametrize("setting", ["all three", "greedy"])
 @pytest.mark.parametrize("drafted", [0, 1, 2])
-def test_rows_that_draft_less_than_their_batch_are_exact(drafted: int) -> None:
+def test_rows_that_draft_less_than_their_batch_are_exact(drafted: int, setting: str) -> None:
     """Padding behind a row's own draft changes nothing."""
-    assert total_variation(verify, SETTINGS["all three"], drafted) <= LIMIT
+    assert total_variation(judge, SETTINGS[setting], drafted) <= LIMIT
 
 
-@pytest.mark.parametrize("mutant", [always_accepts, skips_residual])
-def test_enumeration_catches_mutants(mutant: Verifier) -> None:
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
+def test_a_plain_step_draws_from_the_target(setting: tuple[float, int, float]) -> None:
+    """Without a draft, a proposal of no columns, the next token has the target's distribution, and its probability."""
+    target = TableModel(V, 0)
+    sampling = Sampling.of(*([value] for value in setting), V)  # type: ignore[arg-type]
+    proposal = Proposal.empty(1, 0, V, "cpu", sampling.all_greedy)
+    logits_BTV = target_logits(target, proposal.tokens_BG)
+    run = lambda u: judge(logits_BTV, proposal, sampling, torch.zeros(1, 0, dtype=torch.float64), u)
+    expected = reference_distribution(target.logits(PROMPT), *setting)
+    assert np.abs(outcome_masses(lambda u: run(u).next_B, 1)[0].numpy() - expected).sum() / 2 <= LIMIT
+    for uniform in np.linspace(0, 1, 50, endpoint=False):
+        verdict = run(torch.tensor([uniform], dtype=torch.float64))
+        assert verdict.next_p_B.item() == pytest.approx(expected[verdict.next_B.item()], abs=LIMIT)
+        assert (verdict.accepted_B.item(), verdict.overlap_B.item()) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "setting"),
+    [(always_accepts, "plain"), (skips_residual, "plain"), (greedily_accepts, "greedy")],
+)
+def test_enumeration_catches_mutants(mutant: Judge, setting: str) -> None:
     """A verifier that always accepts, or skips the residual, is far outside the limit."""
-    assert total_variation(mutant, SETTINGS["plain"], drafted=G) > 1e-2
+    assert total_variation(mutant, SETTINGS[setting], drafted=G) > 1e-2
+
+
+def test_greedy_emits_the_targets_tokens_whatever_is_drafted() -> None:
+    """Every draft of every length: what is kept and what follows are the target's own most likely tokens."""
+    target = TableModel(V, 5, V**G)
+    tokens_BG = torch.tensor(list(itertools.product(range(V), repeat=G)))
+    best: list[int] = []
+    for _ in range(G + 1):
+        best.append(int(target.logits([*PROMPT, *best]).argmax()))
+    logits_BTV = target_logits(target, tokens_BG)
+    for drafted in range(G + 1):
+        verdict = judge(logits_BTV, *_greedy(tokens_BG, drafted))
+        for tokens, accepted, following in zip(tokens_BG.tolist(), verdict.accepted_B, verdict.next_B, strict=True):
+            agreed = [i for i in range(drafted) if tokens[: i + 1] == best[: i + 1]]
+            assert accepted == len(agreed)
+            assert following == best[len(agreed)]
+
+
+def test_greedy_rows_are_judged_alike_in_greedy_and_in_mixed_batches() -> None:
+    """The short way of a batch that is greedy throughout gives the verdict of the long one."""
+    tokens_BG = torch.tensor([*itertools.product(range(V), repeat=G), [0] * G])
+    logits_BTV = target_logits(TableModel(V, 5, V**G + 1), tokens_BG)
+    proposal, sampling, accept_BG, emit_B = _greedy(tokens_BG, G)
+    short = judge(logits_BTV, proposal, sampling, accept_BG, emit_B)
+    one_hot_BGV = torch.nn.functional.one_hot(tokens_BG, V).double()
+    mixed = Sampling.of([*[0.0] * V**G, 1.0], [0] * (V**G + 1), [1.0] * (V**G + 1), V)
+    long = judge(logits_BTV, replace(proposal, probs_BGV=one_hot_BGV), mixed, accept_BG, emit_B)
+    for field in ("accepted_B", "next_B", "next_p_B", "overlap_B"):
+        assert torch.equal(getattr(short, field)[:-1].double(), getattr(long, field)[:-1].double()), field
+
+
+def _greedy(tokens_BG: Tensor, drafted: int) -> tuple[Proposal, Sampling, Tensor, Tensor]:
+    """A batch of greedy rows that draft `tokens_BG`, as `judge` takes it."""
+    count = len(tokens_BG)
+    proposal = replace(
+        Proposal.empty(count, G, V, "cpu", greedy=True),
+        tokens_BG=tokens_BG,
+        drafted_B=torch.full((count,), drafted),
+    )
+    half_BG = torch.full((count, G), 0.5, dtype=torch.float64)
+    return proposal, Sampling.of([0.0] * count, [0] * count, [1.0] * count, V), half_BG, half_BG[:, 0]
 
 
 def test_draft_equal_to_the_target_is_always_accepted() -> None:
@@ -226,15 +303,10 @@ def test_samples_agree_with_the_target_by_chi_square() -> None:
     q = torch.from_numpy(draft.logits(PROMPT)).softmax(-1)
     uniform = torch.from_numpy(rng.random((count, 3)))
     tokens = sample(q.expand(count, V), uniform[:, 0])
-    p_BTV = torch.stack([p, p]).expand(count, 2, V)
-    verdict = verify(
-        p_BTV,
-        q.expand(count, 1, V),
-        tokens[:, None],
-        torch.ones(count, dtype=torch.long),
-        uniform[:, 1:2],
-        uniform[:, 2],
-    )
+    q_BGV = q.expand(count, 1, V)
+    proposal = Proposal(tokens[:, None], q_BGV, q_BGV.log(), torch.ones(count, dtype=torch.long))
+    sampling = Sampling.of([1.0] * count, [0] * count, [1.0] * count, V)
+    verdict = judge(p.log().expand(count, 2, V), proposal, sampling, uniform[:, 1:2], uniform[:, 2])
     first = torch.where(verdict.accepted_B > 0, tokens, verdict.next_B)
     observed = np.bincount(first.numpy(), minlength=V)
     expected = count * p.numpy()
@@ -249,5 +321,5 @@ def test_a_draft_of_no_numbers_stays_exact() -> None:
             return np.full(V, np.nan)
 
     target = TableModel(V, 3, V**G)
-    emitted = emitted_joint(verify, target, Broken(V, 0, V**G), SETTINGS["plain"], G)
+    emitted = emitted_joint(judge, target, Broken(V, 0, V**G), SETTINGS["plain"], G)
     assert np.abs(emitted - target_joint(target, SETTINGS["plain"], G + 1)).sum() / 2 <= LIMIT

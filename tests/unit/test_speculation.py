@@ -1,0 +1,205 @@
+"""γ left to the engine: the target's answers whatever it chooses, and a look at the draft while it chooses nothing."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import decoder.control
+from decoder.sampling import Sampling, probabilities
+from online.messages import Query
+from tests.engines import Bench, Finished, bench, query, reference, target_alone
+from tests.tiny import VOCABULARY, TinyPair
+
+RNG = np.random.default_rng(2)
+PROMPTS = [tuple(int(t) for t in RNG.integers(4, 300, length)) for length in (3, 17, 90, 40)]
+DRAFTS = "vllm:spec_decode_num_drafts"
+LENGTH = 80
+NEAR_TIE = 0.25  # logits of about 8, of which bfloat16 has eight bits
+
+
+def free(prompt: tuple[int, ...], name: str = "q", **more: object) -> Query:
+    """A query that leaves γ to the engine."""
+    return query(prompt, name, **{"gamma": None, "max_tokens": LENGTH, **more})
+
+
+def believe(tiny: Bench, plain: float, drafted: float) -> None:
+    """Changes what steps were measured to take: on the tiny pair a draft costs what the target does, and never pays.
+
+    `plain` and `drafted` (with γ = 4) are multiples of a plain step.
+    """
+    costs = tiny.engine.batch.control.costs
+
+    def change() -> None:
+        for rows in costs.rows:
+            step = float(costs.seconds(rows)[0])
+            costs.measured(rows, {0: plain * step, 4: drafted * step})
+
+    tiny.engine.between_steps(change)
+
+
+PLAIN_IS_DEAR = (30.0, 5.0)
+DRAFTS_ARE_CHEAP = (1.0, 1.1)  # until steps show that they are not
+
+
+def install(tiny: Bench, folder: Path) -> None:
+    """Swaps the draft before the next step."""
+    draft = tiny.engine.batch.drafts["default"]
+    staged = draft.stage(folder)
+    tiny.engine.between_steps(lambda: draft.install(staged, draft.version + 1))
+
+
+@pytest.fixture
+def tiny(pair: TinyPair) -> Iterator[Bench]:
+    with bench(pair) as made:
+        yield made
+
+
+@pytest.mark.parametrize("costs", [(1.0, 5.0), PLAIN_IS_DEAR, DRAFTS_ARE_CHEAP])
+@pytest.mark.parametrize("kind", ["draft", "spoilt"])
+def test_answers_are_the_targets_whatever_gamma_is_chosen(
+    pair: TinyPair, kind: str, costs: tuple[float, float]
+) -> None:
+    """Token for token, for a good draft and a bad one, for plain steps, drafted ones and both."""
+    with bench(pair, drafts={"default": getattr(pair, kind)}) as tiny:
+        believe(tiny, *costs)
+        found = tiny.run(*[free(prompt, f"q{i}") for i, prompt in enumerate(PROMPTS)])
+    assert [f.ids for f in found] == [target_alone(pair, prompt, LENGTH) for prompt in PROMPTS]
+
+
+def test_a_good_draft_is_used_where_it_pays(tiny: Bench) -> None:
+    """Most tokens come from drafts, in far fewer steps than tokens."""
+    believe(tiny, *PLAIN_IS_DEAR)
+    stats = tiny.run(free(PROMPTS[1]))[0].stats
+    assert stats.accepted > stats.steps
+    assert stats.steps < LENGTH / 2
+
+
+def test_with_a_spoilt_draft_plain_steps_dominate(pair: TinyPair) -> None:
+    """However cheap its drafts are said to be: it is tried, and then left."""
+    prompts = [prompt for prompt in PROMPTS if len(prompt) < 50]
+    with bench(pair, drafts={"default": pair.spoilt}) as tiny:
+        believe(tiny, *DRAFTS_ARE_CHEAP)
+        stats = [f.stats for f in tiny.run(*[free(p, f"q{i}", max_tokens=200) for i, p in enumerate(prompts)])]
+        steps = sum(one.steps for one in stats)
+        assert steps > 0.9 * len(prompts) * 200
+        assert 0 < tiny.counter(DRAFTS) < 0.5 * steps
+
+
+def test_a_swap_while_the_engine_chooses_changes_no_answer(pair: TinyPair) -> None:
+    """Spoilt, then good: rows that run on both are the target's, and the new draft is used at once."""
+    with bench(pair, drafts={"default": pair.spoilt}) as tiny:
+        believe(tiny, *PLAIN_IS_DEAR)
+        listeners = [tiny.submit(free(prompt, f"q{i}", max_tokens=150)) for i, prompt in enumerate(PROMPTS)]
+        install(tiny, pair.draft)
+        assert [listener.wait().ids for listener in listeners] == [target_alone(pair, p, 150) for p in PROMPTS]
+        again = tiny.run(free(PROMPTS[1]))[0]
+    assert again.ids == target_alone(pair, PROMPTS[1], LENGTH)
+    assert again.stats.accepted > again.stats.steps
+
+
+def test_rows_with_and_without_a_gamma_of_their_own_share_a_batch(pair: TinyPair, tiny: Bench) -> None:
+    """Each keeps its own wish, beyond what the engine would draft, and the others get theirs."""
+    asked = [free(p, f"q{i}", gamma=gamma) for i, (p, gamma) in enumerate(zip(PROMPTS, (None, 0, 7, 2), strict=True))]
+    found = tiny.run(*asked)
+    assert [f.ids for f in found] == [target_alone(pair, prompt, LENGTH) for prompt in PROMPTS]
+    assert found[1].stats.drafted == 0
+    assert found[2].stats.drafted > 4 * found[2].stats.steps
+    assert 0 < found[3].stats.drafted <= 2 * found[3].stats.steps
+
+
+def test_an_engine_that_must_not_draft_answers_all_the_same(pair: TinyPair) -> None:
+    """γ = 0 at most: plain steps for whoever has no wish of its own."""
+    with bench(pair, gamma=0) as tiny:
+        mine, other = tiny.run(free(PROMPTS[0], "mine"), free(PROMPTS[1], "other", gamma=3))
+    assert [mine.ids, other.ids] == [target_alone(pair, prompt, LENGTH) for prompt in PROMPTS[:2]]
+    assert mine.stats.drafted == 0
+    assert other.stats.drafted > 0
+
+
+# ── probes ──
+
+
+@pytest.mark.parametrize(("kind", "low", "high"), [("draft", 0.5, 1.0), ("spoilt", 0.0, 0.3)])
+def test_a_long_answer_tells_what_its_draft_would_be_worth(pair: TinyPair, kind: str, low: float, high: float) -> None:
+    """Nothing or little is drafted where it does not pay; acceptance is known all the same."""
+    with bench(pair, drafts={"default": getattr(pair, kind)}) as tiny:
+        stats = tiny.run(free(PROMPTS[1], max_tokens=200))[0].stats
+    assert stats.drafted < 40
+    assert stats.acceptance_rate is not None
+    assert low <= stats.acceptance_rate <= high
+
+
+def test_a_short_answer_is_not_probed(tiny: Bench) -> None:
+    """A handful of tokens says too little of a draft to run it for them."""
+    stats = tiny.run(free(PROMPTS[1], max_tokens=6))[0].stats
+    assert (stats.drafted, stats.acceptance_rate) == (0, None)
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (0.7, 5)])
+def test_probes_measure_the_overlap_of_the_distributions(
+    pair: TinyPair, monkeypatch: pytest.MonkeyPatch, temperature: float, top_k: int
+) -> None:
+    """Probed at every step: the mean is that of Σ min(p, q), as `transformers` has it over the same answers."""
+    monkeypatch.setattr(decoder.control, "PROBE_SHARE", 100.0)
+    asked = [
+        free((40 + i, *PROMPTS[1]), f"q{i}", temperature=temperature, top_k=top_k, seed=i, ignore_eos=True)
+        for i in range(16)
+    ]
+    with bench(pair, gamma=0) as tiny:
+        found = tiny.run(*asked)
+    compared = sum(f.stats.compared for f in found)
+    assert compared > 0.5 * len(asked) * LENGTH
+    exact = np.concatenate([overlaps(pair, one, f) for one, f in zip(asked, found, strict=True)])
+    probed = sum(f.stats.overlap for f in found) / compared
+    assert probed == pytest.approx(float(exact.mean()), abs=float(5 * exact.std() / compared**0.5) + 0.02)
+
+
+def overlaps(pair: TinyPair, asked: Query, found: Finished) -> np.ndarray:
+    """Σ_x min(p(x), q(x)) at every token of an answer."""
+    context = torch.tensor([[*asked.prompt_ids, *found.ids]])
+    sampling = Sampling.of([asked.temperature], [asked.top_k], [asked.top_p], VOCABULARY)
+    with torch.no_grad():
+        p, q = (
+            probabilities(reference(folder)(context).logits[:, len(asked.prompt_ids) - 1 : -1], sampling)
+            for folder in (pair.target, pair.draft)
+        )
+    return torch.minimum(p, q).sum(-1)[0].numpy()  # type: ignore[no-any-return]
+
+
+# ── before the first request ──
+
+
+def test_timing_steps_at_start_leaves_no_trace(pair: TinyPair, tiny: Bench) -> None:
+    """Costs are known, and metrics, acceptance and kept contexts are as new."""
+    costs, draft = tiny.engine.batch.control.costs, tiny.engine.batch.drafts["default"]
+    for rows in costs.rows:
+        assert (costs.seconds(rows) < 0.5).all(), "a second is what a step costs that was not timed"
+    assert draft.acceptance.rate == pytest.approx(decoder.control.FIRST_GUESS)
+    assert (tiny.counter("vllm:generation_tokens"), tiny.counter(DRAFTS), tiny.engine.running) == (0, 0, 0)
+    assert tiny.run(query((1,) * 20, gamma=0))[0].ids == target_alone(pair, (1,) * 20, 24)
+    assert tiny.counter("vllm:prefix_cache_hits") == 0
+
+
+# ── bfloat16 ──
+
+
+@pytest.mark.parametrize("gamma", [0, 4])
+def test_bfloat16_answers_are_the_targets_up_to_near_ties(pair: TinyPair, gamma: int) -> None:
+    """Teacher forcing: each emitted token is within rounding of the most likely one by `transformers` in bfloat16."""
+    model = reference(pair.target, torch.bfloat16)
+    with bench(pair, dtype="bfloat16") as tiny:
+        asked = [query(prompt, f"q{i}", gamma=gamma, max_tokens=60) for i, prompt in enumerate(PROMPTS)]
+        found = tiny.run(*asked)
+    agreed = 0
+    for prompt, answer in zip(PROMPTS, found, strict=True):
+        with torch.no_grad():
+            logits_TV = model(torch.tensor([[*prompt, *answer.ids]])).logits[0, len(prompt) - 1 : -1].float()
+        emitted_T = logits_TV.gather(1, torch.tensor(answer.ids)[:, None])[:, 0]
+        assert (emitted_T >= logits_TV.amax(1) - NEAR_TIE).all()
+        agreed += int((logits_TV.argmax(1) == torch.tensor(answer.ids)).sum())
+    assert agreed > 0.9 * sum(len(answer.ids) for answer in found)
+    if gamma:
+        assert sum(answer.stats.accepted for answer in found) > 0
