@@ -9,12 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+COLDEST = 1e-6  # temperature below which logits of 1e9 would overflow float32; they have long been one-hot
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """The rows' sampling parameters. Which of them matter at all is known on the host: no device is asked."""
 
-    temperature_B: Tensor  # 0: greedy
+    divisor_B: Tensor  # temperature, as logits can bear it; 1 where greedy
+    greedy_B: Tensor
     top_k_B: Tensor  # V: all
     top_p_B: Tensor  # 1: all
     all_greedy: bool
@@ -32,7 +35,8 @@ class Sampling:
     ) -> "Sampling":
         top_k = [min(k, vocab_size) if k else vocab_size for k in top_k]
         return cls(
-            torch.tensor(temperature, dtype=torch.float32, device=device),
+            torch.tensor([max(t, COLDEST) if t > 0 else 1.0 for t in temperature], device=device),
+            torch.tensor([t == 0 for t in temperature], device=device),
             torch.tensor(top_k, device=device),
             torch.tensor(top_p, dtype=torch.float32, device=device),
             all_greedy=max(temperature) == 0,
@@ -43,7 +47,8 @@ class Sampling:
     def select(self, members: list[int]) -> "Sampling":
         """The parameters of some of the rows."""
         return Sampling(
-            self.temperature_B[members],
+            self.divisor_B[members],
+            self.greedy_B[members],
             self.top_k_B[members],
             self.top_p_B[members],
             self.all_greedy,
@@ -60,15 +65,12 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits = torch.nan_to_num(logits, nan=0.0, posinf=1e9, neginf=-torch.inf)
-    temperature = _along_rows(sampling.temperature_B, logits).to(logits.dtype)
-    # Subtracting the maximum first keeps tiny temperatures from overflowing.
-    scaled = (logits - logits.amax(-1, keepdim=True)) / torch.where(temperature > 0, temperature, 1.0)
-    probs = scaled.softmax(-1)
+    probs = (logits / _along_rows(sampling.divisor_B, logits)).softmax(-1)
     if sampling.any_truncated:
         probs = _truncate(probs, sampling)
     if sampling.any_greedy:
         greedy = torch.zeros_like(probs).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-        probs = torch.where(temperature > 0, probs, greedy)
+        probs = torch.where(_along_rows(sampling.greedy_B, logits), greedy, probs)
     return probs
 
 

@@ -1,6 +1,6 @@
 """`python -m lab bench decode`: this engine beside `transformers`, on one pair, in one run.
 
-All contestants answer the same prompts up to their natural end. Repetitions are interleaved and in random order.
+All contestants answer the same prompts up to their natural end. Repetitions are interleaved, in random order.
 Printed are medians over repetitions; ratios are medians of the repetitions' own ratios, with their range.
 `transformers` gets the same draft, and assists at the γ that is best for it.
 """
@@ -20,29 +20,40 @@ from lab.bench.contestants import Case, Contestant, Continuous, Generate, Ours, 
 
 CONCURRENCIES = (1, 8, 32, 64)
 BATCHES = (8, 32)
+PEERS = (("generate", "batched"), ("continuous", "continuous"))
 ASSISTED_GAMMAS = (1, 2, 3, 4, 6)
 
 
-def cases() -> dict[str, list[Case]]:
-    """What every contestant does, by its name."""
-    both = (False, True)
-    generate = [Case(f"generate, {_way(s)}", sampled=s) for s in both]
-    generate += [
-        Case(f"assisted γ={gamma}, {_way(s)}", sampled=s, gamma=gamma, drafts=True)
-        for s in both
-        for gamma in ASSISTED_GAMMAS
+def blocks() -> list[list[tuple[str, Case]]]:
+    """Who does what; what is compared with each other stands in one block, and runs at about the same time."""
+    alone = [
+        [
+            ("generate", Case(f"generate, {_way(sampled)}", sampled=sampled)),
+            *(
+                ("generate", Case(f"assisted γ={gamma}, {_way(sampled)}", sampled=sampled, gamma=gamma, drafts=True))
+                for gamma in ASSISTED_GAMMAS
+            ),
+            ("ours", Case(f"plain, 1{' sampled' * sampled}", sampled=sampled)),
+            ("ours", Case(f"speculative, 1{' sampled' * sampled}", sampled=sampled, drafts=True)),
+        ]
+        for sampled in (False, True)
     ]
-    generate += [Case(f"batched, {n}", at_once=n) for n in BATCHES]
-    plain = [Case(f"plain, {n}", at_once=n) for n in CONCURRENCIES] + [Case("plain, 1 sampled", sampled=True)]
-    drafting = [Case(f"speculative, {n}", at_once=n, drafts=True) for n in CONCURRENCIES]
-    drafting += [Case("speculative, 1 sampled", sampled=True, drafts=True)]
-    return {
-        "generate": generate,
-        "continuous": [Case(f"continuous, {n}", at_once=n) for n in BATCHES],
-        "ours": plain + drafting,
-        "random": [Case(f"random draft, {n}", at_once=n, drafts=True) for n in CONCURRENCIES]
-        + [Case(f"plain beside it, {n}", at_once=n) for n in CONCURRENCIES],
-    }
+    together = [
+        [
+            *((who, Case(f"{name}, {n}", at_once=n)) for who, name in PEERS if n in BATCHES),
+            ("ours", Case(f"plain, {n}", at_once=n)),
+            ("ours", Case(f"speculative, {n}", at_once=n, drafts=True)),
+        ]
+        for n in CONCURRENCIES[1:]
+    ]
+    useless = [
+        [
+            ("random", Case(f"plain beside it, {n}", at_once=n)),
+            ("random", Case(f"random draft, {n}", at_once=n, drafts=True)),
+        ]
+        for n in CONCURRENCIES
+    ]
+    return [*alone, *together, *useless]
 
 
 def main() -> None:
@@ -70,12 +81,13 @@ def _measure(args: argparse.Namespace, random_draft: str) -> dict[str, list[Outc
         "ours": Contestant(Ours, pair, args.max_tokens, pair.files.draft, slots),
         "random": Contestant(Ours, pair, args.max_tokens, random_draft, slots),
     }
-    rng, results = random.Random(0), {case.name: [] for group in cases().values() for case in group}  # type: ignore[var-annotated]
+    rng = random.Random(0)
+    results: dict[str, list[Outcome]] = {case.name: [] for block in blocks() for _, case in block}
     try:
         for repetition in range(-1, args.repetitions):  # the first one warms everyone up
-            order = [(who, case) for who, group in cases().items() for case in group]
+            order = blocks()
             rng.shuffle(order)
-            for who, case in order:
+            for who, case in [turn for block in order for turn in rng.sample(block, len(block))]:
                 count = args.alone if case.at_once == 1 else args.rounds * case.at_once
                 first = rng.randrange(len(pair.prompts)) if repetition < 0 else repetition * args.alone
                 prompts = [pair.prompts[(first + i) % len(pair.prompts)] for i in range(count)]
@@ -91,8 +103,8 @@ def _measure(args: argparse.Namespace, random_draft: str) -> dict[str, list[Outc
 
 def table(results: dict[str, list[Outcome]]) -> None:
     print(f"\n{'':28} {'tokens/s':>9} {'range':>13} {'ms/token':>9} {'τ':>5} {'outside':>8}")
-    for group in cases().values():
-        for case in group:
+    for block in blocks():
+        for _, case in block:
             speeds, outcomes = _speeds(results[case.name]), results[case.name]
             median = float(np.median(speeds))
             steps = sum(outcome.steps for outcome in outcomes)
