@@ -385,6 +385,8 @@ class Batch:
         starts_B = self._integers([row.cached for row in plan.rows])
         logits_BTV = self.target.forward(slice(0, len(plan.rows)), ids_BT, starts_B, upto)
         logits_BTV = logits_BTV[:, fed_BT.shape[1] - 1 :]
+        if logits_BTV.dtype != torch.float64:
+            logits_BTV = logits_BTV.float()  # once, for all who look at them
         verdict = judge(logits_BTV, proposal, plan.sampling, plan.accept_uniform_BG, plan.emit_uniform_B)
         if not any(row.trace is not None or row.query.logprobs is not None for row in plan.rows):
             return verdict, None

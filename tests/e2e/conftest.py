@@ -42,7 +42,9 @@ class Served:
         return self.http.post(path, json=body)
 
     def complete(self, prompt: str = "def f(", **more: Any) -> dict[str, Any]:
-        answer = self.post("/v1/completions", prompt=prompt, **{"max_tokens": 24, "temperature": 0, **more})
+        """With γ fixed: the tiny draft costs what the target does, and left to itself the engine would not draft."""
+        asked = {"max_tokens": 24, "temperature": 0, "speculation": {"gamma": 4}, **more}
+        answer = self.post("/v1/completions", prompt=prompt, **asked)
         assert answer.status_code == 200, answer.text
         found: dict[str, Any] = answer.json()
         return found

@@ -5,6 +5,7 @@ from openai import APIStatusError, BadRequestError, NotFoundError, OpenAI
 
 from tests.e2e.conftest import Served
 
+GAMMA = {"speculation": {"gamma": 4}}
 MESSAGES = [{"role": "user", "content": "write a function"}]
 
 
@@ -23,7 +24,7 @@ def test_models(client: OpenAI) -> None:
 
 def test_a_completion_tells_its_usage_and_acceptance(client: OpenAI) -> None:
     """Prediction tokens in usage, vLLM's and our figures in metrics."""
-    made = client.completions.create(model="tiny", prompt="def f(", max_tokens=30, temperature=0)
+    made = client.completions.create(model="tiny", prompt="def f(", max_tokens=30, temperature=0, extra_body=GAMMA)
     usage, metrics = made.usage, made.model_extra["metrics"]["speculative_decoding"]  # type: ignore[index]
     assert usage is not None
     assert usage.completion_tokens_details is not None
@@ -54,10 +55,12 @@ def test_chat_streams_what_it_answers_whole(client: OpenAI) -> None:
 
 
 def test_n_answers_differ_and_a_seed_repeats_them(client: OpenAI) -> None:
-    """Three samples of one prompt, twice with the same seed, once with another."""
+    """Three samples of one prompt, twice with the same seed, once with another; γ fixed, as it goes with the seed."""
 
     def sampled(seed: int) -> list[str]:
-        made = client.completions.create(model="tiny", prompt="x = ", n=3, seed=seed, max_tokens=12, temperature=1)
+        made = client.completions.create(
+            model="tiny", prompt="x = ", n=3, seed=seed, max_tokens=12, temperature=1, extra_body=GAMMA
+        )
         return [choice.text for choice in sorted(made.choices, key=lambda c: c.index)]
 
     assert sampled(1) == sampled(1) != sampled(2)
