@@ -61,7 +61,7 @@ def main() -> None:
     rig.add_arguments(parser)
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--max-tokens", type=int, default=128, help="of an answer that does not end before")
-    parser.add_argument("--alone", type=int, default=12, help="prompts of a repetition, one after another")
+    parser.add_argument("--alone", type=int, default=24, help="prompts of a repetition, one after another")
     parser.add_argument("--rounds", type=int, default=3, help="prompts of a repetition by sequence at once, in batches")
     args = parser.parse_args()
     started = time.monotonic()
