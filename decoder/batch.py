@@ -135,15 +135,15 @@ class Batch:
 
     def join(self, rows: list[Row]) -> None:
         """Takes rows in. Their prompts are encoded by the next steps, beyond what another context shares with them."""
+        live = [self._context(slot) for slot in range(len(self.rows))]
         for row in rows:
             row.acceptance.parent = self.drafts[row.query.route].acceptance
-            self._reuse(row, len(self.rows))
+            self._reuse(row, len(self.rows), live)
             self._metrics.prefix(len(row.tokens) - 1, row.cached)
             self.rows.append(row)
 
-    def _reuse(self, row: Row, slot: int) -> None:
+    def _reuse(self, row: Row, slot: int, live: list[Context]) -> None:
         """Copies what another context has of the row's beginning into the row's slot-to-be."""
-        live = map(self._context, range(len(self.rows)))
         draft = self.drafts[row.query.route]
         found = self._prefixes.longest(row.query.route, row.tokens[:-1], draft.version, live)
         if found is None:

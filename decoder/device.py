@@ -153,7 +153,7 @@ class Graphs:
     def forward(self, ids_BT: Tensor, starts_B: Tensor, upto: int) -> Tensor:
         count, new = ids_BT.shape
         rows = min(1 << (count - 1).bit_length(), self._slots)
-        context = min(next(rung for rung in self.CONTEXTS if rung >= upto), self._capacity)
+        context = min(next((rung for rung in self.CONTEXTS if rung >= upto), self._capacity), self._capacity)
         key = rows, new, context
         if key not in self._captured:
             self._captured[key] = self._new(*key)

@@ -31,10 +31,11 @@ class ModuleModel:
 
     def _run(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, keep: int) -> Tensor:
         ids_BT, starts_B = ids_BT.to(self.device), starts_B.to(self.device)
-        upto = min(upto, self.cache.capacity)  # rows near their end draft along with others that go further
+        capacity = self.cache.store.capacity
+        upto = min(upto, capacity)  # rows near their end draft along with others that go further
         # Padding of short rows may point past the end: the last cell belongs to nobody.
         steps_T = torch.arange(ids_BT.shape[1], device=self.device)
-        positions_BT = (starts_B[:, None] + steps_T).clamp_(max=self.cache.capacity - 1)
+        positions_BT = (starts_B[:, None] + steps_T).clamp_(max=capacity - 1)
         mask_B1TK = (torch.arange(upto, device=self.device) <= positions_BT[..., None])[:, None]
         self.cache.aim(rows, positions_BT, upto)
         logits_BTV: Tensor = self.module(
@@ -68,7 +69,7 @@ class ModuleCache(Cache):
 
     def __init__(self, slots: int, capacity: int) -> None:
         super().__init__(layers=[])
-        self.store, self.capacity = SlotCache(slots, capacity), capacity
+        self.store = SlotCache(slots, capacity)
         self._rows: slice | Tensor = slice(0, 0)
         self._cells_N: Tensor | None = None
         self._upto = 0
@@ -77,7 +78,7 @@ class ModuleCache(Cache):
         """Says where the next forward writes, and that it reads the first `upto` positions."""
         slots_B = slot_index(rows, positions_BT.device)
         self._rows, self._upto = rows if isinstance(rows, slice) else slots_B, upto
-        self._cells_N = (slots_B[:, None] * self.capacity + positions_BT).flatten()
+        self._cells_N = (slots_B[:, None] * self.store.capacity + positions_BT).flatten()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

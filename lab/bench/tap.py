@@ -37,7 +37,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Pair:
+class Compared:
     """The same prompts on both sides, one right after the other."""
 
     recorded: Run
@@ -53,13 +53,13 @@ class Tap:
         self._args, self._prompts, self._serving = args, pair.prompts, serving
         self.recorded_tokens = self.recorded_requests = 0
 
-    def compare(self, at_once: int, repetition: int) -> Pair:
+    def compare(self, at_once: int, repetition: int) -> Compared:
         count = self._args.rounds * at_once
         first = repetition * count
         prompts = [self._prompts[(first + i) % len(self._prompts)] for i in range(count)]
         order = (True, False) if repetition % 2 else (False, True)
         runs = {store: self._run(prompts, at_once, store) for store in order}
-        return Pair(runs[True], runs[False])
+        return Compared(runs[True], runs[False])
 
     def _run(self, prompts: Sequence[list[int]], at_once: int, store: bool) -> Run:
         args = self._args
@@ -124,7 +124,7 @@ def main() -> None:
     print(json.dumps(figures))
 
 
-def _measure(tap: Tap, at_once: int, repetitions: int) -> list[Pair]:
+def _measure(tap: Tap, at_once: int, repetitions: int) -> list[Compared]:
     tap.compare(at_once, 0)  # warms up
     pairs = []
     for repetition in range(repetitions):
@@ -135,7 +135,7 @@ def _measure(tap: Tap, at_once: int, repetitions: int) -> list[Pair]:
     return pairs
 
 
-def _ratios(found: dict[int, list[Pair]]) -> dict[str, object]:
+def _ratios(found: dict[int, list[Compared]]) -> dict[str, object]:
     """The figures by number of queries in flight, after a table of them."""
     print(
         f"\n{'at once':>7} {'recorded':>9} {'not':>9} {'ratio':>6} {'95 %':>14} {'lag ms':>7} {'γ recorded, not':>16}"
