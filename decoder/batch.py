@@ -11,32 +11,24 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from decoder.control import Control, StepCosts
-from decoder.device import upload
-from decoder.drafters.chain import Proposal, propose_chain
+from decoder.drafters.chain import Proposal
+from decoder.drafting import Drafting
 from decoder.drafts import LiveDraft
 from decoder.models import LanguageModel
 from decoder.observe import Observation, StepTrace, observe
+from decoder.plan import Planner, StepPlan
 from decoder.prefixes import Context, Prefixes
+from decoder.ragged import encode, fit, integers, ragged
 from decoder.rows import Row
-from decoder.sampling import Sampling, probabilities
-from decoder.slots import Rows
 from decoder.verify import Verdict, judge
 from online.messages import TokenLogprob
 from online.metrics import ServiceMetrics
 
 log = logging.getLogger("slipstream.batch")
-R = TypeVar("R")
-
-FEED = 8  # tokens that a draft may lack and still get with its first forward; more are encoded before
-DRAFT_PREFILL = 4  # prompt tokens of a draft that cost about as much as one of the target
-PROBED = 8  # tokens that a row must have emitted plainly before its draft is probed on them
 
 
 @dataclass(frozen=True)
@@ -46,22 +38,6 @@ class BatchLimits:
     gamma: int
     prefill_tokens: int
     signal_top_k: int
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """What one step is about to do with its rows."""
-
-    rows: list[Row]
-    drafted: list[int]  # tokens to draft, by row
-    sampling: Sampling
-    draft_uniform_BG: Tensor
-    accept_uniform_BG: Tensor
-    emit_uniform_B: Tensor
-
-    @property
-    def gamma(self) -> int:
-        return max(self.drafted)
 
 
 class Batch:
@@ -80,7 +56,10 @@ class Batch:
         self.control = Control(StepCosts(limits.gamma, limits.slots), limits.gamma)
         self._prefixes = Prefixes(range(limits.slots, limits.slots + limits.kept_contexts))
         self._metrics, self._device = metrics, device
-        self._sampling: tuple[list[Row], Sampling] | None = None
+        self._planner = Planner(target.vocab_size, device)
+        self._drafting = Drafting(
+            self.rows, drafts, self.control, limits.prefill_tokens, target.vocab_size, metrics, device
+        )
 
     def measure_costs(self, dummies: Callable[[int, int], list[Row]]) -> None:
         """Times whole steps, for the choice of γ. `dummies` makes rows that all draft γ tokens. Only while empty."""
@@ -122,10 +101,10 @@ class Batch:
             self._prefill()
         if not (ready := 1 if alone else self.ready):
             return
-        drafted = self._choose(self.rows[:ready])
+        drafted = self._drafting.choose(self.rows[:ready])
         started = time.perf_counter()
-        plan = self._plan(self.rows[:ready], drafted)
-        proposal = self._draft(plan)
+        plan = self._planner.plan(self.rows[:ready], drafted)
+        proposal = self._drafting.draft(plan)
         verdict, observation = self._verify(plan, proposal)
         self._commit(plan, verdict.read(proposal.tokens_BG), observation)
         if not alone:
@@ -172,7 +151,8 @@ class Batch:
 
     def clear(self) -> list[Row]:
         """Drops all rows, whatever state they and the caches are in."""
-        rows, self.rows = self.rows, []
+        rows = list(self.rows)
+        self.rows.clear()  # the same list stays: the draft side works on it, too
         self._prefixes.clear()
         return rows
 
@@ -192,9 +172,7 @@ class Batch:
     def _copy(self, row: Row, source: int, destination: int) -> None:
         if row.cached:
             self.target.copy(source, destination, row.cached)
-        draft = self.drafts[row.query.route]
-        if draft.usable and row.draft_cached:
-            self._guarded(draft, lambda: draft.model.copy(source, destination, row.draft_cached))
+        self._drafting.copy(row, source, destination)
 
     def _context(self, slot: int) -> Context:
         row = self.rows[slot]
@@ -209,7 +187,7 @@ class Batch:
         waiting = [row.tokens[row.cached : len(row.query.prompt_ids) - 1] for row in self.rows[first:]]
         pieces = fit(waiting, self.limits.prefill_tokens)
         members = list(range(first, first + len(pieces)))
-        self._encode(self.target, members, pieces, [self.rows[i].cached for i in members])
+        encode(self.target, members, pieces, [self.rows[i].cached for i in members], self._device)
         for i, piece in zip(members, pieces, strict=True):
             self.rows[i].cached += len(piece)
 
@@ -218,171 +196,16 @@ class Batch:
         row = self.rows[0] if len(self.rows) == 1 else None
         return row is not None and row.waits_for_prefill and row.lag <= self.limits.prefill_tokens
 
-    def _catch_up(self, members: list[int]) -> None:
-        """Encodes what drafts lack of their rows' contexts; what does not fit now is left for the next steps."""
-        for draft, group in self._by_draft(members):
-            lacking = [self.rows[i].tokens[self.rows[i].draft_cached : -1] for i in group]
-            pieces = fit(lacking, DRAFT_PREFILL * self.limits.prefill_tokens)
-            fed = group[: len(pieces)]
-            starts = [self.rows[i].draft_cached for i in fed]
-            self._guarded(draft, lambda d=draft, f=fed, p=pieces, s=starts: self._encode(d.model, f, p, s))  # type: ignore[misc]
-            for i, piece in zip(fed, pieces, strict=True):
-                self._fed(self.rows[i], draft, len(piece))
-
-    def _encode(self, model: LanguageModel, members: list[int], pieces: list[list[int]], starts: list[int]) -> None:
-        if members:
-            upto = max(start + len(piece) for start, piece in zip(starts, pieces, strict=True))
-            model.encode(_rows(members), self._ragged(pieces), self._integers(starts), upto)
-
-    def _fed(self, row: Row, draft: LiveDraft, tokens: int) -> None:
-        if row.draft_cached == 0:
-            row.draft_version = draft.version
-        row.draft_cached += tokens if draft.usable else 0
-
-    # ── plan ──
-
-    def _choose(self, rows: list[Row]) -> list[int]:
-        """How many tokens each row drafts in this step."""
-        usable = [self.drafts[row.query.route].usable for row in rows]
-        ours = [i for i, row in enumerate(rows) if usable[i] and row.query.gamma is None]
-        gamma = self.control.gamma([rows[i].acceptance.rate for i in ours], len(rows))
-        if gamma == 0 and self.control.credit_s > 0:
-            self._probe(ours)
-        drafted = [row.drafted(gamma) if able else 0 for row, able in zip(rows, usable, strict=True)]
-        feed = FEED if len(rows) > 1 else self.limits.prefill_tokens  # more than one row would be padded to the longest
-        self._catch_up([i for i, count in enumerate(drafted) if count and rows[i].draft_lag > feed])
-        return [0 if rows[i].draft_lag > feed else count for i, count in enumerate(drafted)]
-
-    def _probe(self, members: list[int]) -> None:
-        """Plain steps say nothing of the draft: now and then a row's own output shows what would be accepted."""
-        known = {i: min(self.rows[i].draft_lag - 1, self.rows[i].emitted) for i in members}
-        ripe = [i for i in members if known[i] >= PROBED]
-        if not ripe:
-            return
-        started = time.perf_counter()
-        best = max(ripe, key=lambda i: known[i] / self.rows[i].draft_lag)
-        draft = self.drafts[self.rows[best].query.route]
-        if self.rows[best].draft_lag > DRAFT_PREFILL * self.limits.prefill_tokens:
-            self._catch_up([best])
-        else:
-            self._guarded(draft, lambda: self._measure(best, known[best], draft))
-        self.control.spent(time.perf_counter() - started)
-
-    def _measure(self, slot: int, known: int, draft: LiveDraft) -> None:
-        """Σ_x min(p(x), q(x)) is the mean of min(1, q(x) / p(x)) over x from p: over what plain steps emitted."""
-        row = self.rows[slot]
-        fed, start = row.tokens[row.draft_cached : -1], row.draft_cached
-        ids_BT, starts_B = self._ragged([fed]), self._integers([start])
-        logits_BTV = draft.model.forward(slice(slot, slot + 1), ids_BT, starts_B, start + len(fed))[:, -known:]
-        query = row.query
-        sampling = Sampling.of([query.temperature], [query.top_k], [query.top_p], self.target.vocab_size, self._device)
-        emitted_1T1 = self._integers(row.tokens[-known:])[None, :, None]
-        q = probabilities(logits_BTV, sampling).gather(-1, emitted_1T1).flatten().cpu().numpy()
-        p = np.array(row.emitted_p[-known:])
-        drawn = ~np.isnan(p)
-        overlap, compared = float(np.minimum(1, q / p)[drawn].sum()), int(drawn.sum())
-        row.stats.add_probe(overlap, compared)
-        row.acceptance.add(overlap, compared)
-        self._fed(row, draft, len(fed))
-
-    def _plan(self, rows: list[Row], drafted: list[int]) -> StepPlan:
-        gamma = max(drafted)
-        uniform = np.zeros((len(rows), 2 * gamma + 1))
-        for i, (row, count) in enumerate(zip(rows, drafted, strict=True)):
-            if row.query.temperature > 0:
-                # A row draws only for itself, so its randomness does not depend on who shares the batch.
-                own = row.rng.random(2 * count + 1)
-                uniform[i, :count], uniform[i, gamma : gamma + count] = own[:count], own[count:-1]
-                uniform[i, -1] = own[-1]
-        uniform_BU = upload(uniform, self._device)
-        return StepPlan(
-            rows, drafted, self._sampling_of(rows), uniform_BU[:, :gamma], uniform_BU[:, gamma:-1], uniform_BU[:, -1]
-        )
-
-    def _sampling_of(self, rows: list[Row]) -> Sampling:
-        """Made anew only when other rows decode than in the step before."""
-        if self._sampling is None or self._sampling[0] != rows:
-            queries = [row.query for row in rows]
-            sampling = Sampling.of(
-                [q.temperature for q in queries],
-                [q.top_k for q in queries],
-                [q.top_p for q in queries],
-                self.target.vocab_size,
-                self._device,
-            )
-            self._sampling = rows, sampling
-        return self._sampling[1]
-
-    # ── draft ──
-
-    def _draft(self, plan: StepPlan) -> Proposal:
-        """One proposal for all rows; each route's draft fills in its own."""
-        members = [i for i, count in enumerate(plan.drafted) if count]
-        groups = self._by_draft(members)
-        proposals = [self._guarded(d, lambda d=d, g=group: self._propose(d, g, plan)) for d, group in groups]  # type: ignore[misc]
-        if len(groups) == 1 and len(members) == len(plan.rows) and proposals[0] is not None:
-            return proposals[0]
-        gamma, greedy, vocabulary = plan.gamma, plan.sampling.all_greedy, self.target.vocab_size
-        proposal = Proposal.empty(len(plan.rows), gamma, vocabulary, self._device, greedy)
-        for (_, group), part in zip(groups, proposals, strict=True):
-            if part is not None:
-                proposal.put(group, part)
-            else:
-                for i in group:
-                    plan.drafted[i] = 0
-        return proposal
-
-    def _propose(self, draft: LiveDraft, members: list[int], plan: StepPlan) -> Proposal:
-        rows = [plan.rows[i] for i in members]
-        unseen = [row.tokens[row.draft_cached :] for row in rows]
-        everyone = len(members) == len(plan.rows)
-        gamma = max(plan.drafted[i] for i in members)
-        proposal = propose_chain(
-            draft.model,
-            _rows(members),
-            self._ragged(unseen),
-            self._integers([len(tokens) for tokens in unseen]),
-            self._integers([row.draft_cached for row in rows]),
-            max(len(row.tokens) for row in rows),
-            self._integers([plan.drafted[i] for i in members]),
-            gamma,
-            plan.sampling if everyone else plan.sampling.select(members),
-            plan.draft_uniform_BG if everyone else plan.draft_uniform_BG[members],
-        )
-        for row in rows:
-            # Cut back in _commit, where a rejection came earlier.
-            self._fed(row, draft, len(row.tokens) + gamma - 1 - row.draft_cached)
-        return proposal
-
-    def _by_draft(self, members: list[int]) -> list[tuple[LiveDraft, list[int]]]:
-        groups: dict[str, list[int]] = {}
-        for i in members:
-            groups.setdefault(self.rows[i].query.route, []).append(i)
-        return [(self.drafts[route], group) for route, group in groups.items() if self.drafts[route].usable]
-
-    def _guarded(self, draft: LiveDraft, work: Callable[[], R]) -> R | None:
-        """A draft that fails is not used again until weights are installed; its rows are decoded plainly."""
-        try:
-            return work()
-        except Exception:
-            draft.fail()
-            for row in self.rows:
-                if row.query.route == draft.route:
-                    row.draft_cached = 0
-            self._metrics.faults.labels("draft").inc()
-            log.exception("draft of route %s failed; its rows are decoded without one", draft.route)
-            return None
-
     # ── verify ──
 
     def _verify(self, plan: StepPlan, proposal: Proposal) -> tuple[Verdict, Observation | None]:
-        fed_BT = self._ragged(
-            [row.tokens[row.cached :] for row in plan.rows]
+        fed_BT = ragged(
+            [row.tokens[row.cached :] for row in plan.rows], self._device
         )  # the last token, and a lone row's prompt
         ids_BT = torch.cat([fed_BT, proposal.tokens_BG], 1) if proposal.tokens_BG.shape[1] else fed_BT
         # A row's longest context is its own, not the padded one: padding writes, but nobody reads it.
         upto = max(len(row.tokens) + count for row, count in zip(plan.rows, plan.drafted, strict=True))
-        starts_B = self._integers([row.cached for row in plan.rows])
+        starts_B = integers([row.cached for row in plan.rows], self._device)
         logits_BTV = self.target.forward(slice(0, len(plan.rows)), ids_BT, starts_B, upto)
         logits_BTV = logits_BTV[:, fed_BT.shape[1] - 1 :]
         if logits_BTV.dtype != torch.float64:
@@ -416,33 +239,3 @@ class Batch:
                 logprobs = tuple(seen.token_logprob(i, j, new[j], top) for j in range(taken))
             row.deliver(text, new[:taken], logprobs)
         self._metrics.step(plan.drafted, [int(verdict[0]) for verdict in verdicts], emitted)
-
-    def _integers(self, values: list[int]) -> Tensor:
-        return upload(np.array(values, np.int64), self._device)
-
-    def _ragged(self, sequences: list[list[int]]) -> Tensor:
-        """Token lists as one padded [B, T]."""
-        padded = np.zeros((len(sequences), max(map(len, sequences))), np.int64)
-        for row, sequence in zip(padded, sequences, strict=True):
-            row[: len(sequence)] = sequence
-        return upload(padded, self._device)
-
-
-def fit(sequences: list[list[int]], budget: int) -> list[list[int]]:
-    """As many of the first sequences as `budget` tokens hold, padding included; only the last of them is cut."""
-    pieces: list[list[int]] = []
-    longest = 0
-    for sequence in sequences:
-        longest = max(longest, len(sequence))
-        if pieces and longest * (len(pieces) + 1) > budget:
-            break
-        pieces.append(sequence[:budget])
-        if len(sequence) > budget:
-            break  # those behind it wait: the ready ones come first
-    return pieces
-
-
-def _rows(members: list[int]) -> Rows:
-    """Neighbouring slots as a slice: the cache gives a view of those, and a copy of anything else."""
-    adjacent = members[-1] - members[0] + 1 == len(members)
-    return slice(members[0], members[-1] + 1) if adjacent else members

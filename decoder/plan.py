@@ -1,0 +1,64 @@
+"""What a step is about to do with its rows: tokens to draft, sampling parameters, and the randomness it will use.
+
+Legend: B rows, G drafted positions, U uniforms of a row.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from decoder.device import upload
+from decoder.rows import Row
+from decoder.sampling import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one step is about to do with its rows."""
+
+    rows: list[Row]
+    drafted: list[int]  # tokens to draft, by row
+    sampling: Sampling
+    draft_uniform_BG: Tensor
+    accept_uniform_BG: Tensor
+    emit_uniform_B: Tensor
+
+    @property
+    def gamma(self) -> int:
+        return max(self.drafted)
+
+
+class Planner:
+    def __init__(self, vocab_size: int, device: torch.device | str) -> None:
+        self._vocab_size, self._device = vocab_size, device
+        self._known: tuple[list[Row], Sampling] | None = None
+
+    def plan(self, rows: list[Row], drafted: list[int]) -> StepPlan:
+        gamma = max(drafted)
+        uniform = np.zeros((len(rows), 2 * gamma + 1))
+        for i, (row, count) in enumerate(zip(rows, drafted, strict=True)):
+            if row.query.temperature > 0:
+                # A row draws only for itself, so its randomness does not depend on who shares the batch.
+                own = row.rng.random(2 * count + 1)
+                uniform[i, :count], uniform[i, gamma : gamma + count] = own[:count], own[count:-1]
+                uniform[i, -1] = own[-1]
+        uniform_BU = upload(uniform, self._device)
+        return StepPlan(
+            rows, drafted, self._sampling_of(rows), uniform_BU[:, :gamma], uniform_BU[:, gamma:-1], uniform_BU[:, -1]
+        )
+
+    def _sampling_of(self, rows: list[Row]) -> Sampling:
+        """Made anew only when other rows decode than in the step before."""
+        if self._known is None or self._known[0] != rows:
+            queries = [row.query for row in rows]
+            sampling = Sampling.of(
+                [q.temperature for q in queries],
+                [q.top_k for q in queries],
+                [q.top_p for q in queries],
+                self._vocab_size,
+                self._device,
+            )
+            self._known = rows, sampling
+        return self._known[1]
