@@ -24,10 +24,10 @@ def device_of(name: str) -> torch.device:
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype | str:
-    """The precision that weights are served in. "auto": as stored, or float32 on a CPU that can't multiply bfloat16."""
+    """The precision that weights are served in. "auto": as stored, but float32 on a CPU, where greedy answers are exact."""
     if name != "auto":
         return getattr(torch, name)  # type: ignore[no-any-return]
-    return "auto" if device.type != "cpu" or multiplies_bfloat16() else torch.float32
+    return torch.float32 if device.type == "cpu" else "auto"
 
 
 def spread_over_cores(threads: int) -> None:

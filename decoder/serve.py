@@ -39,6 +39,10 @@ from online.tables import connect
 
 log = logging.getLogger("slipstream.serve")
 
+# Clients forget an idle connection after five seconds (httpx, and so openai). A server that closes it at that very
+# moment resets the request that was just sent on it.
+KEEP_ALIVE_S = 75
+
 
 def build(settings: Settings) -> FastAPI:
     """The application with everything behind it. Threads start with the application and stop with it."""
@@ -140,7 +144,13 @@ def main() -> None:
     settings = Settings()
     if not settings.admin_keys:
         log.warning("no API keys are configured: bound to %s, and every caller is an admin", settings.bind_host)
-    uvicorn.run(build(settings), host=settings.bind_host, port=settings.port, log_level="warning")
+    uvicorn.run(
+        build(settings),
+        host=settings.bind_host,
+        port=settings.port,
+        log_level="warning",
+        timeout_keep_alive=KEEP_ALIVE_S,
+    )
 
 
 if __name__ == "__main__":

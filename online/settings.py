@@ -33,7 +33,7 @@ class Settings(BaseSettings):
     dtype: str = Field(
         "auto",
         pattern="^(auto|float32|bfloat16|float16)$",
-        description="auto: as stored, but float32 on a CPU without bfloat16 instructions",
+        description="auto: float32 on a CPU, else as stored",
     )
     threads: int = Field(0, ge=0, description="torch threads of the decoder; 0: one fewer than cores")
 
