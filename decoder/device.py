@@ -24,7 +24,7 @@ def device_of(name: str) -> torch.device:
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype | str:
-    """The precision that weights are served in. "auto": as stored, but float32 on a CPU, where greedy answers are exact."""
+    """The precision of served weights. "auto": as stored, but float32 on a CPU, where greedy answers are exact."""
     if name != "auto":
         return getattr(torch, name)  # type: ignore[no-any-return]
     return torch.float32 if device.type == "cpu" else "auto"
