@@ -4,15 +4,15 @@ CPU: weight matrices lie in oneDNN's blocked layout. `F.linear` brings a matrix 
 for a few tokens that costs more than the product. Elsewhere they are plain tensors at addresses that never change.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
+
+from decoder.operations import Operations, Rotations, TorchOperations
 
 EXPECTED_TOKENS = 32  # what oneDNN's layout is chosen for; it serves any number
 
@@ -122,6 +122,16 @@ class Linear:
         return dict(zip(self.names, torch.split(dense, self.sizes), strict=True))
 
 
+def operations(rotations: Rotations, group: int) -> Operations:
+    """What a Llama does between its products, `group` query heads to a key-value head."""
+    cos_LD, _ = rotations
+    if cos_LD.device.type == "cpu" and cos_LD.dtype in (torch.float32, torch.bfloat16):
+        from decoder.kernels import FusedOperations  # a GPU's process has no use for a compiler
+
+        return FusedOperations(rotations, group)
+    return TorchOperations(rotations, group)
+
+
 Forward = Callable[[Any, Tensor, Tensor, int], Tensor]  # rows, ids [B, T], starts [B], upto → logits [B, T, V]
 
 
@@ -220,21 +230,3 @@ def upload(array: NDArray[Any], device: torch.device | str) -> Tensor:
     """A host array on the device, without waiting for it."""
     tensor = torch.from_numpy(array)
     return tensor if torch.device(device).type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm of the last axis of `x` (float32), in the weight's precision.
-
-    On a CPU torch's own is a dozen operations, and their number is what costs; these are five.
-    """
-    if x.device.type != "cpu":
-        return F.rms_norm(x, x.shape[-1:], None, eps).to(weight.dtype) * weight
-    size = x.shape[-1]
-    # sqrt(mean(x²) + eps) is hypot(|x|, sqrt(size eps)) / sqrt(size).
-    norm = torch.linalg.vector_norm(x, 2, -1, True).hypot_(_scalar(math.sqrt(size * eps)))
-    return torch.addcdiv(_scalar(0.0), x, norm, value=math.sqrt(size)).to(weight.dtype) * weight
-
-
-@cache
-def _scalar(value: float) -> Tensor:
-    return torch.tensor(value)

@@ -90,8 +90,7 @@ class ModuleCache(Cache):
             self.store.grow(heads, size, key_states.dtype, key_states.device)
         new = [states.transpose(1, 2).flatten(0, 1) for states in (key_states, value_states)]
         self.store.write(layer_idx, self._cells_N, *new)
-        keys_BUKD, values_BUKD = self.store.read(layer_idx, self._rows, self._upto)
-        return keys_BUKD.transpose(1, 2), values_BUKD.transpose(1, 2)
+        return self.store.read(layer_idx, self._rows, self._upto)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._upto

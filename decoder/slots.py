@@ -33,8 +33,14 @@ class SlotCache:
         self.values[layer].flatten(0, 1).index_copy_(0, cells_N, values_NKD)
 
     def read(self, layer: int, rows: slice | Tensor, upto: int) -> tuple[Tensor, Tensor]:
-        """What the rows may look at, [B, upto, K, D] each."""
-        return self.keys[layer][rows, :upto], self.values[layer][rows, :upto]
+        """What the rows may look at, [B, K, upto, D] each."""
+        keys, values = self.keys[layer], self.values[layer]
+        if isinstance(rows, slice):  # a view, by one operation
+            _, _, K, D = keys.shape
+            size, stride = (rows.stop - rows.start, K, upto, D), (self.capacity * K * D, D, K * D, 1)
+            offset = rows.start * self.capacity * K * D
+            return keys.as_strided(size, stride, offset), values.as_strided(size, stride, offset)
+        return keys[rows, :upto].transpose(1, 2), values[rows, :upto].transpose(1, 2)
 
     def copy(self, source: int, destination: int, length: int) -> None:
         """Copies the first `length` positions of one slot to another."""

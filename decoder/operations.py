@@ -1,0 +1,113 @@
+"""The element-wise work of a Llama layer, as torch has it: the reference, and what runs on CUDA.
+
+`decoder/kernels.py` has the same for CPUs, fused. Legend as in `decoder/llama.py`.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from decoder.slots import Rows, SlotCache, slot_index
+
+Rotations = tuple[Tensor, Tensor]  # cosines and sines by position, [L, D] each
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a forward's tokens stand: the same for every layer."""
+
+    rows: slice | Tensor
+    tokens: int  # of each row
+    upto: int
+    bias_B1QU: Tensor | None  # Q = G × T: 0 where a position is visible, -inf where not; None: all are
+    told: tuple[Tensor, ...]  # what the operations tell themselves of positions and cells
+
+
+@dataclass(frozen=True, slots=True)
+class Norms:
+    """Norms of query and key heads, which Qwen3 has."""
+
+    q: Tensor | None
+    k: Tensor | None
+    eps: float
+
+
+class Operations(Protocol):
+    def place(self, rows: Rows, starts_B: Tensor, tokens: int, upto: int) -> Place:
+        """Where a forward of this many tokens a row stands, from `starts_B` on, in sight of the first `upto` positions.
+
+        Padding of short rows may point past the end: the last cell belongs to nobody.
+        """
+        ...
+
+    def add_norm(self, x_NE: Tensor, y_NE: Tensor | None, weight_E: Tensor, eps: float) -> Tensor:
+        """Adds y to the residual stream x (float32, in place); returns x's root-mean-square norm as the weight's type."""
+        ...
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        """SiLU of the first half of the last axis times the second."""
+        ...
+
+    def turn(self, qkv: Tensor, heads: int, place: Place, norms: Norms, cache: SlotCache, layer: int) -> Tensor:
+        """Rotates queries and keys to their positions, and writes keys and values into the cache.
+
+        `qkv` [N, (H + 2K) D] may be written to. Returns the queries, [B, K, Q, D]: those of the query heads that share
+        a key-value head are further positions of one attention.
+        """
+        ...
+
+
+class TorchOperations:
+    def __init__(self, rotations: Rotations, group: int) -> None:
+        cos_LD, sin_LD = rotations
+        half = cos_LD.shape[1] // 2
+        # The first half's sines are negated: see `_rotate`.
+        self._cos, self._sin = cos_LD, torch.cat([-sin_LD[:, :half], sin_LD[:, half:]], 1)
+        self._group, self._steps = group, torch.arange(len(cos_LD), device=cos_LD.device)
+
+    def place(self, rows: Rows, starts_B: Tensor, tokens: int, upto: int) -> Place:
+        capacity = len(self._steps)
+        positions_BT = (starts_B[:, None] + self._steps[:tokens]).clamp_(max=capacity - 1)
+        slots_B = slot_index(rows, starts_B.device)
+        cells_N = (slots_B[:, None] * capacity + positions_BT).flatten()
+        bias = None
+        if tokens > 1 or len(slots_B) > 1:
+            hidden_BTU = self._steps[:upto] > positions_BT.repeat(1, self._group)[..., None]
+            bias = torch.zeros(hidden_BTU.shape, dtype=self._cos.dtype, device=starts_B.device)
+            bias = bias.masked_fill_(hidden_BTU, -torch.inf)[:, None]
+        turns = self._cos[positions_BT][:, :, None], self._sin[positions_BT][:, :, None]
+        return Place(rows if isinstance(rows, slice) else slots_B, tokens, upto, bias, (cells_N, *turns))
+
+    def add_norm(self, x_NE: Tensor, y_NE: Tensor | None, weight_E: Tensor, eps: float) -> Tensor:
+        if y_NE is not None:
+            x_NE += y_NE
+        return _rms_norm(x_NE, weight_E, eps)
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate) * up
+
+    def turn(self, qkv: Tensor, heads: int, place: Place, norms: Norms, cache: SlotCache, layer: int) -> Tensor:
+        cells_N, cos_BT1D, sin_BT1D = place.told
+        (B, T), (K, D) = cos_BT1D.shape[:2], cache.keys[layer].shape[2:]
+        qkv = qkv[: B * T].view(B, T, heads + 2 * K, D)
+        q, k, v = qkv[:, :, :heads], qkv[:, :, heads : heads + K], qkv[:, :, heads + K :]
+        if norms.q is not None and norms.k is not None:
+            q, k = _rms_norm(q.float(), norms.q, norms.eps), _rms_norm(k.float(), norms.k, norms.eps)
+        q, k = _rotate(q, cos_BT1D, sin_BT1D), _rotate(k, cos_BT1D, sin_BT1D)
+        cache.write(layer, cells_N, k.flatten(0, 1), v.flatten(0, 1))
+        return q.view(B, T, K, heads // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, heads // K * T, D)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm of the last axis of `x` (float32), in the weight's precision."""
+    return F.rms_norm(x, x.shape[-1:], None, eps).to(weight.dtype) * weight
+
+
+def _rotate(x_BTHD: Tensor, cos_BT1D: Tensor, sin_BT1D: Tensor) -> Tensor:
+    """Rotary positions: the two halves of a head are the coordinates that turn."""
+    swapped = x_BTHD.roll(x_BTHD.shape[-1] // 2, -1)
+    return torch.addcmul(x_BTHD * cos_BT1D, swapped, sin_BT1D)
