@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 FIRST_GUESS = 0.7  # acceptance of a draft that nothing is known about: high enough to be tried
 ROUTE_MEMORY = 2000.0  # compared positions that a route's mean remembers
@@ -57,39 +56,44 @@ class StepCosts:
 
     def __init__(self, max_gamma: int, slots: int) -> None:
         self.rows = [min(1 << i, slots) for i in range((slots - 1).bit_length() + 1)]  # numbers of rows told apart
-        self._start = np.zeros((len(self.rows), max_gamma + 1))
-        self._by_rows = np.zeros(len(self.rows))
-        self._by_gamma = np.zeros_like(self._start)
+        self._start = [[0.0] * (max_gamma + 1) for _ in self.rows]
+        self._by_rows = [0.0] * len(self.rows)
+        self._by_gamma = [[0.0] * (max_gamma + 1) for _ in self.rows]
 
     def measured(self, rows: int, seconds: Mapping[int, float]) -> None:
         """Seconds by γ, for some of them; in between they are interpolated."""
-        gammas = sorted(seconds)
+        gammas, i = sorted(seconds), self._bucket(rows)
         known = [seconds[gamma] for gamma in gammas]
-        i = self._bucket(rows)
-        self._start[i] = np.log(np.interp(np.arange(self._start.shape[1]), gammas, known))
-        self._by_rows[i], self._by_gamma[i] = 0, 0
+        self._start[i] = np.log(np.interp(np.arange(len(self._start[i])), gammas, known)).tolist()
+        self._by_rows[i], self._by_gamma[i] = 0.0, [0.0] * len(self._start[i])
 
-    def seconds(self, rows: int) -> NDArray[np.float64]:
-        """By γ, [max_gamma + 1]."""
+    def seconds(self, rows: int) -> list[float]:
+        """By γ, from 0 to the largest."""
         i = self._bucket(rows)
-        seconds: NDArray[np.float64] = np.exp(self._start[i] + self._by_rows[i] + self._by_gamma[i])
-        return seconds
+        by_rows = self._by_rows[i]
+        return [math.exp(start + by_rows + own) for start, own in zip(self._start[i], self._by_gamma[i], strict=True)]
 
     def observe(self, rows: int, gamma: int, seconds: float, weight: float = GAMMA_LEARNS) -> None:
         i = self._bucket(rows)
-        known = self._start[i, gamma] + self._by_rows[i] + self._by_gamma[i, gamma]
+        known = self._start[i][gamma] + self._by_rows[i] + self._by_gamma[i][gamma]
         surprise = max(-SURPRISE, min(SURPRISE, math.log(seconds) - known))
         self._by_rows[i] += ROWS_LEARN * surprise
-        self._by_gamma[i, gamma] += weight * surprise
+        self._by_gamma[i][gamma] += weight * surprise
 
     def _bucket(self, rows: int) -> int:
         return (rows - 1).bit_length()
 
 
-def expected_tokens(rates_B: Sequence[float], max_gamma: int) -> NDArray[np.float64]:
-    """Σ over rows of the tokens that a step emits, by γ: [max_gamma + 1]."""
-    powers = np.asarray(rates_B)[:, None] ** np.arange(max_gamma + 1)
-    total: NDArray[np.float64] = powers.sum(0).cumsum()
+def expected_tokens(rates_B: Sequence[float], max_gamma: int) -> list[float]:
+    """Σ over rows of the tokens that a step emits, by γ from 0 on.
+
+    Plain numbers, here and in `StepCosts`: this runs before every step, and a dozen array operations would take 2 % of
+    a small model's.
+    """
+    powers, total = [1.0] * len(rates_B), [float(len(rates_B))]
+    for _ in range(max_gamma):
+        powers = [power * rate for power, rate in zip(powers, rates_B, strict=True)]
+        total.append(total[-1] + sum(powers))
     return total
 
 
@@ -107,8 +111,9 @@ class Control:
         if not rates_B:
             return 0
         seconds = self.costs.seconds(rows)
-        speed = (expected_tokens(rates_B, self.max_gamma) + (rows - len(rates_B))) / seconds
-        best = int(speed.argmax())
+        tokens, others = expected_tokens(rates_B, self.max_gamma), rows - len(rates_B)
+        speed = [(count + others) / cost for count, cost in zip(tokens, seconds, strict=True)]
+        best = speed.index(max(speed))
         if speed[best] <= MARGIN * speed[0] or self._drafted >= RECHECK_STEPS:
             return 0
         return best

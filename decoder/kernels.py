@@ -1,8 +1,10 @@
+# mypy: disable-error-code="untyped-decorator,no-untyped-call,no-any-return,attr-defined"
 """The element-wise work of a Llama layer on a CPU, fused into four compiled functions.
 
 A forward of a small model is hundreds of torch operations, and on a CPU calling one costs as much as what it computes.
 Here numbers are read where torch has them and each token is worked off on one core, so that what a token gets does not
-depend on who shares the batch. numba compiles the functions when a process loads its first model of a precision (1 to 2 s).
+depend on who shares the batch. numba compiles the functions when a process loads its first model of a precision, in one
+to three seconds.
 
 Legend: N tokens and padding, E hidden size, M intermediate size, B rows, T new tokens, H query heads, K key-value
 heads, G = H / K, D head size, S slots, L capacity.
@@ -26,6 +28,9 @@ FEW = 64  # tokens (of a step, not of a prompt)
 EXACT = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 SUMS = EXACT | {"fastmath": {"reassoc", "contract"}}  # sums may be vectorised
 
+_njit: Any = numba.njit
+_intrinsic: Any = intrinsic
+
 
 class FusedOperations:
     """`Operations` for float32 and bfloat16 on a CPU."""
@@ -40,13 +45,13 @@ class FusedOperations:
 
     def place(self, rows: Rows, starts_B: Tensor, tokens: int, upto: int) -> Place:
         (B,) = starts_B.shape
-        slots_B = None if isinstance(rows, slice) else slot_index(rows, starts_B.device)
-        first = rows.start if isinstance(rows, slice) else 0
+        where = rows if isinstance(rows, slice) else slot_index(rows, starts_B.device)
+        first, slots_B = (where.start, None) if isinstance(where, slice) else (0, where)
         stands_2BT = torch.empty((2, B, tokens), dtype=torch.long)  # positions and cells
         bias = torch.empty((B, 1, self._group * tokens, upto), dtype=self._dtype) if B * tokens > 1 else None
         shape = B, tokens, self._group, upto, self._capacity
         self._place(_at(starts_B), _at(slots_B), first, _at(stands_2BT), _at(bias), *shape)
-        return Place(rows if slots_B is None else slots_B, tokens, upto, bias, (stands_2BT,))
+        return Place(where, tokens, upto, bias, (stands_2BT,))
 
     def add_norm(self, x_NE: Tensor, y_NE: Tensor | None, weight_E: Tensor, eps: float) -> Tensor:
         N, E = x_NE.shape
@@ -89,25 +94,25 @@ def _at(tensor: Tensor | None) -> int:
 
 
 def _pointer(kind: types.Type) -> Callable[[int], Any]:
-    @intrinsic  # type: ignore[untyped-decorator]
+    @_intrinsic
     def pointer(_: Any, address: Any) -> Any:
         signature = types.CPointer(kind)(types.int64)
         return signature, lambda context, builder, sig, args: builder.inttoptr(
             args[0], context.get_value_type(sig.return_type)
         )
 
-    return pointer  # type: ignore[no-any-return]
+    return pointer
 
 
 _floats, _words, _integers = _pointer(types.float32), _pointer(types.uint16), _pointer(types.int64)
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+@_njit(inline="always")
 def _from_bfloat16(word: Any) -> Any:
     return np.uint32(np.uint32(word) << np.uint32(16)).view(np.float32)
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+@_njit(inline="always")
 def _to_bfloat16(number: Any) -> Any:
     """Rounds to nearest even, as torch does."""
     bits = np.float32(number).view(np.uint32)
@@ -115,12 +120,12 @@ def _to_bfloat16(number: Any) -> Any:
     return np.uint16(rounded) if number == number else np.uint16(0x7FC0)
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+@_njit(inline="always")
 def _same(number: Any) -> Any:
     return np.float32(number)
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+@_njit(inline="always")
 def _exp(x: Any) -> Any:
     """e^x to 2e-7, in arithmetic that vectorises: e^x = 2^n e^r with |r| ≤ ln 2 / 2, and e^r as its series."""
     x = min(max(x, np.float32(-87.0)), np.float32(88.0))
@@ -144,7 +149,7 @@ def _compiled(dtype: torch.dtype) -> tuple[Callable[..., None], ...]:
     array, load, store = (_words, _from_bfloat16, _to_bfloat16) if narrow else (_floats, _same, _same)
     address, count, real = types.int64, types.int64, types.float32
 
-    @numba.njit(types.void(address, address, count, address, address, *[count] * 5), **EXACT)  # type: ignore[untyped-decorator]
+    @_njit(types.void(address, address, count, address, address, *[count] * 5), **EXACT)
     def place(
         starts_at: Any, slots_at: Any, first: Any, stands_at: Any, bias_at: Any, B: Any, T: Any, G: Any, U: Any, L: Any
     ) -> None:
@@ -161,7 +166,7 @@ def _compiled(dtype: torch.dtype) -> tuple[Callable[..., None], ...]:
                         for u in range(U):
                             bias[b, g, t, u] = visible if u <= position else hidden
 
-    @numba.njit(types.void(*[address] * 4, count, count, real), **SUMS)  # type: ignore[untyped-decorator]
+    @_njit(types.void(*[address] * 4, count, count, real), **SUMS)
     def add_norm(x_at: Any, y_at: Any, weight_at: Any, out_at: Any, N: Any, E: Any, eps: Any) -> None:
         x, y = carray(_floats(x_at), (N, E)), carray(array(y_at), (N, E))
         weight, out = carray(array(weight_at), (E,)), carray(array(out_at), (N, E))
@@ -176,7 +181,7 @@ def _compiled(dtype: torch.dtype) -> tuple[Callable[..., None], ...]:
             for e in range(E):
                 out[n, e] = store(load(store(x[n, e] * scale)) * load(weight[e]))
 
-    @numba.njit(types.void(address, address, count, count), **EXACT)  # type: ignore[untyped-decorator]
+    @_njit(types.void(address, address, count, count), **EXACT)
     def gate(gate_up_at: Any, out_at: Any, N: Any, M: Any) -> None:
         gate_up, out = carray(array(gate_up_at), (N, 2, M)), carray(array(out_at), (N, M))
         for n in range(N):
@@ -185,7 +190,7 @@ def _compiled(dtype: torch.dtype) -> tuple[Callable[..., None], ...]:
                 silu = x / (np.float32(1) + _exp(-x))
                 out[n, m] = store(load(store(silu)) * load(gate_up[n, 1, m]))
 
-    @numba.njit(inline="always", **SUMS)  # type: ignore[untyped-decorator]
+    @_njit(inline="always", **SUMS)
     def turn_head(head: Any, weight: Any, normed: Any, eps: Any, cos: Any, sin: Any, out: Any) -> None:
         half = len(cos)
         scale = np.float32(1)
@@ -201,7 +206,7 @@ def _compiled(dtype: torch.dtype) -> tuple[Callable[..., None], ...]:
             out[d] = store(x * cos[d] - y * sin[d])
             out[half + d] = store(y * cos[d] + x * sin[d])
 
-    @numba.njit(types.void(*[address] * 6, real, *[address] * 3, *[count] * 5), **SUMS)  # type: ignore[untyped-decorator]
+    @_njit(types.void(*[address] * 6, real, *[address] * 3, *[count] * 5), **SUMS)
     def turn(
         qkv_at: Any, stands_at: Any, cos_at: Any, sin_at: Any, q_norm_at: Any, k_norm_at: Any, eps: Any,
         keys_at: Any, values_at: Any, out_at: Any, B: Any, T: Any, H: Any, K: Any, D: Any,

@@ -44,7 +44,8 @@ class Layer:
         self.down = _stack(state, [f"{at}mlp.down_proj"])
         self.norm = state[f"{at}input_layernorm.weight"]
         self.mlp_norm = state[f"{at}post_attention_layernorm.weight"]
-        self.head_norms = Norms(*(state.get(f"{at}self_attn.{name}_norm.weight") for name in "qk"), self.eps)
+        q_norm, k_norm = (state.get(f"{at}self_attn.{name}_norm.weight") for name in "qk")
+        self.head_norms = Norms(q_norm, k_norm, self.eps)
 
     def grow(self, cache: SlotCache) -> None:
         """Adds this layer to the cache."""

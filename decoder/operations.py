@@ -44,7 +44,7 @@ class Operations(Protocol):
         ...
 
     def add_norm(self, x_NE: Tensor, y_NE: Tensor | None, weight_E: Tensor, eps: float) -> Tensor:
-        """Adds y to the residual stream x (float32, in place); returns x's root-mean-square norm as the weight's type."""
+        """Adds y to the residual stream x (float32) in place; returns the norm of x in the type of the weight."""
         ...
 
     def gate(self, gate_up: Tensor) -> Tensor:

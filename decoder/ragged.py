@@ -18,10 +18,8 @@ def integers(values: list[int], device: torch.device | str) -> Tensor:
 
 def ragged(sequences: list[list[int]], device: torch.device | str) -> Tensor:
     """Token lists as one padded [B, T]."""
-    padded = np.zeros((len(sequences), max(map(len, sequences))), np.int64)
-    for row, sequence in zip(padded, sequences, strict=True):
-        row[: len(sequence)] = sequence
-    return upload(padded, device)
+    longest = max(map(len, sequences))
+    return upload(np.array([sequence + [0] * (longest - len(sequence)) for sequence in sequences], np.int64), device)
 
 
 def encode(

@@ -176,7 +176,7 @@ def test_timing_steps_at_start_leaves_no_trace(pair: TinyPair, tiny: Bench) -> N
     """Costs are known, and metrics, acceptance and kept contexts are as new."""
     costs, draft = tiny.engine.batch.control.costs, tiny.engine.batch.drafts["default"]
     for rows in costs.rows:
-        assert (costs.seconds(rows) < 0.5).all(), "a second is what a step costs that was not timed"
+        assert max(costs.seconds(rows)) < 0.5, "a second is what a step costs that was not timed"
     assert draft.acceptance.rate == pytest.approx(decoder.control.FIRST_GUESS)
     assert (tiny.counter("vllm:generation_tokens"), tiny.counter(DRAFTS), tiny.engine.running) == (0, 0, 0)
     assert tiny.run(query((1,) * 20, gamma=0))[0].ids == target_alone(pair, (1,) * 20, 24)
