@@ -1,0 +1,75 @@
+"""What lies between the products of a Llama layer: torch's operations are the reference of the compiled ones."""
+
+import math
+
+import pytest
+import torch
+
+from decoder.kernels import FusedOperations
+from decoder.operations import Norms, Operations, Rotations, TorchOperations
+from decoder.slots import Rows, SlotCache
+
+CAPACITY, HEADS, KV_HEADS, SIZE = 24, 6, 2, 16
+DTYPES = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+
+def both(dtype: torch.dtype) -> list[Operations]:
+    angles = torch.randn(CAPACITY, SIZE // 2).repeat(1, 2)
+    rotations: Rotations = (angles.cos().to(dtype), angles.sin().to(dtype))
+    return [made(rotations, HEADS // KV_HEADS) for made in (TorchOperations, FusedOperations)]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def agree(found: list[torch.Tensor], dtype: torch.dtype) -> None:
+    torch.testing.assert_close(found[1], found[0], rtol=DTYPES[dtype], atol=DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 5, 80])
+def test_norms_and_gates(dtype: torch.dtype, tokens: int) -> None:
+    x, y, weight = torch.randn(tokens, 48), torch.randn(tokens, 48).to(dtype), torch.randn(48).to(dtype)
+    gate_up = (20 * torch.randn(tokens, 2 * 40)).to(dtype)
+    streams = [x.clone(), x.clone()]
+    normed = [ops.add_norm(s, y, weight, 1e-6).clone() for ops, s in zip(both(dtype), streams, strict=True)]
+    assert torch.equal(*streams), "the residual stream is float32 in both"
+    agree(normed, dtype)
+    agree([ops.add_norm(x, None, weight, 1e-6).clone() for ops in both(dtype)], dtype)
+    agree([ops.gate(gate_up).clone() for ops in both(dtype)], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normed", [False, True], ids=["bare", "head norms"])
+@pytest.mark.parametrize(("rows", "tokens"), [(slice(0, 1), 1), (slice(1, 4), 3), ([0, 2, 3], 2)])
+def test_turned_heads_and_their_places(dtype: torch.dtype, normed: bool, rows: Rows, tokens: int) -> None:
+    count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+    starts = torch.tensor([4, CAPACITY - 1, 9][:count])  # the second one's tokens point past the end
+    qkv = torch.randn(count * tokens, (HEADS + 2 * KV_HEADS) * SIZE).to(dtype)
+    q_norm, k_norm = (torch.randn(SIZE).to(dtype) if normed else None for _ in "qk")
+    seen: list[list[torch.Tensor]] = []
+    for ops in both(dtype):
+        cache = SlotCache(4, CAPACITY)
+        cache.grow(KV_HEADS, SIZE, dtype, torch.device("cpu"))
+        place = ops.place(rows, starts, tokens, CAPACITY)
+        q = ops.turn(qkv.clone(), HEADS, place, Norms(q_norm, k_norm, 1e-6), cache, 0).clone()
+        # What lies in a slot's last cell is nobody's, and may be any of the tokens that pointed past the end.
+        seen.append([q, cache.keys[0][:, :-1], cache.values[0][:, :-1]])
+        assert (place.bias_B1QU is None) == (count * tokens == 1)
+        if place.bias_B1QU is not None:
+            seen[-1].append(place.bias_B1QU)
+    for pair in zip(*seen, strict=True):
+        agree(list(pair), dtype)
+
+
+def test_numbers_that_are_none_stay_none() -> None:
+    for dtype in DTYPES:
+        gate_up = torch.tensor([[math.nan, -math.inf, 200.0, -200.0, 1.0, 1.0, 1.0, 1.0]]).to(dtype)
+        for ops in both(dtype):
+            nan, low, high, tiny = ops.gate(gate_up)[0].tolist()
+            assert math.isnan(nan), "a broken model is not made to look whole"
+            assert abs(tiny) < 1e-30, "what is far below zero is let through by next to nothing"
+            assert high == pytest.approx(200, rel=1e-2)
+            assert not low > 0
