@@ -36,7 +36,7 @@ class SlotCache:
         """What the rows may look at, [B, K, upto, D] each."""
         keys, values = self.keys[layer], self.values[layer]
         if isinstance(rows, slice):  # a view, by one operation
-            _, _, K, D = keys.shape
+            (_, _, K, D), upto = keys.shape, min(upto, self.capacity)
             size, stride = (rows.stop - rows.start, K, upto, D), (self.capacity * K * D, D, K * D, 1)
             offset = rows.start * self.capacity * K * D
             return keys.as_strided(size, stride, offset), values.as_strided(size, stride, offset)
