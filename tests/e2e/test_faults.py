@@ -25,7 +25,7 @@ def running(served: Served) -> int:
 def test_a_client_that_leaves_frees_its_slots(own: Served, stream: bool) -> None:
     """Whether it was reading a stream or waiting for the whole answer: all its sequences are cancelled."""
     body = {**LONG, "n": 16, "stream": stream}
-    with httpx.Client(timeout=httpx.Timeout(30, read=0.4)) as client:
+    with httpx.Client(timeout=httpx.Timeout(30, read=0.1)) as client:
         try:
             with client.stream("POST", f"{own.url}/v1/completions", json=body) as answer:
                 next(answer.iter_lines())
