@@ -45,6 +45,7 @@ class FusedOperations:
 
     def place(self, rows: Rows, starts_B: Tensor, tokens: int, upto: int) -> Place:
         (B,) = starts_B.shape
+        assert starts_B.dtype == torch.long, "kernels read numbers as they lie"
         where = rows if isinstance(rows, slice) else slot_index(rows, starts_B.device)
         first, slots_B = (where.start, None) if isinstance(where, slice) else (0, where)
         stands_2BT = torch.empty((2, B, tokens), dtype=torch.long)  # positions and cells

@@ -114,8 +114,8 @@ class Llama:
 
     def _run(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> tuple[Tensor, Tensor | None]:
         """The residual stream, and what the last layer adds to it."""
-        # Drafts may run past the end: see `Operations.place`.
-        place = self._ops.place(rows, starts_B, ids_BT.shape[1], min(upto, self.cache.capacity))
+        upto = min(upto, self.cache.capacity)  # rows near their end draft along with others that go further
+        place = self._ops.place(rows, starts_B, ids_BT.shape[1], upto)
         x_NE, y_NE = F.embedding(ids_BT.flatten(), self.embedding).float(), None
         x_NE = _pad(x_NE, padded(len(x_NE), self.embedding))
         for layer in self.layers:

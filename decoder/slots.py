@@ -35,8 +35,9 @@ class SlotCache:
     def read(self, layer: int, rows: slice | Tensor, upto: int) -> tuple[Tensor, Tensor]:
         """What the rows may look at, [B, K, upto, D] each."""
         keys, values = self.keys[layer], self.values[layer]
+        assert upto <= self.capacity, "what lies behind is another slot"
         if isinstance(rows, slice):  # a view, by one operation
-            (_, _, K, D), upto = keys.shape, min(upto, self.capacity)
+            _, _, K, D = keys.shape
             size, stride = (rows.stop - rows.start, K, upto, D), (self.capacity * K * D, D, K * D, 1)
             offset = rows.start * self.capacity * K * D
             return keys.as_strided(size, stride, offset), values.as_strided(size, stride, offset)

@@ -127,6 +127,19 @@ def test_what_was_rejected_is_written_over(make: Make) -> None:
     assert close(logits[0], whole([5, 6, 31, 41, 42])[-2:])
 
 
+@pytest.mark.parametrize("rows", [slice(0, 2), [0, 2]], ids=["neighbours", "by index"])
+def test_a_row_at_its_end_drafts_along(make: Make, rows: object) -> None:
+    """Its tokens beyond the end are nobody's; the other rows see what is theirs."""
+    model, whole = make()
+    full, short = [5 + i % 20 for i in range(CAPACITY - 1)], [7, 8]
+    feed(model, rows, [full, short], [0, 0])
+    for step, token in enumerate([21, 22]):
+        starts = [len(full) + step, len(short)]
+        logits = feed(model, rows, [[token], [token]], starts)
+        short.append(token)
+        assert close(logits[1, -1], whole(short)[-1])
+
+
 def test_some_rows_by_index_leave_the_others_alone(make: Make) -> None:
     """A route's draft feeds its own rows, wherever they are."""
     model, whole = make()
