@@ -39,7 +39,9 @@ def draw(curve: LearningCurve, path: Path) -> Path:
     figure = Figure(figsize=(10, 6.2), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(2, 2, width_ratios=[4.2, 1], sharex="col", sharey="row")
-    overlap = [(a.overlap or 0.0, 1.0) for a in curve.served]
+    overlap = [
+        (0.0, 0.0) if a.overlap is None else (a.overlap, 1.0) for a in curve.served
+    ]  # None: nothing was compared
     panels = [
         (
             "tokens per target forward, τ",
@@ -62,7 +64,7 @@ def draw(curve: LearningCurve, path: Path) -> Path:
             ends.annotate(f"{value:.2f}", (at, value), xytext=(0, 9), textcoords="offset points", ha="center")
         ends.set_xticks([0, 1], ["first draft", "learnt"])
         ends.set_xlim(-0.6, 1.6)
-        bottom, top = min(*y, before, after), max(*y, before, after)
+        bottom, top = np.nanmin([*y, before, after]), np.nanmax([*y, before, after])
         live.set_ylim(bottom - 0.12 * (top - bottom), top + 0.2 * (top - bottom))
         for panel in (live, ends):
             panel.grid(alpha=0.25)
@@ -80,8 +82,9 @@ def draw(curve: LearningCurve, path: Path) -> Path:
 
 
 def moving_ratio(pairs: Sequence[tuple[float, float]], window: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Σ a / Σ b over the last `window` pairs, from the pair on where a fifth of a window has been seen."""
+    """Σ a / Σ b over the last `window` pairs, from where a fifth of a window has been seen; NaN is 0 / 0."""
     sums = np.concatenate([[[0.0, 0.0]], np.cumsum(np.array(pairs, float), axis=0)])
     ends = np.arange(min(len(pairs), max(1, window // 5)), len(pairs) + 1)
     inside = sums[ends] - sums[np.maximum(0, ends - window)]
-    return ends, inside[:, 0] / inside[:, 1]
+    with np.errstate(invalid="ignore"):
+        return ends, inside[:, 0] / inside[:, 1]

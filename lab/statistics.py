@@ -11,7 +11,7 @@ RESAMPLES = 4000
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """A paired ratio of totals with its 95 % percentile interval."""
+    """A paired ratio with its 95 % percentile interval."""
 
     value: float
     low: float
@@ -27,3 +27,10 @@ def paired_ratio(before: tuple[Floats, Floats], after: tuple[Floats, Floats], se
     low, high = np.percentile((a_tokens / a_steps) / (b_tokens / b_steps), [2.5, 97.5])
     totals = stacked.sum(-1)
     return Ratio(float(totals[2] / totals[3] / (totals[0] / totals[1])), float(low), float(high))
+
+
+def median_ratio(ratios: Floats, seed: int = 0) -> Ratio:
+    """The median of paired ratios, each of one repetition."""
+    picks = np.random.default_rng(seed).integers(0, len(ratios), (RESAMPLES, len(ratios)))
+    low, high = np.percentile(np.median(ratios[picks], axis=1), [2.5, 97.5])
+    return Ratio(float(np.median(ratios)), float(low), float(high))

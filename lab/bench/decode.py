@@ -1,7 +1,7 @@
 """`python -m lab bench decode`: this engine beside `transformers`, on one pair, in one run.
 
 All contestants answer the same prompts up to their natural end. Repetitions are interleaved, in random order.
-Printed are medians over repetitions; ratios are medians of the repetitions' own ratios, with their range.
+Printed are medians over repetitions; ratios are medians of the repetitions' own ratios, with 95 % bootstrap intervals.
 `transformers` gets the same draft, and assists at the γ that is best for it.
 """
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from lab import rig
 from lab.bench.contestants import Case, Contestant, Continuous, Generate, Ours, Outcome
+from lab.statistics import median_ratio
 
 CONCURRENCIES = (1, 8, 32, 64)
 BATCHES = (8, 32)
@@ -117,7 +118,7 @@ def table(results: dict[str, list[Outcome]]) -> None:
 
 
 def ratios(results: dict[str, list[Outcome]]) -> dict[str, object]:
-    """The figures that are asked for, and under `ranges` the smallest and largest ratio of a repetition."""
+    """The figures that are asked for, and under `intervals` each ratio's 95 %."""
     speed = {name: _speeds(outcomes) for name, outcomes in results.items()}
     best = lambda names: max(names, key=lambda name: np.median(speed[name]))
     assisted = {
@@ -138,24 +139,24 @@ def ratios(results: dict[str, list[Outcome]]) -> dict[str, object]:
         "spec_vs_plain": [(f"speculative, {n}", f"plain, {n}") for n in CONCURRENCIES],
         "random_draft_vs_plain": [(f"random draft, {n}", f"plain beside it, {n}") for n in CONCURRENCIES],
     }
-    ranges: dict[str, object] = {}
+    intervals: dict[str, object] = {}
     figures: dict[str, object] = {}
     for key, (ours, theirs) in pairs.items():
-        figures[key], ranges[key] = _ratio(speed[ours], speed[theirs])
+        figures[key], intervals[key] = _ratio(speed[ours], speed[theirs])
     for key, compared in by_concurrency.items():
         found = [_ratio(speed[ours], speed[theirs]) for ours, theirs in compared]
         figures[key] = {str(n): value for n, (value, _) in zip(CONCURRENCIES, found, strict=True)}
-        ranges[key] = {str(n): spread for n, (_, spread) in zip(CONCURRENCIES, found, strict=True)}
+        intervals[key] = {str(n): spread for n, (_, spread) in zip(CONCURRENCIES, found, strict=True)}
     figures["outside_forward_share"] = {
         name: round(float(np.median([outcome.outside for outcome in results[name]])), 3)
         for name in ("plain, 1", "speculative, 1", "speculative, 1 sampled")
     }
-    return {**figures, "peers": {**assisted}, "ranges": ranges}
+    return {**figures, "peers": {**assisted}, "intervals": intervals}
 
 
 def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, list[float]]:
-    each = np.array(ours) / np.array(theirs)
-    return round(float(np.median(each)), 3), [round(float(each.min()), 3), round(float(each.max()), 3)]
+    ratio = median_ratio(np.array(ours) / np.array(theirs))
+    return round(ratio.value, 3), [round(ratio.low, 3), round(ratio.high, 3)]
 
 
 def _speeds(outcomes: Sequence[Outcome]) -> list[float]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lab import rig
-from lab.statistics import RESAMPLES, Floats
+from lab.statistics import median_ratio
 from online.messages import Query
 
 LAG_LIMIT_S = 30.0
@@ -143,7 +143,8 @@ def _ratios(found: dict[int, list[Compared]]) -> dict[str, object]:
     ratios, intervals, lags = {}, {}, {}
     for at_once, pairs in found.items():
         key, sides = str(at_once), ([p.recorded for p in pairs], [p.plain for p in pairs])
-        ratios[key], *intervals[key] = median_ratio(np.array([pair.ratio for pair in pairs]))
+        ratio = median_ratio(np.array([pair.ratio for pair in pairs]))
+        ratios[key], *intervals[key] = (round(value, 4) for value in (ratio.value, ratio.low, ratio.high))
         lags[key] = round(1000 * float(np.median([run.lag_s for run in sides[0]])), 1)
         recorded, plain = (float(np.median([run.speed for run in side])) for side in sides)
         gammas = ", ".join(f"{sum(r.drafted for r in side) / sum(r.steps for r in side):.2f}" for side in sides)
@@ -158,10 +159,3 @@ def _ratios(found: dict[int, list[Compared]]) -> dict[str, object]:
         "tap_ratio_interval": intervals,
         "lag_ms": lags,
     }
-
-
-def median_ratio(ratios: Floats, seed: int = 0) -> tuple[float, float, float]:
-    """The median of paired ratios with its 95 % bootstrap interval; pairs are resampled."""
-    picks = np.random.default_rng(seed).integers(0, len(ratios), (RESAMPLES, len(ratios)))
-    low, high = np.percentile(np.median(ratios[picks], axis=1), [2.5, 97.5])
-    return round(float(np.median(ratios)), 4), round(float(low), 4), round(float(high), 4)

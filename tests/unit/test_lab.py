@@ -62,6 +62,15 @@ def test_a_moving_ratio_is_of_what_is_inside_the_window() -> None:
     assert values.tolist() == pytest.approx([1, 2, 11 / 5])
 
 
+def test_a_stretch_that_compared_nothing_leaves_a_gap(tmp_path: Path) -> None:
+    """It has no acceptance rate: that is not 0."""
+    _, values = moving_ratio([(0.5, 1), (0, 0), (0, 0)], window=1)
+    assert values[0] == 0.5
+    assert np.isnan(values[1:]).all()
+    served = [Served(10, 10, None, (1,), "") for _ in range(3)]
+    assert draw(LearningCurve(served, 1.5, 2.0, 0.4, 0.5), tmp_path / "chart.png").is_file()
+
+
 def test_swaps_are_marked_where_a_version_first_drafts(tmp_path: Path) -> None:
     """The first version is no swap; the chart is a picture."""
     served = [Served(10, 5, 0.5, (v,), "") for v in (0, 1, 1, 2, 1, 3)]
