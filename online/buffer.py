@@ -33,12 +33,11 @@ local function trim(total)
     total = redis.call('DECRBY', KEYS[2], #head[2][2])
   end
 end
-if ARGV[4] then
-  redis.call('XADD', KEYS[1], '*', 's', ARGV[4])
-  trim(redis.call('INCRBY', KEYS[2], #ARGV[4]))
-else
-  trim(tonumber(redis.call('GET', KEYS[2]) or '0'))
+for i = 4, #ARGV do
+  redis.call('XADD', KEYS[1], '*', 's', ARGV[i])
+  redis.call('INCRBY', KEYS[2], #ARGV[i])
 end
+trim(tonumber(redis.call('GET', KEYS[2]) or '0'))
 """
 _COUNT_AFTER = "return #redis.call('XRANGE', KEYS[1], '(' .. ARGV[1], '+', 'COUNT', ARGV[2])"
 
@@ -69,8 +68,8 @@ def id_order(entry_id: str) -> tuple[int, int]:
 
 
 class SignalBuffer(Protocol):
-    def append(self, route: str, record: bytes) -> None:
-        """Adds a record and trims the route to its bounds, oldest first."""
+    def append(self, route: str, *records: bytes) -> None:
+        """Adds records in one go, and trims the route to its bounds, oldest first."""
 
     def claim(self, route: str, limit: int) -> list[Entry]:
         """The window of the next cycle: what an interrupted cycle left pending, else up to `limit` new entries."""
@@ -95,11 +94,11 @@ class RedisBuffer:
         self._append = client.register_script(_APPEND)
         self._count_after = client.register_script(_COUNT_AFTER)
 
-    def append(self, route: str, record: bytes) -> None:
-        self._append(keys=_keys(route), args=[*self._bounds, record])
+    def append(self, route: str, *records: bytes) -> None:
+        self._append(keys=_keys(route), args=[*self._bounds, *records])
 
     def trim(self, route: str) -> None:
-        self._append(keys=_keys(route), args=list(self._bounds))
+        self.append(route)
 
     def claim(self, route: str, limit: int) -> list[Entry]:
         self._ensure_group(route)
@@ -165,13 +164,16 @@ class MemoryBuffer:
 
     bounds: Bounds
     _entries: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    _bytes: dict[str, int] = field(default_factory=dict)
     _delivered: dict[str, str] = field(default_factory=dict)
     _pending: dict[str, dict[str, None]] = field(default_factory=dict)
     _sequence: "itertools.count[int]" = field(default_factory=itertools.count)
 
-    def append(self, route: str, record: bytes) -> None:
-        entry_id = f"{time.time_ns() // 1_000_000}-{next(self._sequence)}"
-        self._entries.setdefault(route, {})[entry_id] = record
+    def append(self, route: str, *records: bytes) -> None:
+        for record in records:
+            entry_id = f"{time.time_ns() // 1_000_000}-{next(self._sequence)}"
+            self._entries.setdefault(route, {})[entry_id] = record
+            self._bytes[route] = self._bytes.get(route, 0) + len(record)
         self.trim(route)
 
     def trim(self, route: str) -> None:
@@ -182,7 +184,7 @@ class MemoryBuffer:
             over = depth.signals > self.bounds.signals or depth.bytes > self.bounds.bytes
             if not over and id_order(head)[0] >= oldest_ms:
                 return
-            del entries[head]
+            self._bytes[route] -= len(entries.pop(head))
 
     def claim(self, route: str, limit: int) -> list[Entry]:
         entries, pending = self._entries.get(route, {}), self._pending.setdefault(route, {})
@@ -207,7 +209,7 @@ class MemoryBuffer:
 
     def depth(self, route: str) -> Depth:
         entries = self._entries.get(route, {})
-        return Depth(len(entries), sum(map(len, entries.values())))
+        return Depth(len(entries), self._bytes.get(route, 0))
 
     def _new(self, route: str) -> list[Entry]:
         last = id_order(self._delivered.get(route, "0-0"))

@@ -102,7 +102,7 @@ def decode(record: bytes) -> Signal:
 
 
 def _narrow(array: NDArray[np.generic]) -> NDArray[np.generic]:
-    if array.dtype.kind == "i" and (array.size == 0 or (array.min() >= 0 and array.max() < 2**16)):
+    if array.dtype == np.int32 and (array.size == 0 or array.view(np.uint32).max() < 2**16):  # what is negative is huge
         return np.ascontiguousarray(array, dtype=np.uint16)
     return np.ascontiguousarray(array)
 

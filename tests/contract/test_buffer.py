@@ -78,6 +78,17 @@ def test_count_and_bytes_are_bounded_oldest_first(make: Make) -> None:
     assert records(small.claim("s", 10)) == [b"7" * 30, b"8" * 30, b"9" * 30]
 
 
+def test_many_records_are_appended_in_one_go(make: Make) -> None:
+    """In their order, and trimmed like single ones."""
+    buffer = make(signals=3)
+    buffer.append("r", b"0")
+    buffer.append("r", *(b"%d" % i for i in range(1, 5)))
+    assert buffer.depth("r") == Depth(3, 3)
+    assert records(buffer.claim("r", 10)) == [b"2", b"3", b"4"]
+    buffer.append("r")
+    assert buffer.depth("r") == Depth(3, 3)
+
+
 def test_one_record_over_the_bound_is_not_kept(make: Make) -> None:
     """The bound holds even then."""
     buffer = make(bytes=10)
