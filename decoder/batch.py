@@ -24,7 +24,8 @@ from decoder.plan import Planner, StepPlan
 from decoder.prefixes import Context, Prefixes
 from decoder.ragged import encode, fit, integers, ragged
 from decoder.rows import Row
-from decoder.verify import Verdict, judge
+from decoder.sampling import at_least_float32
+from decoder.verify import HostVerdict, Verdict, judge
 from online.messages import TokenLogprob
 from online.metrics import ServiceMetrics
 
@@ -207,9 +208,7 @@ class Batch:
         upto = max(len(row.tokens) + count for row, count in zip(plan.rows, plan.drafted, strict=True))
         starts_B = integers([row.cached for row in plan.rows], self._device)
         logits_BTV = self.target.forward(slice(0, len(plan.rows)), ids_BT, starts_B, upto)
-        logits_BTV = logits_BTV[:, fed_BT.shape[1] - 1 :]
-        if logits_BTV.dtype != torch.float64:
-            logits_BTV = logits_BTV.float()  # once, for all who look at them
+        logits_BTV = at_least_float32(logits_BTV[:, fed_BT.shape[1] - 1 :])
         verdict = judge(logits_BTV, proposal, plan.sampling, plan.accept_uniform_BG, plan.emit_uniform_B)
         if not any(row.trace is not None or row.query.logprobs is not None for row in plan.rows):
             return verdict, None
@@ -218,13 +217,12 @@ class Batch:
 
     # ── commit ──
 
-    def _commit(self, plan: StepPlan, verdicts: list[list[float]], seen: Observation | None) -> None:
+    def _commit(self, plan: StepPlan, verdicts: list[HostVerdict], seen: Observation | None) -> None:
         emitted = 0
         for i, (row, drafted, verdict) in enumerate(zip(plan.rows, plan.drafted, verdicts, strict=True)):
-            accepted, following, following_p, overlap, *draft = verdict
-            accepted = int(accepted)
+            accepted, following, following_p, overlap, draft = verdict
             start, version = row.emitted, self.drafts[row.query.route].version
-            new = [*map(int, draft[:accepted]), int(following)]
+            new = [*draft[:accepted], following]
             taken, text = row.extend(new)
             row.emitted_p += [*[math.nan] * accepted, following_p][:taken]
             row.cached = len(row.tokens) - 1
@@ -238,4 +236,4 @@ class Batch:
             if seen is not None and (top := row.query.logprobs) is not None:
                 logprobs = tuple(seen.token_logprob(i, j, new[j], top) for j in range(taken))
             row.deliver(text, new[:taken], logprobs)
-        self._metrics.step(plan.drafted, [int(verdict[0]) for verdict in verdicts], emitted)
+        self._metrics.step(plan.drafted, [accepted for accepted, *_ in verdicts], emitted)

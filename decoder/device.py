@@ -132,6 +132,15 @@ def operations(rotations: Rotations, group: int) -> Operations:
     return TorchOperations(rotations, group)
 
 
+def compiled(logits: Tensor) -> Any:
+    """`decoder.vocabulary` for the logits that it serves, else None: torch's operations serve any."""
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        from decoder import vocabulary
+
+        return vocabulary
+    return None
+
+
 Forward = Callable[[Any, Tensor, Tensor, int], Tensor]  # rows, ids [B, T], starts [B], upto → logits [B, T, V]
 
 
@@ -230,3 +239,19 @@ def upload(array: NDArray[Any], device: torch.device | str) -> Tensor:
     """A host array on the device, without waiting for it."""
     tensor = torch.from_numpy(array)
     return tensor if torch.device(device).type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(*tensors: Tensor) -> list[list[Any]]:
+    """Small tensors with the same first axis, [B] or [B, N], as lists: in one transfer, which is waited for."""
+    if tensors[0].device.type == "cpu":
+        return [tensor.tolist() for tensor in tensors]
+    return unpack(pack(tensors).cpu(), tensors)
+
+
+def pack(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(len(tensor), -1).to(torch.float64) for tensor in tensors], 1)  # holds any token id
+
+
+def unpack(packed: Tensor, like: Sequence[Tensor]) -> list[list[Any]]:
+    parts = torch.split(packed, [tensor[0].numel() for tensor in like], 1)
+    return [part.to(tensor.dtype).view(tensor.shape).tolist() for part, tensor in zip(parts, like, strict=True)]

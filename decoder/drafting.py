@@ -45,6 +45,7 @@ class Drafting:
         self.rows, self.drafts, self.control = rows, drafts, control
         self._prefill_tokens, self._vocab_size = prefill_tokens, vocab_size
         self._metrics, self._device = metrics, device
+        self._empty: dict[int, Proposal] = {}
 
     def copy(self, row: Row, source: int, destination: int) -> None:
         """What the row's draft has encoded of its context goes to another slot."""
@@ -119,6 +120,8 @@ class Drafting:
     def draft(self, plan: StepPlan) -> Proposal:
         """One proposal for all rows; each route's draft fills in its own."""
         members = [i for i, count in enumerate(plan.drafted) if count]
+        if not members:
+            return self._nothing(len(plan.rows))
         groups = self._by_draft(members)
         proposals = [self._guarded(d, lambda d=d, g=group: self._propose(d, g, plan)) for d, group in groups]  # type: ignore[misc]
         if len(groups) == 1 and len(members) == len(plan.rows) and proposals[0] is not None:
@@ -132,6 +135,12 @@ class Drafting:
                 for i in group:
                     plan.drafted[i] = 0
         return proposal
+
+    def _nothing(self, rows: int) -> Proposal:
+        """The plain step's proposal: the same one every time."""
+        if rows not in self._empty:
+            self._empty[rows] = Proposal.empty(rows, 0, self._vocab_size, self._device, greedy=False)
+        return self._empty[rows]
 
     def _propose(self, draft: LiveDraft, members: list[int], plan: StepPlan) -> Proposal:
         rows = [plan.rows[i] for i in members]

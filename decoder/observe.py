@@ -1,17 +1,20 @@
 """What a step saw, for signals and log-probabilities: computed on the device, read by whoever needs it later.
 
-Legend: B rows, G drafted positions, T = G + 1 verified positions, K = top-k, V vocabulary.
+Legend: B rows, G drafted positions, T = G + 1 verified positions, K = top-k, V vocabulary, S steps, D tokens that they
+draft.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from decoder.device import Download
+from decoder.device import Download, compiled
 from decoder.drafters.chain import Proposal
 from decoder.verify import Verdict
 from online.messages import TokenLogprob
@@ -51,7 +54,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class StepTrace:
-    """One row's part of an observation: D drafted tokens, D + 1 verified positions, K = top-k."""
+    """One row's part of an observation."""
 
     observation: Observation
     row: int
@@ -60,19 +63,23 @@ class StepTrace:
     accepted: int
     version: int
 
-    def arrays(self) -> dict[str, NDArray[np.generic]]:
-        """draft_ids, draft_logp [D]; top_ids, top_logp [D + 1, K]; rest_mass [D + 1]; draft_top_logp [D, K]."""
-        seen, k = self.observation.seen, self.observation.record_k
-        b, drafted, verified = self.row, slice(self.drafted), slice(self.drafted + 1)
-        top_logp = seen.top_logp_BTK[b, verified, :k]
-        return {
-            "draft_ids": seen.draft_ids_BG[b, drafted],
-            "draft_logp": seen.draft_logp_BG[b, drafted],
-            "top_ids": seen.top_ids_BTK[b, verified, :k],
-            "top_logp": top_logp,
-            "rest_mass": (1 - np.exp(top_logp).sum(-1)).clip(min=0),
-            "draft_top_logp": seen.draft_top_logp_BGK[b, drafted, :k],
-        }
+
+def join(steps: Sequence[StepTrace]) -> dict[str, NDArray[Any]]:
+    """All of one row's steps: draft_ids, draft_logp [D]; top_ids, top_logp [D + S, K]; draft_top_logp [D, K]."""
+    parts = []
+    for step in steps:
+        seen, k, b, drafted = step.observation.seen, step.observation.record_k, step.row, step.drafted
+        parts.append(
+            (
+                seen.draft_ids_BG[b, :drafted],
+                seen.draft_logp_BG[b, :drafted],
+                seen.top_ids_BTK[b, : drafted + 1, :k],
+                seen.top_logp_BTK[b, : drafted + 1, :k],
+                seen.draft_top_logp_BGK[b, :drafted, :k],
+            )
+        )
+    names = ("draft_ids", "draft_logp", "top_ids", "top_logp", "draft_top_logp")
+    return {name: np.concatenate(arrays) for name, arrays in zip(names, zip(*parts, strict=True), strict=True)}
 
 
 def _finite(logp: np.float32) -> float:
@@ -84,20 +91,32 @@ def observe(
     logits_BTV: Tensor, proposal: Proposal, verdict: Verdict, record_k: int, report_k: int | None
 ) -> Observation:
     """`record_k` tokens a position go into signals; `report_k` is the most a client asked for, None if nobody did."""
-    target_logp_BTV = logits_BTV.log_softmax(-1, dtype=torch.float32)
-    draft_logp_BGV = proposal.logits_BGV.log_softmax(-1, dtype=torch.float32)
-    gamma = proposal.tokens_BG.shape[1]
-    top_logp_BTK, top_ids_BTK = target_logp_BTV.topk(min(max(record_k, report_k or 0), logits_BTV.shape[-1]), -1)
-    arrays = [
-        top_ids_BTK,
-        top_logp_BTK,
-        proposal.tokens_BG,
-        draft_logp_BGV.gather(-1, proposal.tokens_BG[..., None]).squeeze(-1),
-        draft_logp_BGV.gather(-1, top_ids_BTK[:, :gamma]),
-    ]
+    k = min(max(record_k, report_k or 0), logits_BTV.shape[-1])
+    looked_at = logits_BTV, proposal.logits_B1V, proposal.tokens_BG, proposal.drafted_B, k
+    fused = compiled(logits_BTV)
+    ids, logp, norm_BT, *of_draft = look(*looked_at) if fused is None else fused.observe(*looked_at)
+    arrays = [ids, logp, proposal.tokens_BG, *of_draft]
     if report_k is not None:
         # The emitted tokens in place: accepted drafts, then the target's own.
         emitted_BT = torch.nn.functional.pad(proposal.tokens_BG, (0, 1))
         emitted_BT = emitted_BT.scatter_(1, verdict.accepted_B[:, None], verdict.next_B[:, None])
-        arrays.append(target_logp_BTV.gather(-1, emitted_BT[..., None]).squeeze(-1))
+        arrays.append(logits_BTV.gather(-1, emitted_BT[..., None]).squeeze(-1) - norm_BT)
     return Observation(Download(arrays), record_k)
+
+
+def look(
+    logits_BTV: Tensor, draft_logits_B1V: list[Tensor], draft_tokens_BG: Tensor, drafted_B: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """top_ids_BTK, top_logp_BTK, norm_BT (log Σ e^logits), draft_logp_BG, draft_top_logp_BGK."""
+    draft_logits_BGV = torch.cat(draft_logits_B1V, 1) if draft_logits_B1V else logits_BTV[:, :0]
+    norm_BT, draft_norm_BG = logits_BTV.logsumexp(-1), draft_logits_BGV.logsumexp(-1)
+    top_BTK, top_ids_BTK = logits_BTV.topk(k, -1)
+    draft_BG = draft_logits_BGV.gather(-1, draft_tokens_BG[..., None]).squeeze(-1)
+    draft_top_BGK = draft_logits_BGV.gather(-1, top_ids_BTK[:, :-1])
+    return (
+        top_ids_BTK,
+        top_BTK - norm_BT[..., None],
+        norm_BT,
+        draft_BG - draft_norm_BG,
+        draft_top_BGK - draft_norm_BG[..., None],
+    )

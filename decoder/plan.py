@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from decoder.device import upload
@@ -30,13 +31,24 @@ class StepPlan:
         return max(self.drafted)
 
 
+Uniforms = tuple[Tensor, Tensor, Tensor]  # for drafting [B, G], for accepting [B, G], for emitting [B]
+
+
 class Planner:
     def __init__(self, vocab_size: int, device: torch.device | str) -> None:
         self._vocab_size, self._device = vocab_size, device
         self._known: tuple[list[Row], Sampling] | None = None
+        self._undrawn: dict[tuple[int, int], Uniforms] = {}
 
     def plan(self, rows: list[Row], drafted: list[int]) -> StepPlan:
-        gamma = max(drafted)
+        sampling, gamma = self._sampling_of(rows), max(drafted)
+        if not sampling.all_greedy:
+            return StepPlan(rows, drafted, sampling, *self._draw(rows, drafted, gamma))
+        if (key := (len(rows), gamma)) not in self._undrawn:
+            self._undrawn[key] = self._split(np.zeros((len(rows), 2 * gamma + 1)), gamma)
+        return StepPlan(rows, drafted, sampling, *self._undrawn[key])
+
+    def _draw(self, rows: list[Row], drafted: list[int], gamma: int) -> Uniforms:
         uniform = np.zeros((len(rows), 2 * gamma + 1))
         for i, (row, count) in enumerate(zip(rows, drafted, strict=True)):
             if row.query.temperature > 0:
@@ -44,10 +56,11 @@ class Planner:
                 own = row.rng.random(2 * count + 1)
                 uniform[i, :count], uniform[i, gamma : gamma + count] = own[:count], own[count:-1]
                 uniform[i, -1] = own[-1]
+        return self._split(uniform, gamma)
+
+    def _split(self, uniform: NDArray[np.float64], gamma: int) -> Uniforms:
         uniform_BU = upload(uniform, self._device)
-        return StepPlan(
-            rows, drafted, self._sampling_of(rows), uniform_BU[:, :gamma], uniform_BU[:, gamma:-1], uniform_BU[:, -1]
-        )
+        return uniform_BU[:, :gamma], uniform_BU[:, gamma:-1], uniform_BU[:, -1]
 
     def _sampling_of(self, rows: list[Row]) -> Sampling:
         """Made anew only when other rows decode than in the step before."""

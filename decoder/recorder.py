@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from redis import RedisError
 
-from decoder.observe import StepTrace
+from decoder.observe import StepTrace, join
 from online.buffer import SignalBuffer
 from online.messages import Query
 from online.metrics import ServiceMetrics
@@ -21,6 +21,7 @@ from online.signals import Signal, encode
 
 log = logging.getLogger("slipstream.recorder")
 
+GATHER_S, GATHERED = 0.1, 64  # how long requests queue up, and how many of them at most, before they are written
 RETRY_S = 1.0  # after a failed append, how long signals are dropped without trying again
 
 
@@ -40,6 +41,7 @@ class Recorder:
         self._metrics = metrics
         self._queue: queue.Queue[Trace | None] = queue.Queue(queue_size)
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
+        self._stopping = threading.Event()
         self._muted_until = 0.0
 
     def start(self) -> None:
@@ -56,6 +58,7 @@ class Recorder:
 
     def stop(self, timeout_s: float = 2.0) -> None:
         """Writes what is queued, for at most `timeout_s`."""
+        self._stopping.set()
         try:
             self._queue.put(None, timeout=timeout_s)
         except queue.Full:
@@ -63,33 +66,61 @@ class Recorder:
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        for trace in iter(self._queue.get, None):
-            self._write(trace)
+        ended = False
+        while not ended:
+            traces = self._gather()
+            ended = None in traces
+            by_route: dict[str, list[Trace]] = {}
+            for trace in traces:
+                if trace is not None:
+                    by_route.setdefault(trace.query.route, []).append(trace)
+            for route, group in by_route.items():
+                self._write(route, group)
 
-    def _write(self, trace: Trace) -> None:
-        route = trace.query.route
+    def _gather(self) -> list[Trace | None]:
+        """What has queued up since the last time: one awakening for many requests, and one call of the buffer."""
+        traces = [self._queue.get()]
+        self._stopping.wait(GATHER_S)
+        while len(traces) < GATHERED and not self._queue.empty():
+            traces.append(self._queue.get_nowait())
+        return traces
+
+    def _write(self, route: str, traces: list[Trace]) -> None:
         if time.monotonic() < self._muted_until:
-            self._metrics.signal_dropped(route, "redis_down")
+            self._dropped(route, "redis_down", len(traces))
             return
+        records = [record for trace in traces if (record := self._encoded(trace)) is not None]
         try:
-            record = encode(to_signal(trace, self._model))
-            self._buffer.append(route, record)
+            self._buffer.append(route, *records)
         except RedisError as error:
             self._muted_until = time.monotonic() + RETRY_S
-            self._metrics.signal_dropped(route, "redis_down")
-            log.warning("signal of %s dropped, the buffer does not answer: %s", trace.query.id, error)
+            self._dropped(route, "redis_down", len(records))
+            log.warning("%d signals of %s dropped, the buffer does not answer: %s", len(records), route, error)
         except Exception:
-            # A defect in one record must not silence the tap for good.
-            self._metrics.signal_dropped(route, "error")
-            log.exception("signal of %s dropped", trace.query.id)
+            self._dropped(route, "error", len(records))
+            log.exception("%d signals of %s dropped", len(records), route)
         else:
-            self._metrics.signal_written(route, len(record))
+            for record in records:
+                self._metrics.signal_written(route, len(record))
+
+    def _encoded(self, trace: Trace) -> bytes | None:
+        """None if it can't be: a defect in one record must not silence the tap for good."""
+        time.sleep(0)  # lets the engine go first
+        try:
+            return encode(to_signal(trace, self._model))
+        except Exception:
+            self._dropped(trace.query.route, "error", 1)
+            log.exception("signal of %s dropped", trace.query.id)
+            return None
+
+    def _dropped(self, route: str, reason: str, count: int) -> None:
+        for _ in range(count):
+            self._metrics.signal_dropped(route, reason)
 
 
 def to_signal(trace: Trace, model: str) -> Signal:
     query, steps = trace.query, trace.steps
-    parts = [step.arrays() for step in steps]
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    seen = join(steps)
     return Signal(
         request_id=query.id,
         route=query.route,
@@ -103,10 +134,10 @@ def to_signal(trace: Trace, model: str) -> Signal:
         step_drafted=np.array([s.drafted for s in steps], np.int32),
         step_accepted=np.array([s.accepted for s in steps], np.int32),
         step_version=np.array([s.version for s in steps], np.int32),
-        draft_ids=joined["draft_ids"].astype(np.int32),
-        draft_logp=joined["draft_logp"].astype(np.float16),
-        top_ids=joined["top_ids"].astype(np.int32),
-        top_logp=joined["top_logp"].astype(np.float16),
-        rest_mass=joined["rest_mass"].astype(np.float16),
-        draft_top_logp=joined["draft_top_logp"].astype(np.float16),
+        draft_ids=seen["draft_ids"].astype(np.int32),
+        draft_logp=seen["draft_logp"].astype(np.float16),
+        top_ids=seen["top_ids"].astype(np.int32),
+        top_logp=seen["top_logp"].astype(np.float16),
+        rest_mass=(1 - np.exp(seen["top_logp"]).sum(-1)).clip(min=0).astype(np.float16),
+        draft_top_logp=seen["draft_top_logp"].astype(np.float16),
     )

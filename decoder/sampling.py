@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from decoder.device import compiled
+
 COLDEST = 1e-6  # temperature below which logits of 1e9 would overflow float32; they have long been one-hot
 
 
@@ -57,13 +59,17 @@ class Sampling:
         )
 
 
-def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution that is sampled from, [B, …, V]: temperature, then top-k, then top-p of what is left.
+def probabilities(logits: Tensor, sampling: Sampling, out: Tensor | None = None) -> Tensor:
+    """The distribution that is sampled from, [B, T, V]: temperature, then top-k, then top-p of what is left.
 
     Greedy rows get all their mass on the first of the most likely tokens. Logits that are no numbers count as 0: any
-    proposal is verified exactly, as long as it is a distribution.
+    proposal is verified exactly, as long as it is a distribution. `out` may be a part of a larger tensor.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = at_least_float32(logits)
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format) if out is None else out
+    if (fused := compiled(logits)) is not None and not sampling.any_truncated:
+        fused.probabilities(logits, sampling.divisor_B, sampling.greedy_B, out)
+        return out
     logits = torch.nan_to_num(logits, nan=0.0, posinf=1e9, neginf=-torch.inf)
     probs = (logits / _along_rows(sampling.divisor_B, logits)).softmax(-1)
     if sampling.any_truncated:
@@ -71,7 +77,12 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.any_greedy:
         greedy = torch.zeros_like(probs).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         probs = torch.where(_along_rows(sampling.greedy_B, logits), greedy, probs)
-    return probs
+    return out.copy_(probs)
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Logits for all that look at them: what is below is dearer to read on a CPU, and too coarse to add up."""
+    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
 
 def fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
@@ -81,12 +92,17 @@ def fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
 
 
 def most_likely(logits: Tensor) -> Tensor:
-    """The first of the most likely tokens; in float32, which a CPU compares several times faster than bfloat16."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).argmax(-1)
+    """The first of the most likely tokens."""
+    logits = at_least_float32(logits)
+    best: Tensor = logits.argmax(-1) if (fused := compiled(logits)) is None else fused.most_likely(logits)
+    return best
 
 
 def sample(probs: Tensor, uniform: Tensor) -> Tensor:
     """One token per distribution by the inverse of its cumulative sum. `probs` [B, …, V], `uniform` [B, …]."""
+    if (fused := compiled(probs)) is not None:
+        drawn: Tensor = fused.sample(probs, uniform)
+        return drawn
     cumulative = probs.cumsum(-1, dtype=torch.float64)
     threshold = uniform.to(torch.float64)[..., None] * cumulative[..., -1:]
     # The first token whose cumulative mass exceeds the threshold has mass of its own: never one of probability 0.

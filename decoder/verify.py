@@ -11,8 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from decoder.device import compiled, to_host
 from decoder.drafters.chain import Proposal
 from decoder.sampling import Sampling, most_likely, probabilities, sample
+
+HostVerdict = tuple[int, int, float, float, list[int]]  # accepted, next, next_p, overlap, the row's draft
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +25,10 @@ class Verdict:
     next_p_B: Tensor  # its probability under the target
     overlap_B: Tensor  # Σ over compared positions (up to the first rejection) of Σ_x min(p(x), q(x))
 
-    def read(self, tokens_BG: Tensor) -> "list[list[float]]":
-        """Everything the host needs, in the step's one transfer: by row accepted, next, next_p, overlap, the draft."""
-        columns = (self.accepted_B, self.next_B, self.next_p_B, self.overlap_B)
-        packed = torch.stack([column.to(torch.float64) for column in columns], 1)  # a float64 holds any token id
-        rows: list[list[float]] = torch.cat([packed, tokens_BG.to(torch.float64)], 1).tolist()
-        return rows
+    def read(self, tokens_BG: Tensor) -> "list[HostVerdict]":
+        """Everything the host needs, by row, in the step's one transfer."""
+        columns = to_host(self.accepted_B, self.next_B, self.next_p_B, self.overlap_B, tokens_BG)
+        return list(zip(*columns, strict=True))
 
 
 def judge(
@@ -38,6 +39,12 @@ def judge(
     emit_uniform_B: Tensor,
 ) -> Verdict:
     """What a step emits, given the target's logits at the last token and at every drafted one."""
+    if (fused := compiled(logits_BTV)) is not None:
+        truncated = sampling.any_truncated and not sampling.all_greedy
+        probs = probabilities(logits_BTV, sampling) if truncated else None
+        own, drawn = (sampling.divisor_B, sampling.greedy_B), (accept_uniform_BG, emit_uniform_B)
+        proposed = proposal.probs_BGV, proposal.tokens_BG, proposal.drafted_B
+        return Verdict(*fused.judge(logits_BTV, probs, *proposed, *own, *drawn))
     if sampling.all_greedy:
         return verify_greedy(most_likely(logits_BTV), proposal.tokens_BG, proposal.drafted_B)
     probs_BTV = probabilities(logits_BTV, sampling)

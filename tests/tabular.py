@@ -11,15 +11,18 @@ from decoder.slots import Rows
 
 
 class TableModel:
-    def __init__(self, vocab_size: int, seed: int, slots: int = 16, scale: float = 1.5) -> None:
-        self.vocab_size = vocab_size
+    def __init__(
+        self, vocab_size: int, seed: int, slots: int = 16, scale: float = 1.5, dtype: torch.dtype = torch.float64
+    ) -> None:
+        self.vocab_size, self._dtype = vocab_size, dtype
         self._seed, self._scale = seed, scale
         self._contexts: list[list[int]] = [[] for _ in range(slots)]
 
     def logits(self, context: Sequence[int]) -> np.ndarray:
-        """[V], float64; the same for the same context, always."""
+        """[V], float64, of the table's precision; the same for the same context, always."""
         key = zlib.crc32(repr((self._seed, list(context))).encode())
-        return np.random.default_rng(key).normal(0, self._scale, self.vocab_size)
+        drawn = np.random.default_rng(key).normal(0, self._scale, self.vocab_size)
+        return drawn.astype(np.float32).astype(np.float64) if self._dtype == torch.float32 else drawn
 
     def forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> Tensor:
         slots = range(rows.start, rows.stop) if isinstance(rows, slice) else rows
@@ -29,7 +32,7 @@ class TableModel:
             assert len(context) == start, "a row's context has a gap"
             self._contexts[slot] = [*context, *ids]
             out.append([self.logits([*context, *ids[: t + 1]]) for t in range(len(ids))])
-        return torch.from_numpy(np.array(out))
+        return torch.from_numpy(np.array(out)).to(self._dtype)
 
     def encode(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> None:
         self.forward(rows, ids_BT, starts_B, upto)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from decoder.models import LanguageModel
-from decoder.sampling import Sampling, most_likely, probabilities, sample
+from decoder.sampling import Sampling, at_least_float32, most_likely, probabilities, sample
 from decoder.slots import Rows
 
 
@@ -19,7 +19,7 @@ class Proposal:
 
     tokens_BG: Tensor
     probs_BGV: Tensor  # after temperature, top-k and top-p: what verification needs; G = 0 where all rows are greedy
-    logits_BGV: Tensor  # as the draft gave them: what signals need
+    logits_B1V: list[Tensor]  # by position, as the draft gave them: what signals need
     drafted_B: Tensor
 
     @classmethod
@@ -28,7 +28,7 @@ class Proposal:
         return cls(
             torch.zeros((rows, gamma), dtype=torch.long, device=device),
             torch.zeros((rows, 0 if greedy else gamma, vocab_size), device=device),
-            torch.zeros((rows, gamma, vocab_size), device=device),
+            [torch.zeros((rows, 1, vocab_size), device=device) for _ in range(gamma)],
             torch.zeros(rows, dtype=torch.long, device=device),
         )
 
@@ -36,7 +36,8 @@ class Proposal:
         """Fills in what one drafter proposed for some of the rows."""
         gamma = part.tokens_BG.shape[1]
         self.tokens_BG[members, :gamma] = part.tokens_BG
-        self.logits_BGV[members, :gamma] = part.logits_BGV.to(self.logits_BGV.dtype)
+        for mine, theirs in zip(self.logits_B1V, part.logits_B1V, strict=False):  # a part may draft fewer
+            mine[members] = theirs.to(mine.dtype)
         if part.probs_BGV.shape[1]:
             self.probs_BGV[members, :gamma] = part.probs_BGV.to(self.probs_BGV.dtype)
         self.drafted_B[members] = part.drafted_B
@@ -64,19 +65,20 @@ def propose_chain(
         last_B11 = (unseen_B - 1)[:, None, None].expand(-1, 1, logits_B1V.shape[-1])
         logits_B1V = logits_B1V.gather(1, last_B11)
     starts_B = starts_B + unseen_B
-    tokens, probs, logits = [], [], []
+    logits_B1V = at_least_float32(logits_B1V)
+    drawn, shape = not sampling.all_greedy, (len(unseen_B), gamma, logits_B1V.shape[-1])
+    probs_BGV = logits_B1V.new_empty(shape if drawn else (shape[0], 0, shape[2]))
+    tokens_BG, logits = torch.empty(shape[:2], dtype=torch.long, device=logits_B1V.device), []
     for g in range(gamma):
-        if sampling.all_greedy:
-            token_B1 = most_likely(logits_B1V)
-        else:
-            probs_B1V = probabilities(logits_B1V, sampling)
+        if drawn:
+            probs_B1V = probabilities(logits_B1V, sampling, probs_BGV[:, g : g + 1])
             token_B1 = sample(probs_B1V, uniform_BG[:, g : g + 1])
-            probs.append(probs_B1V)
-        tokens.append(token_B1)
+        else:
+            token_B1 = most_likely(logits_B1V)
+        tokens_BG[:, g : g + 1] = token_B1
         logits.append(logits_B1V)
         if g + 1 < gamma:
             upto += 1
-            logits_B1V = model.forward(rows, token_B1, starts_B, upto)
+            logits_B1V = at_least_float32(model.forward(rows, token_B1, starts_B, upto))
             starts_B = starts_B + 1
-    probs_BGV = torch.cat(probs, 1) if probs else logits_B1V[:, :0]
-    return Proposal(torch.cat(tokens, 1), probs_BGV, torch.cat(logits, 1), drafted_B)
+    return Proposal(tokens_BG, probs_BGV, logits, drafted_B)

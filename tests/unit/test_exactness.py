@@ -30,6 +30,8 @@ SETTINGS = {
     "all three": (1.3, 3, 0.8),
     "greedy": (0.0, 0, 1.0),
 }
+# Logits of float64 go through torch's operations, as a GPU's do; those of float32 on a CPU through compiled ones.
+either = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["torch", "compiled"])
 Judge = Callable[[Tensor, Proposal, Sampling, Tensor, Tensor], Verdict]
 
 
@@ -180,8 +182,10 @@ def _spread(
         _spread(joint, target, setting, [*tokens, v], mass * following[v])
 
 
-def total_variation(judged: Judge, setting: tuple[float, int, float], drafted: int, seed: int = 0) -> float:
-    target, draft = TableModel(V, seed, V**G), TableModel(V, seed + 100, V**G)
+def total_variation(
+    judged: Judge, setting: tuple[float, int, float], drafted: int, dtype: torch.dtype = torch.float64
+) -> float:
+    target, draft = (TableModel(V, seed, V**G, dtype=dtype) for seed in (0, 100))
     emitted = emitted_joint(judged, target, draft, setting, drafted)
     return float(np.abs(emitted - target_joint(target, setting, drafted + 1)).sum() / 2)
 
@@ -206,23 +210,26 @@ def greedily_accepts(logits_BTV: Tensor, proposal: Proposal, sampling: Sampling,
     return replace(honest, accepted_B=proposal.drafted_B, next_B=next_B)
 
 
+@either
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
-def test_emitted_distribution_is_the_targets(setting: tuple[float, int, float]) -> None:
+def test_emitted_distribution_is_the_targets(setting: tuple[float, int, float], dtype: torch.dtype) -> None:
     """Draft, verify and emit together give exactly the target's distribution over the next γ + 1 tokens."""
-    assert total_variation(judge, setting, drafted=G) <= LIMIT
+    assert total_variation(judge, setting, G, dtype) <= LIMIT
 
 
-@pytest.mark.parametrize("setting", ["all three", "greedy"])
+@either
+@pytest.mark.parametrize("setting", ["plain", "all three", "greedy"])
 @pytest.mark.parametrize("drafted", [0, 1, 2])
-def test_rows_that_draft_less_than_their_batch_are_exact(drafted: int, setting: str) -> None:
+def test_rows_that_draft_less_than_their_batch_are_exact(drafted: int, setting: str, dtype: torch.dtype) -> None:
     """Padding behind a row's own draft changes nothing."""
-    assert total_variation(judge, SETTINGS[setting], drafted) <= LIMIT
+    assert total_variation(judge, SETTINGS[setting], drafted, dtype) <= LIMIT
 
 
+@either
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
-def test_a_plain_step_draws_from_the_target(setting: tuple[float, int, float]) -> None:
+def test_a_plain_step_draws_from_the_target(setting: tuple[float, int, float], dtype: torch.dtype) -> None:
     """Without a draft, a proposal of no columns, the next token has the target's distribution, and its probability."""
-    target = TableModel(V, 0)
+    target = TableModel(V, 0, dtype=dtype)
     sampling = Sampling.of(*([value] for value in setting), V)  # type: ignore[arg-type]
     proposal = Proposal.empty(1, 0, V, "cpu", sampling.all_greedy)
     logits_BTV = target_logits(target, proposal.tokens_BG)
@@ -235,18 +242,20 @@ def test_a_plain_step_draws_from_the_target(setting: tuple[float, int, float]) -
         assert (verdict.accepted_B.item(), verdict.overlap_B.item()) == (0, 0)
 
 
+@either
 @pytest.mark.parametrize(
     ("mutant", "setting"),
     [(always_accepts, "plain"), (skips_residual, "plain"), (greedily_accepts, "greedy")],
 )
-def test_enumeration_catches_mutants(mutant: Judge, setting: str) -> None:
+def test_enumeration_catches_mutants(mutant: Judge, setting: str, dtype: torch.dtype) -> None:
     """A verifier that always accepts, or skips the residual, is far outside the limit."""
-    assert total_variation(mutant, SETTINGS[setting], drafted=G) > 1e-2
+    assert total_variation(mutant, SETTINGS[setting], G, dtype) > 1e-2
 
 
-def test_greedy_emits_the_targets_tokens_whatever_is_drafted() -> None:
+@either
+def test_greedy_emits_the_targets_tokens_whatever_is_drafted(dtype: torch.dtype) -> None:
     """Every draft of every length: what is kept and what follows are the target's own most likely tokens."""
-    target = TableModel(V, 5, V**G)
+    target = TableModel(V, 5, V**G, dtype=dtype)
     tokens_BG = torch.tensor(list(itertools.product(range(V), repeat=G)))
     best: list[int] = []
     for _ in range(G + 1):
@@ -260,10 +269,11 @@ def test_greedy_emits_the_targets_tokens_whatever_is_drafted() -> None:
             assert following == best[len(agreed)]
 
 
-def test_greedy_rows_are_judged_alike_in_greedy_and_in_mixed_batches() -> None:
+@either
+def test_greedy_rows_are_judged_alike_in_greedy_and_in_mixed_batches(dtype: torch.dtype) -> None:
     """The short way of a batch that is greedy throughout gives the verdict of the long one."""
     tokens_BG = torch.tensor([*itertools.product(range(V), repeat=G), [0] * G])
-    logits_BTV = target_logits(TableModel(V, 5, V**G + 1), tokens_BG)
+    logits_BTV = target_logits(TableModel(V, 5, V**G + 1, dtype=dtype), tokens_BG)
     proposal, sampling, accept_BG, emit_B = _greedy(tokens_BG, G)
     short = judge(logits_BTV, proposal, sampling, accept_BG, emit_B)
     one_hot_BGV = torch.nn.functional.one_hot(tokens_BG, V).double()
@@ -294,32 +304,34 @@ def test_draft_equal_to_the_target_is_always_accepted() -> None:
     assert verdict.overlap_B.tolist() == [1.0]
 
 
-def test_samples_agree_with_the_target_by_chi_square() -> None:
+@either
+def test_samples_agree_with_the_target_by_chi_square(dtype: torch.dtype) -> None:
     """The second check, by sampling: 20,000 first tokens against p, at a level of 1e-6."""
     target, draft = TableModel(V, 7), TableModel(V, 8)
     count = 20_000
     rng = np.random.default_rng(0)
-    p = torch.from_numpy(target.logits(PROMPT)).softmax(-1)
-    q = torch.from_numpy(draft.logits(PROMPT)).softmax(-1)
+    p = torch.from_numpy(target.logits(PROMPT)).to(dtype).softmax(-1)
+    q = torch.from_numpy(draft.logits(PROMPT)).to(dtype).softmax(-1)
     uniform = torch.from_numpy(rng.random((count, 3)))
     tokens = sample(q.expand(count, V), uniform[:, 0])
     q_BGV = q.expand(count, 1, V)
-    proposal = Proposal(tokens[:, None], q_BGV, q_BGV.log(), torch.ones(count, dtype=torch.long))
+    proposal = Proposal(tokens[:, None], q_BGV, [q_BGV.log()], torch.ones(count, dtype=torch.long))
     sampling = Sampling.of([1.0] * count, [0] * count, [1.0] * count, V)
     verdict = judge(p.log().expand(count, 2, V), proposal, sampling, uniform[:, 1:2], uniform[:, 2])
     first = torch.where(verdict.accepted_B > 0, tokens, verdict.next_B)
     observed = np.bincount(first.numpy(), minlength=V)
-    expected = count * p.numpy()
+    expected = count * p.double().numpy()
     assert ((observed - expected) ** 2 / expected).sum() < 30.7  # χ² with 3 degrees of freedom, 1e-6
 
 
-def test_a_draft_of_no_numbers_stays_exact() -> None:
+@either
+def test_a_draft_of_no_numbers_stays_exact(dtype: torch.dtype) -> None:
     """NaN logits of a broken draft become some distribution, and verification corrects any distribution."""
 
     class Broken(TableModel):
         def logits(self, context: list[int]) -> np.ndarray:  # type: ignore[override]
             return np.full(V, np.nan)
 
-    target = TableModel(V, 3, V**G)
-    emitted = emitted_joint(judge, target, Broken(V, 0, V**G), SETTINGS["plain"], G)
+    target = TableModel(V, 3, V**G, dtype=dtype)
+    emitted = emitted_joint(judge, target, Broken(V, 0, V**G, dtype=dtype), SETTINGS["plain"], G)
     assert np.abs(emitted - target_joint(target, SETTINGS["plain"], G + 1)).sum() / 2 <= LIMIT

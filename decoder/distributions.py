@@ -1,0 +1,204 @@
+# mypy: disable-error-code="untyped-decorator,no-untyped-call,no-any-return,attr-defined"
+"""One distribution over the vocabulary, and one row's verification, compiled: what `decoder/vocabulary.py` is made of.
+
+Legend: V vocabulary, C columns, K = top-k, G drafted positions, T = G + 1 verified positions.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from decoder.compiled import EXACT, SUMS, exp, njit
+
+LOWEST = np.float32(-np.inf)
+NOTHING = np.float32(-87)  # e^x below it is 0: so far from the most likely token that float32 hardly holds it
+BLOCK = 1024  # numbers that are summed up in float32 at a time
+LANES = 64  # numbers that are worked on side by side: one alone would wait for the one before
+
+
+@njit(**EXACT)
+def _at_least(x_C: Any, out_C: Any) -> None:
+    for c in range(len(x_C)):
+        out_C[c] = x_C[c] if x_C[c] > out_C[c] else out_C[c]
+
+
+@njit(**EXACT)
+def _maxima(x_V: Any, out_C: Any) -> None:
+    """The largest of every C-th number."""
+    C, V = len(out_C), len(x_V)
+    whole = V // C * C
+    for c in range(C):
+        out_C[c] = LOWEST
+    for first in range(0, whole, C):
+        _at_least(x_V[first : first + C], out_C)
+    _at_least(x_V[whole:], out_C)
+
+
+@njit(**EXACT)
+def largest(x_V: Any) -> Any:
+    lanes = np.empty(LANES, np.float32)
+    _maxima(x_V, lanes)
+    found = LOWEST
+    for lane in lanes:
+        found = lane if lane > found else found
+    return found
+
+
+@njit(**EXACT)
+def best(x_V: Any) -> Any:
+    """The first of the largest; NaN is none of them."""
+    most = largest(x_V)
+    for v in range(len(x_V)):
+        if x_V[v] == most:
+            return v
+    return 0
+
+
+@njit(**EXACT)
+def _clean(x_V: Any, out_V: Any) -> None:
+    """NaN counts as 0, and infinity as 1e9."""
+    for v in range(len(x_V)):
+        number = x_V[v] if x_V[v] == x_V[v] else np.float32(0)
+        out_V[v] = min(number, np.float32(1e9))
+
+
+@njit(**SUMS)
+def soften(x_V: Any, divisor: Any, out_V: Any) -> None:
+    """The softmax of x / divisor. The two may be the same."""
+    _clean(x_V, out_V)
+    most, factor, mass = largest(out_V), np.float32(1) / divisor, 0.0
+    for first in range(0, len(out_V), BLOCK):
+        mass += _raise(out_V[first : first + BLOCK], most, factor, out_V[first : first + BLOCK])
+    factor = np.float32(1 / mass)
+    for v in range(len(out_V)):
+        out_V[v] *= factor
+
+
+@njit(**SUMS)
+def norm(x_V: Any, most: Any) -> Any:
+    """The logarithm of Σ e^x, where `most` is the largest x."""
+    mass, raised_V = 0.0, np.empty(BLOCK, np.float32)
+    for first in range(0, len(x_V), BLOCK):
+        mass += _raise(x_V[first : first + BLOCK], most, np.float32(1), raised_V)
+    return most + np.float32(np.log(mass))
+
+
+@njit(**SUMS)
+def _raise(x_V: Any, most: Any, factor: Any, out_V: Any) -> Any:
+    """e^(factor (x − most)), and the sum of it: of few numbers, or float32 would lose the small ones."""
+    mass = np.float32(0)
+    for v in range(len(x_V)):
+        below = (x_V[v] - most) * factor
+        out_V[v] = exp(below) if below > NOTHING else np.float32(0)
+        mass += out_V[v]
+    return mass
+
+
+@njit(**SUMS)
+def total(weights_V: Any) -> Any:
+    mass = 0.0
+    for weight in weights_V:
+        mass += np.float64(weight)
+    return mass
+
+
+@njit(**EXACT)
+def draw(weights_V: Any, mass: Any, uniform: Any) -> Any:
+    """The first token whose cumulative weight exceeds the threshold: it has weight of its own."""
+    threshold, before = uniform * mass, 0.0
+    for first in range(0, len(weights_V), LANES):
+        here = total(weights_V[first : first + LANES])
+        if before + here > threshold:
+            return first + _reach(weights_V[first : first + LANES], threshold - before)
+        before += here
+    return _reach(weights_V, np.inf)
+
+
+@njit(**EXACT)
+def _reach(weights_V: Any, threshold: Any) -> Any:
+    """As above, one by one; the last token of weight, where rounding lets none exceed it."""
+    cumulative, last = 0.0, len(weights_V) - 1
+    for v in range(len(weights_V)):
+        if weights_V[v] > 0:
+            cumulative, last = cumulative + np.float64(weights_V[v]), v
+            if cumulative > threshold:
+                break
+    return last
+
+
+@njit(**EXACT)
+def _insert(values_K: Any, ids_K: Any, held: Any, value: Any, token: Any) -> Any:
+    """Into what is sorted downwards; the smallest falls out where it is full. Returns how many it holds."""
+    place = held
+    if held == len(values_K):
+        if not value > values_K[held - 1]:
+            return held
+        place -= 1
+    while place > 0 and values_K[place - 1] < value:
+        values_K[place], ids_K[place] = values_K[place - 1], ids_K[place - 1]
+        place -= 1
+    values_K[place], ids_K[place] = value, token
+    return min(held + 1, len(values_K))
+
+
+@njit(**EXACT)
+def top(x_V: Any, maxima_C: Any, chosen_K: Any, values_K: Any, ids_K: Any) -> None:
+    """The K largest: they lie in the K columns of the largest maxima, and none is below the smallest of those."""
+    _maxima(x_V, maxima_C)
+    held = 0
+    for c in range(len(maxima_C)):
+        held = _insert(values_K, chosen_K, held, maxima_C[c], c)
+    floor, held = values_K[-1], 0
+    for k in range(len(chosen_K)):
+        for v in range(chosen_K[k], len(x_V), len(maxima_C)):
+            if x_V[v] >= floor:
+                held = _insert(values_K, ids_K, held, x_V[v], v)
+    for k in range(held, len(ids_K)):  # the others are no numbers
+        values_K[k], ids_K[k] = LOWEST, 0
+
+
+@njit(**SUMS)
+def _overlap(p_V: Any, q_V: Any) -> Any:
+    mass = np.float32(0)
+    for v in range(len(p_V)):
+        mass += p_V[v] if p_V[v] < q_V[v] else q_V[v]
+    return mass
+
+
+# ── one row's verification, as in `decoder/verify.py` ──
+
+
+@njit(**EXACT)
+def verify_greedy(logits_TV: Any, tokens_G: Any, drafted: Any) -> Any:
+    accepted, token = 0, best(logits_TV[0])
+    while accepted < drafted and tokens_G[accepted] == token:
+        accepted += 1
+        token = best(logits_TV[accepted])
+    return accepted, token
+
+
+@njit(**EXACT)
+def verify(
+    logits_TV: Any, probs_TV: Any, given: Any, divisor: Any, draft_probs_GV: Any, tokens_G: Any, drafted: Any,
+    accept_G: Any, emit: Any, p_V: Any, rest_V: Any,
+) -> Any:  # fmt: skip
+    """Leaves in `p_V` what the target says where the last token is emitted; `rest_V` is scratch."""
+    accepted, overlap = 0, np.float32(0)
+    while True:
+        if given:
+            for v in range(len(p_V)):
+                p_V[v] = probs_TV[accepted, v]
+        else:
+            soften(logits_TV[accepted], divisor, p_V)
+        if accepted == drafted:
+            return accepted, draw(p_V, total(p_V), emit), overlap
+        q_V, token = draft_probs_GV[accepted], tokens_G[accepted]
+        overlap += _overlap(p_V, q_V)
+        if accept_G[accepted] * np.float64(q_V[token]) < np.float64(p_V[token]):
+            accepted += 1
+            continue
+        for v in range(len(p_V)):
+            rest_V[v] = max(p_V[v] - q_V[v], np.float32(0))
+        # p = q leaves no residual, and then nothing is rejected but by rounding: p itself is right.
+        mass = total(rest_V)
+        return accepted, draw(rest_V, mass, emit) if mass > 0 else draw(p_V, total(p_V), emit), overlap

@@ -1,0 +1,176 @@
+# mypy: disable-error-code="untyped-decorator,no-untyped-call,no-any-return,attr-defined"
+"""What a step does with distributions over the vocabulary, compiled for float32 on a CPU.
+
+The same as in `decoder/sampling.py`, `decoder/verify.py` and `decoder/observe.py`, which call it: one pass where torch
+makes ten, and none over what nobody needs: no distribution is computed behind a rejection. Importing this
+module compiles it, in about four seconds.
+
+Legend: B rows, G drafted positions, T = G + 1 verified positions, N any rows, K = top-k, V vocabulary.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, types
+from torch import Tensor
+
+from decoder.compiled import EXACT, SUMS, at, bools, doubles, floats, integers, njit
+from decoder.distributions import best, draw, largest, norm, soften, top, total, verify, verify_greedy
+
+_int, _real = types.int64, types.float64
+
+
+# ── on tensors; what is made contiguous keeps its name, or nobody would keep its memory ──
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    rows_NV = logits.flatten(0, -2)
+    best = torch.empty(logits.shape[:-1], dtype=torch.long)
+    _most_likely(rows_NV.data_ptr(), rows_NV.stride(0), at(best), *rows_NV.shape)
+    return best
+
+
+def probabilities(logits: Tensor, divisor_B: Tensor, greedy_B: Tensor, out: Tensor) -> None:
+    """Temperature and greediness, without top-k and top-p, [B, …, V]. Rows of `out` may lie apart."""
+    logits, B, V = logits.contiguous(), len(logits), logits.shape[-1]
+    T = logits.numel() // (B * V)
+    _probabilities(at(logits), at(divisor_B), at(greedy_B), out.data_ptr(), out.stride(0), B, T, V)
+
+
+def sample(probs: Tensor, uniform: Tensor) -> Tensor:
+    rows_NV, uniform = probs.flatten(0, -2), uniform.to(torch.float64).contiguous()
+    token = torch.empty(uniform.shape, dtype=torch.long)
+    _sample(rows_NV.data_ptr(), rows_NV.stride(0), at(uniform), at(token), *rows_NV.shape)
+    return token
+
+
+def judge(
+    logits_BTV: Tensor,
+    probs_BTV: Tensor | None,
+    draft_probs_BGV: Tensor,
+    draft_tokens_BG: Tensor,
+    drafted_B: Tensor,
+    divisor_B: Tensor,
+    greedy_B: Tensor,
+    accept_uniform_BG: Tensor,
+    emit_uniform_B: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """accepted_B, next_B, next_p_B, overlap_B. `probs_BTV` is given where it is more than a temperature's doing."""
+    B, T, V = logits_BTV.shape
+    logits_BTV, draft_probs_BGV = logits_BTV.contiguous(), draft_probs_BGV.float().contiguous()
+    draft_tokens_BG = draft_tokens_BG.contiguous()
+    accept_uniform_BG, emit_uniform_B = accept_uniform_BG.contiguous(), emit_uniform_B.contiguous()
+    assert accept_uniform_BG.dtype == emit_uniform_B.dtype == torch.float64, "numbers are read as they lie"
+    assert draft_probs_BGV.shape[1] in (0, T - 1), "kernels read as far as they are told"  # 0: all rows are greedy
+    accepted_B, next_B = torch.empty(B, dtype=torch.long), torch.empty(B, dtype=torch.long)
+    next_p_B, overlap_B = torch.empty(B), torch.empty(B)
+    told = at(draft_probs_BGV), at(draft_tokens_BG), at(drafted_B), at(divisor_B), at(greedy_B)
+    drawn, verdict = (at(accept_uniform_BG), at(emit_uniform_B)), (at(accepted_B), at(next_B), at(next_p_B))
+    _judge(at(logits_BTV), at(probs_BTV), *told, *drawn, *verdict, at(overlap_B), B, T, V)
+    return accepted_B, next_B, next_p_B, overlap_B
+
+
+def observe(
+    logits_BTV: Tensor, draft_logits_B1V: list[Tensor], draft_tokens_BG: Tensor, drafted_B: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`decoder.observe.look`, but padding gets no values."""
+    (B, T, V), G = logits_BTV.shape, draft_tokens_BG.shape[1]
+    logits_BTV, draft_tokens_BG = logits_BTV.contiguous(), draft_tokens_BG.contiguous()
+    draft_logits_B1V = [logits.float().contiguous() for logits in draft_logits_B1V]
+    assert all(logits.shape == (B, 1, V) for logits in draft_logits_B1V), "kernels read as far as they are told"
+    draft_logits_at = np.array([at(logits) for logits in draft_logits_B1V], np.int64)
+    top_ids, top_logp, norm = torch.empty((B, T, k), dtype=torch.long), torch.empty((B, T, k)), torch.empty((B, T))
+    draft_logp, draft_top_logp = torch.empty((B, G)), torch.empty((B, G, k))
+    told = at(logits_BTV), draft_logits_at.ctypes.data, at(draft_tokens_BG), at(drafted_B)
+    seen = at(top_ids), at(top_logp), at(norm), at(draft_logp), at(draft_top_logp)
+    columns = 1 << (k * V).bit_length() // 2  # about √(k V): as many as there are candidates in k of them
+    _observe(*told, *seen, B, G, V, k, max(k, min(columns, V)))
+    return top_ids, top_logp, norm, draft_logp, draft_top_logp
+
+
+# ── compiled ──
+
+
+@njit(types.void(*[_int] * 5), **EXACT)
+def _most_likely(logits_at: Any, stride: Any, best_at: Any, N: Any, V: Any) -> None:
+    best_N = carray(integers(best_at), (N,))
+    for n in range(N):
+        best_N[n] = best(carray(floats(logits_at + 4 * n * stride), (V,)))
+
+
+@njit(types.void(*[_int] * 8), **EXACT)
+def _probabilities(
+    logits_at: Any, divisor_at: Any, greedy_at: Any, out_at: Any, stride: Any, B: Any, T: Any, V: Any
+) -> None:
+    logits_BTV = carray(floats(logits_at), (B, T, V))
+    divisor_B, greedy_B = carray(floats(divisor_at), (B,)), carray(bools(greedy_at), (B,))
+    for b in range(B):
+        out_TV = carray(floats(out_at + 4 * b * stride), (T, V))
+        for t in range(T):
+            if greedy_B[b]:
+                for v in range(V):
+                    out_TV[t, v] = np.float32(0)
+                out_TV[t, best(logits_BTV[b, t])] = np.float32(1)
+            else:
+                soften(logits_BTV[b, t], divisor_B[b], out_TV[t])
+
+
+@njit(types.void(*[_int] * 6), **EXACT)
+def _sample(probs_at: Any, stride: Any, uniform_at: Any, token_at: Any, N: Any, V: Any) -> None:
+    uniform_N, token_N = carray(doubles(uniform_at), (N,)), carray(integers(token_at), (N,))
+    for n in range(N):
+        probs_V = carray(floats(probs_at + 4 * n * stride), (V,))
+        token_N[n] = draw(probs_V, total(probs_V), uniform_N[n])
+
+
+@njit(types.void(*[_int] * 16), **SUMS)
+def _judge(
+    logits_at: Any, probs_at: Any, draft_probs_at: Any, tokens_at: Any, drafted_at: Any, divisor_at: Any,
+    greedy_at: Any, accept_at: Any, emit_at: Any, accepted_at: Any, next_at: Any, next_p_at: Any, overlap_at: Any,
+    B: Any, T: Any, V: Any,
+) -> None:  # fmt: skip
+    G, p_V, rest_V = T - 1, np.empty(V, np.float32), np.empty(V, np.float32)
+    logits_BTV, probs_BTV = carray(floats(logits_at), (B, T, V)), carray(floats(probs_at), (B, T, V))
+    draft_probs_BGV = carray(floats(draft_probs_at), (B, G, V))
+    tokens_BG, drafted_B = carray(integers(tokens_at), (B, G)), carray(integers(drafted_at), (B,))
+    divisor_B, greedy_B = carray(floats(divisor_at), (B,)), carray(bools(greedy_at), (B,))
+    accept_BG, emit_B = carray(doubles(accept_at), (B, G)), carray(doubles(emit_at), (B,))
+    accepted_B, next_B = carray(integers(accepted_at), (B,)), carray(integers(next_at), (B,))
+    next_p_B, overlap_B = carray(floats(next_p_at), (B,)), carray(floats(overlap_at), (B,))
+    for b in range(B):
+        if greedy_B[b]:
+            accepted, following = verify_greedy(logits_BTV[b], tokens_BG[b], drafted_B[b])
+            overlap, p_V[following] = np.float32(accepted), np.float32(1)
+        else:
+            accepted, following, overlap = verify(
+                logits_BTV[b], probs_BTV[b], probs_at != 0, divisor_B[b], draft_probs_BGV[b], tokens_BG[b],
+                drafted_B[b], accept_BG[b], emit_B[b], p_V, rest_V,
+            )  # fmt: skip
+        accepted_B[b], next_B[b], next_p_B[b], overlap_B[b] = accepted, following, p_V[following], overlap
+
+
+@njit(types.void(*[_int] * 14), **EXACT)
+def _observe(
+    logits_at: Any, draft_logits_at: Any, tokens_at: Any, drafted_at: Any, top_ids_at: Any, top_logp_at: Any,
+    norm_at: Any, draft_logp_at: Any, draft_top_logp_at: Any, B: Any, G: Any, V: Any, K: Any, C: Any,
+) -> None:  # fmt: skip
+    T, maxima_C, chosen_K = G + 1, np.empty(C, np.float32), np.empty(K, np.int64)
+    logits_BTV, draft_logits_at_G = carray(floats(logits_at), (B, T, V)), carray(integers(draft_logits_at), (G,))
+    tokens_BG, drafted_B = carray(integers(tokens_at), (B, G)), carray(integers(drafted_at), (B,))
+    top_ids_BTK, top_logp_BTK = carray(integers(top_ids_at), (B, T, K)), carray(floats(top_logp_at), (B, T, K))
+    norm_BT, draft_logp_BG = carray(floats(norm_at), (B, T)), carray(floats(draft_logp_at), (B, G))
+    draft_top_logp_BGK = carray(floats(draft_top_logp_at), (B, G, K))
+    for b in range(B):
+        for t in range(drafted_B[b] + 1):
+            ids_K, logp_K = top_ids_BTK[b, t], top_logp_BTK[b, t]
+            top(logits_BTV[b, t], maxima_C, chosen_K, logp_K, ids_K)
+            norm_BT[b, t] = norm(logits_BTV[b, t], logp_K[0])
+            for k in range(K):
+                logp_K[k] -= norm_BT[b, t]
+            if t < drafted_B[b]:
+                x_V = carray(floats(draft_logits_at_G[t] + 4 * b * V), (V,))
+                draft_norm = norm(x_V, largest(x_V))
+                draft_logp_BG[b, t] = x_V[tokens_BG[b, t]] - draft_norm
+                for k in range(K):
+                    draft_top_logp_BGK[b, t, k] = x_V[ids_K[k]] - draft_norm

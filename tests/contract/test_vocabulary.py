@@ -1,0 +1,89 @@
+"""What a step does over the vocabulary: torch's operations, in float64, are the reference of the compiled ones."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from decoder import vocabulary
+from decoder.drafters.chain import Proposal
+from decoder.observe import look
+from decoder.sampling import Sampling, most_likely, probabilities, sample
+from decoder.verify import judge
+
+SIZES = [3, 64, 1000, 4099]
+B, G = 6, 3
+TEMPERATURES = [0.0, 1.0, 0.3, 0.0, 2.0, 1.0]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def sampling(size: int, top_k: int = 0) -> Sampling:
+    return Sampling.of(TEMPERATURES, [top_k] * B, [1.0] * B, size)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_probabilities_and_samples(size: int) -> None:
+    logits, uniform = 4 * torch.randn(B, G, size), torch.rand(B, G, dtype=torch.float64)
+    logits[1, 0, 1:] = -torch.inf
+    room = torch.empty(B, 2 * G, size)
+    compiled = probabilities(logits, sampling(size), room[:, G:])
+    assert compiled.data_ptr() == room[:, G:].data_ptr(), "written where it was asked for"
+    torch.testing.assert_close(compiled.double(), probabilities(logits.double(), sampling(size)), rtol=2e-6, atol=1e-7)
+    assert torch.equal(most_likely(logits), most_likely(logits.double()))
+    for drawn in (uniform, torch.zeros_like(uniform)):
+        assert torch.equal(sample(compiled, drawn), sample(compiled.double(), drawn))
+    last = sample(compiled, torch.full_like(uniform, 1 - 2.0**-53))  # where sums in another order may differ
+    assert (compiled.gather(-1, last[..., None]) > 0).all()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_verdicts(size: int, top_k: int) -> None:
+    """Of rows that draft nothing, something and all, greedy and not, with drafts near the target and far from it."""
+    reached = set()
+    for _ in range(20):
+        logits_BTV = 2 * torch.randn(B, G + 1, size)
+        draft_BGV = logits_BTV[:, :-1] + torch.rand(B, 1, 1) * torch.randn(B, G, size)
+        own = sampling(size, top_k)
+        q_BGV = probabilities(draft_BGV.double(), own)
+        tokens_BG = sample(q_BGV, torch.rand(B, G, dtype=torch.float64))
+        proposal = Proposal(tokens_BG, q_BGV.float(), [], torch.tensor([3, 3, 2, 1, 3, 0]))
+        drawn = torch.rand(B, G, dtype=torch.float64), torch.rand(B, dtype=torch.float64)
+        compiled, reference = (
+            judge(logits_BTV, proposal, own, *drawn),
+            judge(logits_BTV.double(), proposal, own, *drawn),
+        )
+        for field in fields(compiled):
+            found, expected = getattr(compiled, field.name).double(), getattr(reference, field.name).double()
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, msg=field.name)
+        reached |= set(compiled.accepted_B.tolist())
+    assert reached == set(range(G + 1))
+
+
+@pytest.mark.parametrize(("size", "k"), [(3, 3), (64, 32), (1000, 32), (4099, 5)])
+def test_observations(size: int, k: int) -> None:
+    logits_BTV, drafts = 3 * torch.randn(B, G + 1, size), [3 * torch.randn(B, 1, size) for _ in range(G)]
+    logits_BTV[2, 1, k - 1 :] = -torch.inf  # fewer possible tokens than are reported
+    tokens_BG, drafted_B = torch.randint(size, (B, G)), torch.full((B,), G)
+    compiled = vocabulary.observe(logits_BTV, drafts, tokens_BG, drafted_B, k)
+    reference = look(logits_BTV.double(), [draft.double() for draft in drafts], tokens_BG, drafted_B, k)
+    possible = reference[1] > -torch.inf
+    assert torch.equal(compiled[0][possible], reference[0][possible])
+    compiled[4][~possible[:, :-1]] = reference[4][~possible[:, :-1]].float()  # any of the impossible ones will do
+    for found, expected in zip(compiled[1:], reference[1:], strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_logits_that_are_no_numbers_end_nowhere_else() -> None:
+    """A broken model gives some token of the vocabulary, and is observed without a fault."""
+    for broken in (torch.nan, torch.inf, -torch.inf):
+        logits_BTV, own = torch.full((B, G + 1, 100), broken), sampling(100)
+        proposal = Proposal.empty(B, G, 100, "cpu", greedy=False)
+        drawn = torch.rand(B, G, dtype=torch.float64), torch.rand(B, dtype=torch.float64)
+        assert judge(logits_BTV, proposal, own, *drawn).next_B.max() < 100
+        ids = vocabulary.observe(logits_BTV, proposal.logits_B1V, proposal.tokens_BG, torch.full((B,), G), 8)[0]
+        assert 0 <= ids.min() <= ids.max() < 100
