@@ -68,7 +68,7 @@ def soften(x_V: Any, divisor: Any, out_V: Any) -> None:
     _clean(x_V, out_V)
     most, factor, mass = largest(out_V), np.float32(1) / divisor, 0.0
     for first in range(0, len(out_V), BLOCK):
-        mass += _raise(out_V[first : first + BLOCK], most, factor, out_V[first : first + BLOCK])
+        mass += _raise(out_V[first : first + BLOCK], most, factor)
     factor = np.float32(1 / mass)
     for v in range(len(out_V)):
         out_V[v] *= factor
@@ -77,20 +77,23 @@ def soften(x_V: Any, divisor: Any, out_V: Any) -> None:
 @njit(**SUMS)
 def norm(x_V: Any, most: Any) -> Any:
     """The logarithm of Σ e^x, where `most` is the largest x."""
-    mass, raised_V = 0.0, np.empty(BLOCK, np.float32)
+    mass, room = 0.0, np.empty(BLOCK, np.float32)
     for first in range(0, len(x_V), BLOCK):
-        mass += _raise(x_V[first : first + BLOCK], most, np.float32(1), raised_V)
+        block = x_V[first : first + BLOCK]
+        for v in range(len(block)):
+            room[v] = block[v]
+        mass += _raise(room[: len(block)], most, np.float32(1))
     return most + np.float32(np.log(mass))
 
 
 @njit(**SUMS)
-def _raise(x_V: Any, most: Any, factor: Any, out_V: Any) -> Any:
-    """e^(factor (x − most)), and the sum of it: of few numbers, or float32 would lose the small ones."""
+def _raise(x_V: Any, most: Any, factor: Any) -> Any:
+    """In place e^(factor (x − most)), and the sum of it: of few numbers, or float32 would lose the small ones."""
     mass = np.float32(0)
     for v in range(len(x_V)):
         below = (x_V[v] - most) * factor
-        out_V[v] = exp(below) if below > NOTHING else np.float32(0)
-        mass += out_V[v]
+        x_V[v] = exp(below) if below > NOTHING else np.float32(0)
+        mass += x_V[v]
     return mass
 
 
