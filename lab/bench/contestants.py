@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -42,7 +42,16 @@ class Outcome:
     tokens: int
     seconds: float
     steps: int = 0
-    outside: float = 0.0  # share of the steps' time that is not model forwards
+    stepped_s: float = 0.0
+    forward_s: float = 0.0  # of the steps' time, what models' forwards took
+
+    @property
+    def outside(self) -> float:
+        """Share of the steps' time that is not model forwards."""
+        return 1 - self.forward_s / self.stepped_s
+
+    def __add__(self, other: "Outcome") -> "Outcome":
+        return Outcome(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
 class Generate:
@@ -142,8 +151,7 @@ class Ours:
         for answer in self._rig.complete(queries, case.at_once):
             tokens, steps = tokens + len(answer.ids), steps + answer.stats.steps
         seconds = time.perf_counter() - started
-        stepped = self._step[0] - step
-        return Outcome(tokens, seconds, steps, 1 - (self._forward[0] - forward) / stepped)
+        return Outcome(tokens, seconds, steps, self._step[0] - step, self._forward[0] - forward)
 
 
 class Contestant:

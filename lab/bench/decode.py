@@ -1,7 +1,7 @@
 """`python -m lab bench decode`: this engine beside `transformers`, on one pair, in one run.
 
-All contestants answer the same prompts up to their natural end. Repetitions are interleaved, in random order.
-Printed are medians over repetitions; ratios are medians of the repetitions' own ratios, with 95 % bootstrap intervals.
+All contestants answer the same prompts up to their natural end. What is compared takes turns, in random order. Printed
+are medians over repetitions; ratios are medians of the repetitions' own ratios, with 95 % bootstrap intervals.
 `transformers` gets the same draft, and assists at the γ that is best for it.
 """
 
@@ -60,10 +60,12 @@ def blocks() -> list[list[tuple[str, Case]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lab bench decode", description=__doc__)
     rig.add_arguments(parser)
-    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--max-tokens", type=int, default=128, help="of an answer that does not end before")
     parser.add_argument("--alone", type=int, default=24, help="prompts of a repetition, one after another")
-    parser.add_argument("--rounds", type=int, default=3, help="prompts of a repetition by sequence at once, in batches")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="turns of a repetition; with more sequences at once, one batch a turn"
+    )
     args = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -86,20 +88,34 @@ def _measure(args: argparse.Namespace, random_draft: str) -> dict[str, list[Outc
     results: dict[str, list[Outcome]] = {case.name: [] for block in blocks() for _, case in block}
     try:
         for repetition in range(-1, args.repetitions):  # the first one warms everyone up
-            order = blocks()
-            rng.shuffle(order)
-            for who, case in [turn for block in order for turn in rng.sample(block, len(block))]:
-                count = args.alone if case.at_once == 1 else args.rounds * case.at_once
-                first = rng.randrange(len(pair.prompts)) if repetition < 0 else repetition * args.alone
-                prompts = [pair.prompts[(first + i) % len(pair.prompts)] for i in range(count)]
-                outcome = contestants[who].run(case, prompts, seed=1000 * (repetition + 1))
-                if repetition >= 0:
-                    results[case.name].append(outcome)
+            for block in rng.sample(blocks(), len(blocks())):
+                at = (repetition + 1) * args.alone % len(pair.prompts)
+                for name, outcome in _take_turns(contestants, block, pair.prompts[at:] + pair.prompts[:at], args, rng):
+                    if repetition >= 0:
+                        results[name].append(outcome)
             print(f"repetition {repetition + 1} of {args.repetitions}", flush=True)
     finally:
         for contestant in contestants.values():
             contestant.close()
     return results
+
+
+def _take_turns(
+    contestants: dict[str, Contestant],
+    block: list[tuple[str, Case]],
+    prompts: list[list[int]],
+    args: argparse.Namespace,
+    rng: random.Random,
+) -> list[tuple[str, Outcome]]:
+    """One repetition of a block in several rounds, so that a slow spell of the machine meets everyone."""
+    outcomes: dict[str, Outcome] = {}
+    for turn in range(args.rounds):
+        for who, case in rng.sample(block, len(block)):
+            count = max(1, args.alone // args.rounds) if case.at_once == 1 else case.at_once
+            dealt = [prompts[(turn * count + i) % len(prompts)] for i in range(count)]
+            outcome = contestants[who].run(case, dealt, seed=rng.randrange(2**30))
+            outcomes[case.name] = outcomes.get(case.name, Outcome(0, 0.0)) + outcome
+    return list(outcomes.items())
 
 
 def table(results: dict[str, list[Outcome]]) -> None:
