@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from decoder.device import pack, unpack
 from decoder.sampling import Sampling, probabilities, sample
 
 
@@ -58,3 +59,11 @@ def test_rows_keep_their_own_parameters() -> None:
     together = probabilities(logits, mixed)
     for i, alone in enumerate([of(0), of(1, 2), of(0.7)]):
         assert torch.allclose(together[i : i + 1], probabilities(logits[i : i + 1], alone))
+
+
+def test_numbers_of_several_tensors_travel_as_one() -> None:
+    """What a GPU sends to the host in one transfer arrives as it was, whatever its type and shape."""
+    tensors = torch.tensor([2**40 + 1, 3]), torch.tensor([0.1, 0.2]), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    assert unpack(pack(tensors), tensors) == [tensor.tolist() for tensor in tensors]
+    empty = tensors[0], torch.empty(2, 0, dtype=torch.long)
+    assert unpack(pack(empty), empty) == [[2**40 + 1, 3], [[], []]]
