@@ -22,6 +22,7 @@ from lab.statistics import median_ratio
 CONCURRENCIES = (1, 8, 32, 64)
 BATCHES = (8, 32)
 PEERS = (("generate", "batched"), ("continuous", "continuous"))
+TOGETHER = 32  # prompts of a turn, at least, where several are answered at once
 ASSISTED_GAMMAS = (1, 2, 3, 4, 6)
 
 
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=128, help="of an answer that does not end before")
     parser.add_argument("--alone", type=int, default=24, help="prompts of a repetition, one after another")
     parser.add_argument(
-        "--rounds", type=int, default=2, help="turns of a repetition; with more sequences at once, one batch a turn"
+        "--rounds", type=int, default=2, help=f"turns of a repetition; {TOGETHER} prompts each with several at once"
     )
     args = parser.parse_args()
     started = time.monotonic()
@@ -111,7 +112,7 @@ def _take_turns(
     outcomes: dict[str, Outcome] = {}
     for turn in range(args.rounds):
         for who, case in rng.sample(block, len(block)):
-            count = max(1, args.alone // args.rounds) if case.at_once == 1 else case.at_once
+            count = max(1, args.alone // args.rounds) if case.at_once == 1 else max(case.at_once, TOGETHER)
             dealt = [prompts[(turn * count + i) % len(prompts)] for i in range(count)]
             outcome = contestants[who].run(case, dealt, seed=rng.randrange(2**30))
             outcomes[case.name] = outcomes.get(case.name, Outcome(0, 0.0)) + outcome
