@@ -80,7 +80,8 @@ class Recorder:
     def _gather(self) -> list[Trace | None]:
         """What has queued up since the last time: one awakening for many requests, and one call of the buffer."""
         traces = [self._queue.get()]
-        self._stopping.wait(GATHER_S)
+        if self._queue.qsize() < GATHERED:
+            self._stopping.wait(GATHER_S)
         while len(traces) < GATHERED and not self._queue.empty():
             traces.append(self._queue.get_nowait())
         return traces

@@ -2,8 +2,8 @@
 """What a step does with distributions over the vocabulary, compiled for float32 on a CPU.
 
 The same as in `decoder/sampling.py`, `decoder/verify.py` and `decoder/observe.py`, which call it: one pass where torch
-makes ten, and none over what nobody needs: no distribution is computed behind a rejection. Importing this
-module compiles it, in about four seconds.
+makes ten, and none over what nobody needs, as what lies behind a rejection. Importing this module compiles it, in about
+four seconds.
 
 Legend: B rows, G drafted positions, T = G + 1 verified positions, N any rows, K = top-k, V vocabulary.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from decoder.compiled import EXACT, SUMS, at, bools, doubles, floats, integers, njit
 from decoder.distributions import best, draw, largest, norm, soften, top, total, verify, verify_greedy
 
-_int, _real = types.int64, types.float64
+_int = types.int64
 
 
 # ── on tensors; what is made contiguous keeps its name, or nobody would keep its memory ──
@@ -26,9 +26,9 @@ _int, _real = types.int64, types.float64
 
 def most_likely(logits: Tensor) -> Tensor:
     rows_NV = logits.flatten(0, -2)
-    best = torch.empty(logits.shape[:-1], dtype=torch.long)
-    _most_likely(rows_NV.data_ptr(), rows_NV.stride(0), at(best), *rows_NV.shape)
-    return best
+    token = torch.empty(logits.shape[:-1], dtype=torch.long)
+    _most_likely(rows_NV.data_ptr(), rows_NV.stride(0), at(token), *rows_NV.shape)
+    return token
 
 
 def probabilities(logits: Tensor, divisor_B: Tensor, greedy_B: Tensor, out: Tensor) -> None:
