@@ -133,9 +133,12 @@ def _load(
 
 
 def _write_first_draft(files: ModelFiles, folder: Path) -> None:
-    """The first draft as one safetensors file in its stored precision, whatever folder or hub id it came from."""
+    """The first draft as one safetensors file in its stored precision, whatever folder or hub id it came from.
+
+    Tensors have the live module's names, which for some families (GPT-NeoX) are not those of their files.
+    """
     module = transformers.AutoModelForCausalLM.from_pretrained(files.draft, dtype="auto")
-    module.save_pretrained(folder, max_shard_size="1TB")
+    module.save_pretrained(folder, max_shard_size="1TB", save_original_format=False)
 
 
 def main() -> None:

@@ -184,7 +184,8 @@ def _load_artifact(shop: Workshop, digest: str) -> nn.Module:
 def _save(module: nn.Module, parent: Version, shop: Workshop, folder: Path) -> None:
     """In the parent's stored precision, so that every version of a route is one kind of file."""
     stored = transformers.AutoConfig.from_pretrained(shop.artifacts.path(parent.sha256)).dtype or torch.float32
-    module.to(stored).save_pretrained(folder, max_shard_size="1TB")  # type: ignore[operator]
+    # Under the names that the decoder's live module has, which for some families are not those of their first files.
+    module.to(stored).save_pretrained(folder, max_shard_size="1TB", save_original_format=False)  # type: ignore[operator]
 
 
 class Heart:
