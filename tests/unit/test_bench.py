@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lab.bench import serve, soak, swap, tap
+from lab.bench import gpu, serve, soak, swap, tap
 from lab.bench.load import Swap
 from tests.tiny import TinyPair
 
@@ -96,3 +96,14 @@ def test_a_piece_of_several_tokens_is_as_many_gaps() -> None:
     fast = serve.Reply(first_s=0.1, gaps_s=[0.01, 0.01], tokens=3, steps=2, finished=True)
     lost = serve.Reply(error="gone")
     assert [reply.within(0.15, 0.1) for reply in (slow, fast, lost)] == [False, True, False]
+
+
+def test_the_benchmark_of_a_gpu_is_ready(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On whatever there is, with models that are as good as none."""
+    monkeypatch.setattr(sys, "argv", ["bench", "--small"])
+    threads = torch.get_num_threads()
+    gpu.main()
+    torch.set_num_threads(threads)
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for key in ("plain_ms_per_token", "weights_read_ms", "speculative_step_ms", "step_vs_forwards", "swap_pause_ms"):
+        assert figures[key] > 0
