@@ -19,7 +19,7 @@ setup: .venv/installed ## make the environment in .venv
 	$(PY) -m pip install --quiet -c constraints.txt -e ".[embedded,dev]"
 	@touch $@
 
-demo: setup ## serve, learn, swap and show the gain (about 5 minutes)
+demo: setup ## serve, learn, swap and show the gain (about 3 minutes)
 	@$(PY) -m lab demo $(ARGS)
 
 serve: setup ## run the whole service until Ctrl-C

@@ -70,13 +70,13 @@ class Demo:
     def learn(self) -> list[Served]:
         """Replays the traffic while the loop learns from it; the answers in the order they came."""
         self.say(
-            f"traffic: {len(self._traffic)} queries of {self._args.package}, {self._args.clients} clients; "
+            f"traffic: {len(self._traffic)} queries of {self._args.package}, {self._args.rate:g} a second at most; "
             f"every other one greedy, the others at T = {self._args.temperature:g}"
         )
         shapes = [Shape(self._args.max_tokens, t, clients=self._args.clients) for t in (self._args.temperature, 0.0)]
         served: list[Served] = []
         version, said = 0, time.monotonic()
-        for _, answer in self._client.replay(self._traffic, shapes, 5000):
+        for _, answer in self._client.replay(self._traffic, shapes, 5000, self._args.rate):
             self._count()
             served.append(answer)
             if answer.versions and answer.versions[-1] > version:
@@ -237,6 +237,7 @@ def main() -> None:
         "--temperature", type=float, default=1.0, help="of the sampled half of the queries; the other half is greedy"
     )
     parser.add_argument("--clients", type=int, default=8, help="requests under way at a time")
+    parser.add_argument("--rate", type=float, default=5.0, help="queries of traffic a second, at most")
     parser.add_argument(
         "--package", default="", help="installed package to take code from; default: the largest unseen"
     )
@@ -244,6 +245,8 @@ def main() -> None:
     parser.add_argument("--key", default="", help="generation key, where keys are configured")
     parser.add_argument("--admin-key", default="", help="admin key, where keys are configured")
     args = parser.parse_args()
+    if args.rate <= 0:
+        parser.error("--rate: must be more than 0")
     args.package = args.package or traffic.shifted_package()
     try:
         settings = demo_settings()

@@ -1,6 +1,8 @@
 """Traffic through the REST API: real prompts, a fixed number of clients, and what each answer said of itself."""
 
+import math
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -95,16 +97,21 @@ class Client:
         found: dict[str, Any] = answer.json()
         return found
 
-    def replay(self, prompts: Sequence[str], shapes: Sequence[Shape], seed: int) -> Iterator[tuple[int, Served]]:
+    def replay(
+        self, prompts: Sequence[str], shapes: Sequence[Shape], seed: int, rate: float = math.inf
+    ) -> Iterator[tuple[int, Served]]:
         """(index of the prompt, answer) as answers come; prompts take the shapes in turn.
 
-        A failed request is kept in `failures`, and has no answer.
+        `rate` requests a second are sent at most. A failed request is kept in `failures`, and has no answer.
         """
+        started = time.monotonic()
+
+        def send(i: int, prompt: str) -> Served:
+            time.sleep(max(0.0, started + i / rate - time.monotonic()))
+            return self.complete(prompt, shapes[i % len(shapes)], seed + i)
+
         with ThreadPoolExecutor(shapes[0].clients) as pool:
-            sent = {
-                pool.submit(self.complete, prompt, shapes[i % len(shapes)], seed + i): i
-                for i, prompt in enumerate(prompts)
-            }
+            sent = {pool.submit(send, i, prompt): i for i, prompt in enumerate(prompts)}
             try:
                 for future in as_completed(sent):
                     try:
