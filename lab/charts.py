@@ -39,9 +39,8 @@ def draw(curve: LearningCurve, path: Path) -> Path:
     figure = Figure(figsize=(10, 6.2), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(2, 2, width_ratios=[4.2, 1], sharex="col", sharey="row")
-    overlap = [
-        (0.0, 0.0) if a.overlap is None else (a.overlap, 1.0) for a in curve.served
-    ]  # None: nothing was compared
+    # A request that compared nothing has no overlap, and no weight.
+    overlap = [(0.0, 0.0) if a.overlap is None else (a.overlap, 1.0) for a in curve.served]
     panels = [
         (
             "tokens per target forward, τ",
