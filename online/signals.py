@@ -47,11 +47,27 @@ class Signal:
     def path(self) -> Iterator[tuple[int, int]]:
         """(index into output_ids, verified position) of every emitted token, in order."""
         verified = 0
-        for start, drafted, accepted in zip(self.step_start, self.step_drafted, self.step_accepted, strict=True):
+        for start, drafted, accepted in zip(
+            self.step_start.tolist(), self.step_drafted.tolist(), self.step_accepted.tolist(), strict=True
+        ):
             for j in range(accepted + 1):
                 if start + j < len(self.output_ids):
-                    yield int(start + j), verified + j
+                    yield start + j, verified + j
             verified += drafted + 1
+
+    def branches(self) -> Iterator[tuple[int, int, int, int]]:
+        """Every rejected draft, in order.
+
+        (index into output_ids where it leaves the emitted path, index into draft_ids of its first token, its tokens,
+        verified position after its first token).
+        """
+        drafts = verified = 0
+        for start, drafted, accepted in zip(
+            self.step_start.tolist(), self.step_drafted.tolist(), self.step_accepted.tolist(), strict=True
+        ):
+            if accepted < drafted and start + accepted < len(self.output_ids):
+                yield start + accepted, drafts + accepted, drafted - accepted, verified + accepted + 1
+            drafts, verified = drafts + drafted, verified + drafted + 1
 
 
 _ARRAYS = {

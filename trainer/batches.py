@@ -1,6 +1,10 @@
-"""From signals to tensors: whole sequences, and the target's distribution at every emitted position.
+"""From signals to tensors: whole sequences with their rejected branches, and the target's distribution at every
+supervised position.
 
-Legend: B sequences, T tokens, N supervised positions of the batch, K = top-k.
+A rejected branch stands behind its sequence and shares the forward: its tokens have the positions that they were
+drafted at, and a tree mask lets each see the emitted tokens before the branch and the branch's own before it.
+
+Legend: B sequences, T tokens (emitted and of branches), N supervised positions of the batch, K = top-k.
 """
 
 import hashlib
@@ -9,22 +13,60 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from online.signals import Signal
+from trainer.divergences import Truncated
 
 HELD_OUT_SHARE = 5  # one request in so many is never trained on
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """One signal, laid out: the emitted sequence, then its branches."""
+
+    ids_T: Ints
+    position_T: Ints
+    seen_T: Ints  # a token sees so many of the first tokens,
+    own_T: Ints  # and those from here up to itself
+    column_N: Ints  # whose logits predict what the target's distribution was logged of
+    logged_N: Ints  # which of the signal's verified positions that is
+    branch_N: NDArray[np.bool_]
+    signal: Signal
+
+    @classmethod
+    def of(cls, signal: Signal, branch_tokens: int = 0) -> "Lesson":
+        """With the first `branch_tokens` tokens of every rejected branch."""
+        emitted = np.concatenate([signal.prompt_ids, signal.output_ids]).astype(np.int64)
+        prompt, length = len(signal.prompt_ids), len(emitted)
+        path = np.array(list(signal.path()), np.int64).reshape(-1, 2)
+        ids, positions, seen, own = [emitted], [np.arange(length)], [np.arange(1, length + 1)], [np.arange(length)]
+        columns, logged, end = [prompt + path[:, 0] - 1], [path[:, 1]], length
+        for start, drafted, count, verified in signal.branches() if branch_tokens else ():
+            count = min(count, branch_tokens)
+            ids.append(signal.draft_ids[drafted : drafted + count].astype(np.int64))
+            positions.append(prompt + start + np.arange(count))
+            seen.append(np.full(count, prompt + start))
+            own.append(np.full(count, end))
+            columns.append(end + np.arange(count))
+            logged.append(verified + np.arange(count))
+            end += count
+        ids_T, position_T, seen_T, own_T = (np.concatenate(parts) for parts in (ids, positions, seen, own))
+        column_N = np.concatenate(columns)
+        return cls(ids_T, position_T, seen_T, own_T, column_N, np.concatenate(logged), column_N >= length, signal)
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     ids_BT: Tensor
-    mask_BT: Tensor  # 1 where there is a token
+    position_BT: Tensor
+    mask: Tensor  # [B, T]: 1 where there is a token; with branches [B, 1, T, T]: what each token sees
     row_N: Tensor
-    column_N: Tensor  # position whose logits predict the supervised token
-    top_ids_NK: Tensor
-    top_logp_NK: Tensor
-    rest_mass_N: Tensor
+    column_N: Tensor
+    branch_N: Tensor  # whether the position lies on a rejected branch
+    truth: Truncated
     temperature_B: Tensor
 
 
@@ -37,46 +79,62 @@ def usable(signal: Signal, vocab_size: int) -> bool:
     """A signal that teaches this draft something: emitted tokens, and no ids beyond its vocabulary."""
     if len(signal.output_ids) == 0 or not np.isfinite(signal.top_logp).all():
         return False
-    return max(int(a.max(initial=0)) for a in (signal.prompt_ids, signal.output_ids, signal.top_ids)) < vocab_size
+    ids = (signal.prompt_ids, signal.output_ids, signal.draft_ids, signal.top_ids)
+    return max(int(a.max(initial=0)) for a in ids) < vocab_size
 
 
-def collate(signals: Sequence[Signal], pad_id: int, device: torch.device | str) -> Batch:
-    """One padded batch. Supervised are the positions on the emitted path; rejected branches need a tree mask."""
-    ids = [np.concatenate([s.prompt_ids, s.output_ids]) for s in signals]
-    length = max(map(len, ids))
-    ids_BT = np.full((len(ids), length), pad_id, np.int64)
-    mask_BT = np.zeros((len(ids), length), np.int64)
-    rows, columns, positions = [], [], []
-    for i, (tokens, signal) in enumerate(zip(ids, signals, strict=True)):
-        ids_BT[i, : len(tokens)], mask_BT[i, : len(tokens)] = tokens, 1
-        path = np.array(list(signal.path()))
-        rows.append(np.full(len(path), i))
-        columns.append(len(signal.prompt_ids) + path[:, 0] - 1)
-        positions.append(path[:, 1])
-    k = min(s.top_ids.shape[1] for s in signals)
-    picked = list(zip(signals, positions, strict=True))
+def collate(lessons: Sequence[Lesson], pad_id: int, device: torch.device | str) -> Batch:
+    """One padded batch."""
+    length = max(len(lesson.ids_T) for lesson in lessons)
+    ids_BT = np.full((len(lessons), length), pad_id, np.int64)
+    position_BT = np.zeros_like(ids_BT)
+    for i, lesson in enumerate(lessons):
+        ids_BT[i, : len(lesson.ids_T)], position_BT[i, : len(lesson.ids_T)] = lesson.ids_T, lesson.position_T
+    k = min(lesson.signal.top_ids.shape[1] for lesson in lessons)
+    own = [(lesson.signal, lesson.logged_N) for lesson in lessons]
+    truth = Truncated(
+        torch.from_numpy(np.concatenate([s.top_ids[at, :k] for s, at in own]).astype(np.int64)).to(device),
+        torch.from_numpy(np.concatenate([s.top_logp[at, :k] for s, at in own]).astype(np.float32)).to(device),
+        torch.from_numpy(np.concatenate([_rest(s, at, k) for s, at in own])).to(device),
+    )
+    rows = [np.full(len(lesson.column_N), i) for i, lesson in enumerate(lessons)]
     return Batch(
         torch.from_numpy(ids_BT).to(device),
-        torch.from_numpy(mask_BT).to(device),
+        torch.from_numpy(position_BT).to(device),
+        _mask(lessons, length).to(device),
         torch.from_numpy(np.concatenate(rows)).to(device),
-        torch.from_numpy(np.concatenate(columns)).to(device),
-        torch.from_numpy(np.concatenate([s.top_ids[at, :k] for s, at in picked]).astype(np.int64)).to(device),
-        torch.from_numpy(np.concatenate([s.top_logp[at, :k] for s, at in picked]).astype(np.float32)).to(device),
-        torch.from_numpy(np.concatenate([_rest(s, at, k) for s, at in picked])).to(device),
-        torch.tensor([s.temperature for s in signals], device=device),
+        torch.from_numpy(np.concatenate([lesson.column_N for lesson in lessons])).to(device),
+        torch.from_numpy(np.concatenate([lesson.branch_N for lesson in lessons])).to(device),
+        truth,
+        torch.tensor([lesson.signal.temperature for lesson in lessons], device=device),
     )
 
 
-def _rest(signal: Signal, at: np.ndarray, k: int) -> np.ndarray:
+def _mask(lessons: Sequence[Lesson], length: int) -> Tensor:
+    if not any(lesson.branch_N.any() for lesson in lessons):
+        mask_BT = torch.zeros(len(lessons), length, dtype=torch.long)
+        for i, lesson in enumerate(lessons):
+            mask_BT[i, : len(lesson.ids_T)] = 1
+        return mask_BT
+    mask_BTT = np.zeros((len(lessons), length, length), bool)
+    mask_BTT[:, :, 0] = True  # padding sees something, or its softmax is of no numbers
+    column_T = np.arange(length)
+    for i, lesson in enumerate(lessons):
+        row_T1, seen_T1, own_T1 = column_T[: len(lesson.ids_T), None], lesson.seen_T[:, None], lesson.own_T[:, None]
+        mask_BTT[i, : len(lesson.ids_T)] = (column_T < seen_T1) | ((column_T >= own_T1) & (column_T <= row_T1))
+    return torch.from_numpy(mask_BTT)[:, None]
+
+
+def _rest(signal: Signal, at: Ints, k: int) -> NDArray[np.float32]:
     """Mass outside the first k: what was logged as rest, and the logged tokens beyond k."""
     beyond = np.exp(signal.top_logp[at, k:].astype(np.float32)).sum(-1)
-    rest: np.ndarray = signal.rest_mass[at].astype(np.float32) + beyond
+    rest: NDArray[np.float32] = signal.rest_mass[at].astype(np.float32) + beyond
     return rest
 
 
-def batches(signals: Sequence[Signal], size: int, rng: np.random.Generator) -> Iterator[list[Signal]]:
+def batches(lessons: Sequence[Lesson], size: int, rng: np.random.Generator) -> Iterator[list[Lesson]]:
     """One pass in random order, sequences of like length together, so that little is padding."""
-    order = sorted(rng.permutation(len(signals)), key=lambda i: len(signals[i].prompt_ids) + len(signals[i].output_ids))
+    order = sorted(rng.permutation(len(lessons)), key=lambda i: len(lessons[i].ids_T))
     groups = [order[at : at + size] for at in range(0, len(order), size)]
     for group in rng.permutation(len(groups)):
-        yield [signals[i] for i in groups[group]]
+        yield [lessons[i] for i in groups[group]]

@@ -1,8 +1,10 @@
 """Distillation: a draft learns from logged distributions. No target anywhere."""
 
+import copy
+import inspect
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -10,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from online.signals import Signal
-from trainer.batches import Batch, batches, collate
-from trainer.divergences import forward_kl
+from trainer.batches import Batch, Lesson, batches, collate
+from trainer.divergences import Divergence, divergence, draft_classes
+
+GREEDY_TEMPERATURE = 0.5  # at which answers of temperature 0 are learnt, where a recipe follows temperatures
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +23,11 @@ class Recipe:
     """How a candidate is made; kept with its version."""
 
     divergence: str = "forward_kl"
+    beta: float = 0.5  # of the divergences that have one
+    branch_tokens: int = 0  # tokens of every rejected branch that are learnt from, too: the draft's own samples
+    branch_weight: float = 0.1  # of a position on one; on the emitted path it is 1
+    follow_temperature: bool = False  # compare at the request's temperature instead of at 1
+    selected_share: float = 1.0  # AdaSPEC: positions learnt from, those with the most to gain; 1: all
     learning_rate: float = 2e-3
     epochs: int = 4
     batch_signals: int = 8
@@ -44,10 +53,26 @@ def draft_logits(module: nn.Module, batch: Batch) -> Tensor:
     """The draft's logits at the supervised positions [N, V]."""
     first = int(batch.column_N.min())  # Most of the draft is its head: prompts before that column do without it.
     kept = batch.ids_BT.shape[1] - first
+    placed = {"position_ids": batch.position_BT} if batch.mask.ndim == 4 else {}
     out: Tensor = module(
-        input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False, logits_to_keep=kept
+        input_ids=batch.ids_BT, attention_mask=batch.mask, use_cache=False, logits_to_keep=kept, **placed
     ).logits
     return out[batch.row_N, batch.column_N - first].float()
+
+
+def takes_branches(module: nn.Module) -> bool:
+    """Whether the model can be told where a token stands; those that count by themselves get no branches."""
+    return "position_ids" in inspect.signature(module.forward).parameters
+
+
+def losses(logits_NV: Tensor, batch: Batch, measure: Divergence, follow_temperature: bool) -> Tensor:
+    """The divergence at every supervised position [N]."""
+    truth = batch.truth
+    if follow_temperature:
+        temperature_B = torch.where(batch.temperature_B == 0, GREEDY_TEMPERATURE, batch.temperature_B)
+        temperature_N = temperature_B[batch.row_N]
+        truth, logits_NV = truth.at(temperature_N), logits_NV / temperature_N[:, None]
+    return measure(truth.classes_NC, draft_classes(logits_NV, truth.ids_NK))
 
 
 def distill(
@@ -58,32 +83,70 @@ def distill(
     still_wanted: Callable[[], None] = lambda: None,
 ) -> Distilled:
     """Trains `module` (float32) in place. `still_wanted` is called at every step and may raise to end it."""
+    started = time.monotonic()
+    lessons = [Lesson.of(signal, recipe.branch_tokens if takes_branches(module) else 0) for signal in signals]
+    reference = None
+    if recipe.selected_share < 1:
+        reference = copy.deepcopy(module)
+        _train(reference, lessons, recipe, pad_id, still_wanted, None)
+    told, positions = _train(module, lessons, recipe, pad_id, still_wanted, reference)
+    edge = max(1, len(told) // 10)
+    first, last = float(np.mean(told[:edge])), float(np.mean(told[-edge:]))
+    return Distilled(len(told), positions, first, last, time.monotonic() - started)
+
+
+def _train(
+    module: nn.Module,
+    lessons: Sequence[Lesson],
+    recipe: Recipe,
+    pad_id: int,
+    still_wanted: Callable[[], None],
+    reference: nn.Module | None,
+) -> tuple[list[float], int]:
+    """The loss of every step, and how many positions were learnt from, passes counted."""
     device = next(module.parameters()).device
-    rng = np.random.default_rng(recipe.seed)
-    total = recipe.epochs * math.ceil(len(signals) / recipe.batch_signals)
+    measure = divergence(recipe.divergence, recipe.beta)
+    total = recipe.epochs * math.ceil(len(lessons) / recipe.batch_signals)
     optimizer = torch.optim.AdamW(module.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _factor(step, recipe.warmup_steps, total))
-    losses: list[float] = []
-    positions, started = 0, time.monotonic()
+    told: list[float] = []
+    positions = 0
     module.train()
-    for _ in range(recipe.epochs):
-        for group in batches(signals, recipe.batch_signals, rng):
-            still_wanted()
-            batch = collate(group, pad_id, device)
-            loss = forward_kl(
-                draft_logits(module, batch), batch.top_ids_NK, batch.top_logp_NK, batch.rest_mass_N
-            ).mean()
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(module.parameters(), recipe.clip_norm)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-            positions += len(batch.row_N)
+    for group in _passes(lessons, recipe):
+        still_wanted()
+        batch = collate(group, pad_id, device)
+        loss_N = losses(draft_logits(module, batch), batch, measure, recipe.follow_temperature)
+        weight_N = torch.where(batch.branch_N, recipe.branch_weight, 1.0)
+        if reference is not None:
+            weight_N = weight_N * _selected(loss_N, batch, measure, recipe, reference)
+        loss = (loss_N * weight_N).sum() / weight_N.sum()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(module.parameters(), recipe.clip_norm)
+        optimizer.step()
+        schedule.step()
+        told.append(loss.item())
+        positions += int((weight_N > 0).sum())
     module.eval()
-    edge = max(1, len(losses) // 10)
-    first, last = float(np.mean(losses[:edge])), float(np.mean(losses[-edge:]))
-    return Distilled(len(losses), positions, first, last, time.monotonic() - started)
+    return told, positions
+
+
+def _passes(lessons: Sequence[Lesson], recipe: Recipe) -> Iterator[list[Lesson]]:
+    rng = np.random.default_rng(recipe.seed)
+    for _ in range(recipe.epochs):
+        yield from batches(lessons, recipe.batch_signals, rng)
+
+
+@torch.no_grad()
+def _selected(loss_N: Tensor, batch: Batch, measure: Divergence, recipe: Recipe, reference: nn.Module) -> Tensor:
+    """1 for the share of positions where the draft lags most behind a reference that has learnt already (AdaSPEC).
+
+    arXiv 2510.19779: what the reference could not learn either would only use up a small draft's capacity.
+    """
+    learnt_N = losses(draft_logits(reference, batch), batch, measure, recipe.follow_temperature)
+    gain_N = loss_N.detach() - learnt_N
+    kept = max(1, round(recipe.selected_share * len(gain_N)))
+    return (gain_N >= gain_N.topk(kept).values[-1]).to(gain_N.dtype)
 
 
 def _factor(step: int, warmup: int, total: int) -> float:

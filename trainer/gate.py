@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from online.signals import Signal
-from trainer.batches import Batch, collate
+from trainer.batches import Batch, Lesson, collate
 from trainer.distill import draft_logits
 from trainer.divergences import greedy_match, overlap
 
@@ -97,7 +97,7 @@ def _evaluate(
     tokens: list[float] = []
     rates: list[float] = []
     for at in range(0, len(signals), batch_signals):
-        batch = collate(signals[at : at + batch_signals], pad_id, device)
+        batch = collate([Lesson.of(s) for s in signals[at : at + batch_signals]], pad_id, device)
         acceptance_N = acceptance(draft_logits(module, batch), batch).double().cpu().numpy()
         row_N = batch.row_N.cpu().numpy()
         for row in range(batch.ids_BT.shape[0]):
@@ -113,8 +113,8 @@ def acceptance(logits_NV: Tensor, batch: Batch) -> Tensor:
     Sampled requests are judged at temperature 1, where the logged distribution is exact.
     """
     greedy_N = (batch.temperature_B == 0)[batch.row_N]
-    sampled_N = overlap(logits_NV, batch.top_ids_NK, batch.top_logp_NK)
-    return torch.where(greedy_N, greedy_match(logits_NV, batch.top_ids_NK), sampled_N)
+    sampled_N = overlap(logits_NV, batch.truth)
+    return torch.where(greedy_N, greedy_match(logits_NV, batch.truth), sampled_N)
 
 
 def tokens_per_step(acceptance_T: Floats, gamma: int) -> float:

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.signals import signal, taught
 from tests.tiny import TinyPair
-from trainer.batches import batches, collate, held_out, usable
+from trainer.batches import Lesson, batches, collate, held_out, usable
 from trainer.distill import Recipe, distill
 from trainer.gate import judge
 
@@ -54,20 +54,21 @@ def test_a_stop_is_heard_at_every_step(pair: TinyPair) -> None:
 
 def test_supervised_positions_predict_the_emitted_tokens() -> None:
     """Column c of a row predicts the token at c + 1; rejected positions are not on the path."""
-    batch = collate([signal("a"), signal("b", prompt_ids=np.array([9], np.int32))], pad_id=3, device="cpu")
+    lessons = [Lesson.of(signal("a")), Lesson.of(signal("b", prompt_ids=np.array([9], np.int32)))]
+    batch = collate(lessons, pad_id=3, device="cpu")
     assert batch.ids_BT.tolist() == [[5, 6, 7, 10, 11, 12, 13], [9, 10, 11, 12, 13, 3, 3]]
-    assert batch.mask_BT[1].tolist() == [1, 1, 1, 1, 1, 0, 0]
+    assert batch.mask[1].tolist() == [1, 1, 1, 1, 1, 0, 0]
     assert batch.row_N.tolist() == [0] * 4 + [1] * 4
     assert batch.column_N.tolist() == [2, 3, 4, 5, 0, 1, 2, 3]
-    assert batch.top_ids_NK[:, 0].tolist() == [0, 4, 12, 16] * 2
+    assert batch.truth.ids_NK[:, 0].tolist() == [0, 4, 12, 16] * 2
 
 
 def test_mixed_k_moves_what_is_cut_into_the_rest() -> None:
     """A route whose `signal_top_k` was lowered still trains on old signals."""
-    batch = collate([signal("a", k=4), signal("b", k=2)], pad_id=3, device="cpu")
-    assert batch.top_ids_NK.shape[1] == 2
-    assert batch.rest_mass_N[:4].tolist() == pytest.approx([0.1 + 0.45] * 4, abs=2e-3)
-    assert batch.rest_mass_N[4:].tolist() == pytest.approx([0.1] * 4, abs=2e-3)
+    batch = collate([Lesson.of(signal("a", k=4)), Lesson.of(signal("b", k=2))], pad_id=3, device="cpu")
+    assert batch.truth.ids_NK.shape[1] == 2
+    assert batch.truth.rest_N[:4].tolist() == pytest.approx([0.1 + 0.45] * 4, abs=2e-3)
+    assert batch.truth.rest_N[4:].tolist() == pytest.approx([0.1] * 4, abs=2e-3)
 
 
 def test_one_request_in_five_is_held_out_by_its_id() -> None:
@@ -81,7 +82,8 @@ def test_one_request_in_five_is_held_out_by_its_id() -> None:
 def test_every_signal_is_seen_once_a_pass(pair: TinyPair) -> None:
     """Grouping by length loses nobody."""
     signals = [signal(f"s{i}", prompt_ids=np.arange(i % 7 + 1, dtype=np.int32)) for i in range(37)]
-    seen = [s.request_id for group in batches(signals, 8, np.random.default_rng(0)) for s in group]
+    lessons = [Lesson.of(s) for s in signals]
+    seen = [lesson.signal.request_id for group in batches(lessons, 8, np.random.default_rng(0)) for lesson in group]
     assert sorted(seen) == sorted(s.request_id for s in signals)
 
 

@@ -1,0 +1,108 @@
+"""Rejected branches, trained in the same forward as the path that they leave."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from online.signals import Signal
+from tests.signals import signal, taught
+from tests.tiny import TinyPair
+from trainer.batches import Lesson, collate
+from trainer.distill import Recipe, distill, draft_logits, takes_branches
+
+
+def drafted(request_id: str = "r", prompt: tuple[int, ...] = (5, 6, 7)) -> Signal:
+    """Three steps of three drafted tokens: one accepted, none, all. 9 drafted tokens, 12 verified positions."""
+    return signal(
+        request_id,
+        prompt_ids=np.array(prompt, np.int32),
+        output_ids=np.array([10, 11, 12, 13, 14, 15, 16], np.int32),
+        step_start=np.array([0, 2, 3], np.int32),
+        step_drafted=np.array([3, 3, 3], np.int32),
+        step_accepted=np.array([1, 0, 3], np.int32),
+        step_version=np.ones(3, np.int32),
+        draft_ids=np.array([10, 90, 91, 80, 81, 82, 13, 14, 15], np.int32),
+        draft_logp=np.zeros(9, np.float16),
+        top_ids=np.arange(12 * 4, dtype=np.int32).reshape(12, 4),
+        top_logp=np.full((12, 4), np.log(0.2), np.float16),
+        rest_mass=np.full(12, 0.2, np.float16),
+        draft_top_logp=np.zeros((9, 4), np.float16),
+    )
+
+
+def contexts(drafts: Signal) -> dict[int, list[int]]:
+    """By the position that was verified: the tokens it was verified after, written from the contract of a signal."""
+    prompt, output, found, drafted_before, verified = drafts.prompt_ids.tolist(), drafts.output_ids.tolist(), {}, 0, 0
+    for start, count in zip(drafts.step_start, drafts.step_drafted, strict=True):
+        for j in range(count + 1):
+            own = drafts.draft_ids[drafted_before : drafted_before + j].tolist()
+            found[verified + j] = [*prompt, *output[:start], *own]
+        drafted_before, verified = drafted_before + count, verified + count + 1
+    return found
+
+
+def test_a_branch_is_what_was_drafted_and_not_kept() -> None:
+    """Where it leaves the path, its first drafted token, how many, and what was verified after the first."""
+    assert list(drafted().branches()) == [(1, 1, 2, 2), (2, 3, 3, 5)]
+
+
+@pytest.mark.parametrize("branch_tokens", [0, 1, 2, 16])
+def test_every_supervised_position_is_computed_in_its_own_context(pair: TinyPair, branch_tokens: int) -> None:
+    """One forward by a tree mask gives the logits of a forward of each context alone, padding and all."""
+    signals = [drafted("a"), drafted("b", prompt=(9,)), signal("c", prompt_ids=np.arange(4, 20, dtype=np.int32))]
+    module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
+    lessons = [Lesson.of(s, branch_tokens) for s in signals]
+    with torch.no_grad():
+        together_NV = draft_logits(module, collate(lessons, 3, "cpu"))
+        n = 0
+        for lesson in lessons:
+            of = contexts(lesson.signal)
+            for logged in lesson.logged_N:
+                alone_V = module(torch.tensor([of[int(logged)]])).logits[0, -1]
+                assert torch.allclose(together_NV[n], alone_V, atol=1e-4)
+                n += 1
+    assert n == len(together_NV)
+
+
+def test_branches_add_their_positions_once() -> None:
+    """All verified positions are on the path or on a branch, none twice."""
+    lesson = Lesson.of(drafted(), branch_tokens=16)
+    assert sorted(lesson.logged_N.tolist()) == list(range(12))
+    assert lesson.branch_N.sum() == 5
+    assert Lesson.of(drafted(), branch_tokens=1).branch_N.sum() == 2
+
+
+def test_an_answer_that_ended_inside_a_draft_has_no_branch_there() -> None:
+    """A stop string cuts what was accepted: what came after was never emitted, and is no rejection."""
+    cut = replace(drafted(), output_ids=np.array([10], np.int32))
+    assert list(cut.branches()) == []
+    assert Lesson.of(cut, 16).logged_N.tolist() == [0]
+
+
+def test_branch_weight_zero_learns_what_the_path_alone_teaches(pair: TinyPair) -> None:
+    """The weight is a weight: with none, branches change nothing but rounding."""
+    made = []
+    for recipe in (Recipe(epochs=1), Recipe(epochs=1, branch_tokens=4, branch_weight=0.0)):
+        module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
+        distill(module, [*taught(pair.target, 7), drafted("x")], recipe, pad_id=3)
+        made.append(module.state_dict())
+    assert all(torch.allclose(made[0][name], made[1][name], atol=1e-4) for name in made[0])
+
+
+def test_branches_are_learnt_from(pair: TinyPair) -> None:
+    """With a weight they count as positions and change the draft."""
+    module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
+    told = distill(module, [drafted()], Recipe(epochs=2, branch_tokens=4, branch_weight=0.5), pad_id=3)
+    assert told.positions == 2 * 12
+
+
+def test_models_that_count_positions_themselves_get_no_branches() -> None:
+    """A forward without position_ids can't be told where a branch's token stands."""
+
+    class Alibi(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None: ...
+
+    assert not takes_branches(Alibi())
