@@ -209,7 +209,8 @@ class Batch:
         starts_B = integers([row.cached for row in plan.rows], self._device)
         logits_BTV = self.target.forward(slice(0, len(plan.rows)), ids_BT, starts_B, upto)
         logits_BTV = at_least_float32(logits_BTV[:, fed_BT.shape[1] - 1 :])
-        verdict = judge(logits_BTV, proposal, plan.sampling, plan.accept_uniform_BG, plan.emit_uniform_B)
+        drawn = plan.accept_uniform_BG, plan.emit_uniform_B
+        verdict = judge(logits_BTV, proposal, plan.sampling, *drawn, plan.lenient)
         if not any(row.trace is not None or row.query.logprobs is not None for row in plan.rows):
             return verdict, None
         reported = max((row.query.logprobs for row in plan.rows if row.query.logprobs is not None), default=None)

@@ -181,9 +181,15 @@ def verify_greedy(logits_TV: Any, tokens_G: Any, drafted: Any) -> Any:
 
 
 @njit(**EXACT)
+def _lenient(p: Any, scale: Any, power: Any) -> Any:
+    """f(p), as in `decoder/lenience.py`; of an exact row p itself."""
+    return scale * (p if power == 1 else p**power)
+
+
+@njit(**EXACT)
 def verify(
     logits_TV: Any, probs_TV: Any, given: Any, divisor: Any, draft_probs_GV: Any, tokens_G: Any, drafted: Any,
-    accept_G: Any, emit: Any, p_V: Any, rest_V: Any,
+    accept_G: Any, emit: Any, scale: Any, power: Any, p_V: Any, rest_V: Any,
 ) -> Any:  # fmt: skip
     """Leaves in `p_V` what the target says where the last token is emitted; `rest_V` is scratch."""
     accepted, overlap = 0, np.float32(0)
@@ -197,7 +203,7 @@ def verify(
             return accepted, draw(p_V, total(p_V), emit), overlap
         q_V, token = draft_probs_GV[accepted], tokens_G[accepted]
         overlap += _overlap(p_V, q_V)
-        if accept_G[accepted] * np.float64(q_V[token]) < np.float64(p_V[token]):
+        if accept_G[accepted] * np.float64(q_V[token]) < _lenient(np.float64(p_V[token]), scale, power):
             accepted += 1
             continue
         for v in range(len(p_V)):

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from decoder.device import upload
+from decoder.lenience import Lenient
 from decoder.rows import Row
 from decoder.sampling import Sampling
 
@@ -25,6 +26,7 @@ class StepPlan:
     draft_uniform_BG: Tensor
     accept_uniform_BG: Tensor
     emit_uniform_B: Tensor
+    lenient: Lenient | None = None  # None: all rows are exact
 
     @property
     def gamma(self) -> int:
@@ -37,13 +39,13 @@ Uniforms = tuple[Tensor, Tensor, Tensor]  # for drafting [B, G], for accepting [
 class Planner:
     def __init__(self, vocab_size: int, device: torch.device | str) -> None:
         self._vocab_size, self._device = vocab_size, device
-        self._known: tuple[list[Row], Sampling] | None = None
+        self._known: tuple[list[Row], Sampling, Lenient | None] | None = None
         self._undrawn: dict[tuple[int, int], Uniforms] = {}
 
     def plan(self, rows: list[Row], drafted: list[int]) -> StepPlan:
-        sampling, gamma = self._sampling_of(rows), max(drafted)
+        (sampling, lenient), gamma = self._asked_by(rows), max(drafted)
         if not sampling.all_greedy:
-            return StepPlan(rows, drafted, sampling, *self._draw(rows, drafted, gamma))
+            return StepPlan(rows, drafted, sampling, *self._draw(rows, drafted, gamma), lenient)
         if (key := (len(rows), gamma)) not in self._undrawn:
             self._undrawn[key] = self._split(np.zeros((len(rows), 2 * gamma + 1)), gamma)
         return StepPlan(rows, drafted, sampling, *self._undrawn[key])
@@ -62,7 +64,7 @@ class Planner:
         uniform_BU = upload(uniform, self._device)
         return uniform_BU[:, :gamma], uniform_BU[:, gamma:-1], uniform_BU[:, -1]
 
-    def _sampling_of(self, rows: list[Row]) -> Sampling:
+    def _asked_by(self, rows: list[Row]) -> tuple[Sampling, Lenient | None]:
         """Made anew only when other rows decode than in the step before."""
         if self._known is None or self._known[0] != rows:
             queries = [row.query for row in rows]
@@ -73,5 +75,5 @@ class Planner:
                 self._vocab_size,
                 self._device,
             )
-            self._known = rows, sampling
-        return self._known[1]
+            self._known = rows, sampling, Lenient.of([q.lenience for q in queries], self._device)
+        return self._known[1:]

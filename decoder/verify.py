@@ -1,7 +1,8 @@
 """Verification of drafted chains: the emitted tokens follow the target's distribution, whatever the draft proposed.
 
 Speculative sampling (Leviathan et al., arXiv 2211.17192, algorithm 1; Chen et al., arXiv 2302.01318, algorithm 2).
-Pure functions; randomness comes in as uniforms in [0, 1).
+Pure functions; randomness comes in as uniforms in [0, 1). Rows that ask for lenience give exactness up, and only they:
+see `decoder/lenience.py`.
 
 Legend: B rows, G drafted positions (γ at most), T = G + 1 verified positions, V vocabulary.
 """
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from decoder.device import compiled, to_host
 from decoder.drafters.chain import Proposal
+from decoder.lenience import Lenient
 from decoder.sampling import Sampling, most_likely, probabilities, sample
 
 HostVerdict = tuple[int, int, float, float, list[int]]  # accepted, next, next_p, overlap, the row's draft
@@ -37,6 +39,7 @@ def judge(
     sampling: Sampling,
     accept_uniform_BG: Tensor,
     emit_uniform_B: Tensor,
+    lenient: Lenient | None = None,
 ) -> Verdict:
     """What a step emits, given the target's logits at the last token and at every drafted one."""
     if (fused := compiled(logits_BTV)) is not None:
@@ -44,15 +47,15 @@ def judge(
         probs = probabilities(logits_BTV, sampling) if truncated else None
         own, drawn = (sampling.divisor_B, sampling.greedy_B), (accept_uniform_BG, emit_uniform_B)
         proposed = proposal.probs_BGV, proposal.tokens_BG, proposal.drafted_B
-        return Verdict(*fused.judge(logits_BTV, probs, *proposed, *own, *drawn))
+        factors = () if lenient is None else (lenient.scale_B, lenient.power_B)
+        return Verdict(*fused.judge(logits_BTV, probs, *proposed, *own, *drawn, *factors))
     if sampling.all_greedy:
         return verify_greedy(most_likely(logits_BTV), proposal.tokens_BG, proposal.drafted_B)
     probs_BTV = probabilities(logits_BTV, sampling)
     if logits_BTV.shape[1] == 1:
         return _plain(probs_BTV[:, 0], emit_uniform_B)
-    return verify(
-        probs_BTV, proposal.probs_BGV, proposal.tokens_BG, proposal.drafted_B, accept_uniform_BG, emit_uniform_B
-    )
+    proposed = proposal.probs_BGV, proposal.tokens_BG, proposal.drafted_B
+    return verify(probs_BTV, *proposed, accept_uniform_BG, emit_uniform_B, lenient)
 
 
 def verify_greedy(best_BT: Tensor, draft_tokens_BG: Tensor, drafted_B: Tensor) -> Verdict:
@@ -79,19 +82,21 @@ def verify(
     drafted_B: Tensor,
     accept_uniform_BG: Tensor,
     emit_uniform_B: Tensor,
+    lenient: Lenient | None = None,
 ) -> Verdict:
     """Accepts a prefix of each row's draft and draws the token that follows it.
 
     Token x at position i is kept with probability min(1, p_i(x) / q_i(x)). At the first one that is not, the next token
     comes from norm(max(0, p_i - q_i)); when all are kept, from p at the position after them. Both distributions are the
     ones after temperature, top-k and top-p. Positions from `drafted_B[b]` on are padding.
+    A lenient row keeps x with probability min(1, f(p_i(x)) / q_i(x)), and all else is the same.
     """
     target_probs_BGV = target_probs_BTV[:, :-1]
     p_BG = target_probs_BGV.gather(-1, draft_tokens_BG[..., None]).squeeze(-1)
     q_BG = draft_probs_BGV.gather(-1, draft_tokens_BG[..., None]).squeeze(-1)
     position_G = torch.arange(draft_tokens_BG.shape[1], device=p_BG.device)
     drafted_BG = position_G < drafted_B[:, None]
-    kept_BG = (accept_uniform_BG * q_BG < p_BG) & drafted_BG
+    kept_BG = (accept_uniform_BG * q_BG < (p_BG if lenient is None else lenient(p_BG))) & drafted_BG
     accepted_B = kept_BG.long().cumprod(-1).sum(-1)
 
     compared_BG = drafted_BG & (position_G <= accepted_B[:, None])

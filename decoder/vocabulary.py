@@ -55,8 +55,13 @@ def judge(
     greedy_B: Tensor,
     accept_uniform_BG: Tensor,
     emit_uniform_B: Tensor,
+    scale_B: Tensor | None = None,
+    power_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """accepted_B, next_B, next_p_B, overlap_B. `probs_BTV` is given where it is more than a temperature's doing."""
+    """accepted_B, next_B, next_p_B, overlap_B. `probs_BTV` is given where it is more than a temperature's doing.
+
+    `scale_B` and `power_B` are given where a row is lenient.
+    """
     B, T, V = logits_BTV.shape
     logits_BTV, draft_probs_BGV = logits_BTV.contiguous(), draft_probs_BGV.float().contiguous()
     draft_tokens_BG = draft_tokens_BG.contiguous()
@@ -66,8 +71,9 @@ def judge(
     accepted_B, next_B = torch.empty(B, dtype=torch.long), torch.empty(B, dtype=torch.long)
     next_p_B, overlap_B = torch.empty(B), torch.empty(B)
     told = at(draft_probs_BGV), at(draft_tokens_BG), at(drafted_B), at(divisor_B), at(greedy_B)
-    drawn, verdict = (at(accept_uniform_BG), at(emit_uniform_B)), (at(accepted_B), at(next_B), at(next_p_B))
-    _judge(at(logits_BTV), at(probs_BTV), *told, *drawn, *verdict, at(overlap_B), B, T, V)
+    drawn, lenient = (at(accept_uniform_BG), at(emit_uniform_B)), (at(scale_B), at(power_B))
+    verdict = at(accepted_B), at(next_B), at(next_p_B), at(overlap_B)
+    _judge(at(logits_BTV), at(probs_BTV), *told, *drawn, *lenient, *verdict, B, T, V)
     return accepted_B, next_B, next_p_B, overlap_B
 
 
@@ -124,11 +130,11 @@ def _sample(probs_at: Any, stride: Any, uniform_at: Any, token_at: Any, N: Any, 
         token_N[n] = draw(probs_V, total(probs_V), uniform_N[n])
 
 
-@njit(types.void(*[_int] * 16), **SUMS)
+@njit(types.void(*[_int] * 18), **SUMS)
 def _judge(
     logits_at: Any, probs_at: Any, draft_probs_at: Any, tokens_at: Any, drafted_at: Any, divisor_at: Any,
-    greedy_at: Any, accept_at: Any, emit_at: Any, accepted_at: Any, next_at: Any, next_p_at: Any, overlap_at: Any,
-    B: Any, T: Any, V: Any,
+    greedy_at: Any, accept_at: Any, emit_at: Any, scale_at: Any, power_at: Any, accepted_at: Any, next_at: Any,
+    next_p_at: Any, overlap_at: Any, B: Any, T: Any, V: Any,
 ) -> None:  # fmt: skip
     G, p_V, rest_V = T - 1, np.empty(V, np.float32), np.empty(V, np.float32)
     logits_BTV, probs_BTV = carray(floats(logits_at), (B, T, V)), carray(floats(probs_at), (B, T, V))
@@ -136,6 +142,7 @@ def _judge(
     tokens_BG, drafted_B = carray(integers(tokens_at), (B, G)), carray(integers(drafted_at), (B,))
     divisor_B, greedy_B = carray(floats(divisor_at), (B,)), carray(bools(greedy_at), (B,))
     accept_BG, emit_B = carray(doubles(accept_at), (B, G)), carray(doubles(emit_at), (B,))
+    scale_B, power_B = carray(doubles(scale_at), (B,)), carray(doubles(power_at), (B,))
     accepted_B, next_B = carray(integers(accepted_at), (B,)), carray(integers(next_at), (B,))
     next_p_B, overlap_B = carray(floats(next_p_at), (B,)), carray(floats(overlap_at), (B,))
     for b in range(B):
@@ -143,9 +150,10 @@ def _judge(
             accepted, following = verify_greedy(logits_BTV[b], tokens_BG[b], drafted_B[b])
             overlap, p_V[following] = np.float32(accepted), np.float32(1)
         else:
+            scale, power = (scale_B[b], power_B[b]) if scale_at != 0 else (1.0, 1.0)
             accepted, following, overlap = verify(
                 logits_BTV[b], probs_BTV[b], probs_at != 0, divisor_B[b], draft_probs_BGV[b], tokens_BG[b],
-                drafted_B[b], accept_BG[b], emit_B[b], p_V, rest_V,
+                drafted_B[b], accept_BG[b], emit_B[b], scale, power, p_V, rest_V,
             )  # fmt: skip
         accepted_B[b], next_B[b], next_p_B[b], overlap_B[b] = accepted, following, p_V[following], overlap
 

@@ -7,6 +7,19 @@ from typing import Literal, Protocol
 MAX_GAMMA = 16  # drafted tokens a step that may be asked for
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+LenienceFunction = Literal["lin", "sq", "exp"]
+
+
+@dataclass(frozen=True, slots=True)
+class Lenience:
+    """How much is kept of a draft beyond what is exact: f(p) takes the place of p, as `decoder/lenience.py` says."""
+
+    function: LenienceFunction
+    epsilon: float  # in (0, 1]; 1: exact
+
+    @property
+    def lossless(self) -> bool:
+        return self.epsilon == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +35,7 @@ class Query:
     top_k: int = 0  # 0: all
     seed: int = 0
     gamma: int | None = None  # drafted tokens a step; None: what the server finds fastest
+    lenience: Lenience | None = None  # None: exact
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False

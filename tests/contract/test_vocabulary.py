@@ -7,13 +7,16 @@ import torch
 
 from decoder import vocabulary
 from decoder.drafters.chain import Proposal
+from decoder.lenience import Lenient
 from decoder.observe import look
 from decoder.sampling import Sampling, most_likely, probabilities, sample
 from decoder.verify import judge
+from online.messages import Lenience
 
 SIZES = [3, 64, 1000, 4099]
 B, G = 6, 3
 TEMPERATURES = [0.0, 1.0, 0.3, 0.0, 2.0, 1.0]
+LENIENT = Lenient.of([None, Lenience("lin", 0.3), None, None, Lenience("exp", 0.4), Lenience("sq", 0.6)])
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +45,8 @@ def test_probabilities_and_samples(size: int) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("top_k", [0, 2])
-def test_verdicts(size: int, top_k: int) -> None:
+@pytest.mark.parametrize("lenient", [None, LENIENT], ids=["exact", "lenient"])
+def test_verdicts(size: int, top_k: int, lenient: Lenient | None) -> None:
     """Of rows that draft nothing, something and all, greedy and not, with drafts near the target and far from it."""
     reached = set()
     for _ in range(20):
@@ -54,8 +58,8 @@ def test_verdicts(size: int, top_k: int) -> None:
         proposal = Proposal(tokens_BG, q_BGV.float(), [], torch.tensor([3, 3, 2, 1, 3, 0]))
         drawn = torch.rand(B, G, dtype=torch.float64), torch.rand(B, dtype=torch.float64)
         compiled, reference = (
-            judge(logits_BTV, proposal, own, *drawn),
-            judge(logits_BTV.double(), proposal, own, *drawn),
+            judge(logits_BTV, proposal, own, *drawn, lenient),
+            judge(logits_BTV.double(), proposal, own, *drawn, lenient),
         )
         for field in fields(compiled):
             found, expected = getattr(compiled, field.name).double(), getattr(reference, field.name).double()
