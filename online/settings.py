@@ -48,6 +48,9 @@ class Settings(BaseSettings):
     gamma: int = Field(
         6, ge=0, le=MAX_GAMMA, description="drafted tokens a step, at most: steps draft as many as is fastest"
     )
+    lenience_floor: float = Field(
+        1.0, gt=0, le=1, description="smallest epsilon of lossy decoding that a request may ask for; 1: all is exact"
+    )
     prefill_tokens: int = Field(
         0, ge=0, description="prompt tokens computed between two steps, at most; 0: 256 on a CPU, else 2048"
     )

@@ -15,7 +15,7 @@ from online.api import shapes
 from online.api.job import ClientGone, Job, unless_gone
 from online.api.schemas import ChatBody, CompletionBody, GenerationBody
 from online.errors import InvalidRequest, NotFound, SlipstreamError
-from online.messages import EngineClient, Query, TextCodec
+from online.messages import EngineClient, Lenience, Query, TextCodec
 from online.settings import Settings
 
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
@@ -35,6 +35,9 @@ class Generation:
     def choice_style(self) -> dict[str, Any]:
         with_logprobs = self.queries[0].logprobs is not None
         return {"with_logprobs": with_logprobs, "with_ids": bool(self.body.return_token_ids)}
+
+    def metrics(self, answers: Sequence[shapes.Answer]) -> dict[str, Any] | None:
+        return shapes.speculation_metrics(answers, self.gamma, self.queries[0].lenience)
 
 
 class Generator:
@@ -107,6 +110,7 @@ class Generator:
         self, body: GenerationBody, request_id: str, prompts: list[list[int]], max_tokens: int, logprobs: int | None
     ) -> list[Query]:
         seed = secrets.randbits(63) if body.seed is None else body.seed % 2**64
+        lenience = self._lenience(body)
         return [
             Query(
                 id=f"{request_id}-{index}-{copy}",
@@ -118,6 +122,7 @@ class Generator:
                 top_k=max(0, body.top_k or 0),
                 seed=(seed + index * 64 + copy) % 2**64,
                 gamma=body.speculation.gamma if body.speculation else None,
+                lenience=lenience,
                 stop=body.stops,
                 stop_token_ids=tuple(body.stop_token_ids or ()),
                 ignore_eos=bool(body.ignore_eos),
@@ -135,6 +140,23 @@ class Generator:
                 f"no route named {route!r}; there are: {', '.join(self._settings.routes)}", param="metadata.route"
             )
         return route
+
+    def _lenience(self, body: GenerationBody) -> Lenience | None:
+        asked = body.speculation.lenience if body.speculation else None
+        if asked is None:
+            return None
+        if body.temperature == 0:
+            raise InvalidRequest(
+                "lenience changes nothing at temperature 0: the target's distribution has its mass on one token",
+                param="speculation.lenience",
+            )
+        if asked.epsilon < (floor := self._settings.lenience_floor):
+            exact = "; this server decodes exactly" if floor == 1 else ""
+            raise InvalidRequest(
+                f"an epsilon of {asked.epsilon} is below the server's lenience floor of {floor}{exact}",
+                param="speculation.lenience.epsilon",
+            )
+        return Lenience(asked.function, asked.epsilon)
 
     # ── from deltas to answers ──
 
@@ -155,7 +177,7 @@ class Generator:
             choices,
             chunk=False,
             usage=shapes.usage(generation.prompt_tokens, answers),
-            metrics=shapes.speculation_metrics(answers, generation.gamma),
+            metrics=generation.metrics(answers),
         )
         return JSONResponse(body)
 
@@ -177,8 +199,7 @@ class Generator:
                 yield _event(envelope.wrap([choice], chunk=True, **more))
             if body.include_usage:
                 closing = shapes.usage(generation.prompt_tokens, answers)
-                metrics = shapes.speculation_metrics(answers, generation.gamma)
-                yield _event(envelope.wrap([], chunk=True, usage=closing, metrics=metrics))
+                yield _event(envelope.wrap([], chunk=True, usage=closing, metrics=generation.metrics(answers)))
         except SlipstreamError as error:
             yield _event(error.body())
         finally:

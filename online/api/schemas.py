@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from online.messages import MAX_GAMMA
+from online.messages import MAX_GAMMA, LenienceFunction
 
 
 def _encodable(text: str) -> str:
@@ -30,10 +30,21 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool = False
 
 
+class LenienceOptions(BaseModel):
+    model_config = Body
+    function: LenienceFunction = Field(
+        description="of the target's p: lin: p / epsilon, sq: p / epsilon², exp: p^epsilon"
+    )
+    epsilon: float = Field(gt=0, le=1, description="1: exact; no smaller than the server's lenience_floor")
+
+
 class Speculation(BaseModel):
     model_config = Body
     gamma: int | None = Field(
         None, ge=0, le=MAX_GAMMA, description="tokens drafted a step; 0: none; null: as is fastest"
+    )
+    lenience: LenienceOptions | None = Field(
+        None, description="lossy: drafted tokens are kept more often than the target's distribution allows; null: exact"
     )
 
 

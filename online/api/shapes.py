@@ -3,10 +3,10 @@
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from online.messages import Delta, SpeculationStats, TextCodec, TokenLogprob
+from online.messages import Delta, Lenience, SpeculationStats, TextCodec, TokenLogprob
 
 Json = dict[str, Any]
 
@@ -89,13 +89,14 @@ def usage(prompt_tokens: int, answers: Sequence[Answer]) -> Json:
     }
 
 
-def speculation_metrics(answers: Sequence[Answer], gamma: int) -> Json | None:
+def speculation_metrics(answers: Sequence[Answer], gamma: int, lenience: Lenience | None) -> Json | None:
     """vLLM's per-request acceptance metrics, and ours: Σ min(p, q), and the draft version of every token range.
 
-    As in vLLM they describe one sequence, so there are none for several.
+    As in vLLM they describe one sequence, so there are none for several; but whether exactness was given up is told.
     """
+    rule = {"lossless": lenience is None or lenience.lossless, "lenience": lenience and asdict(lenience)}
     if len(answers) != 1:
-        return None
+        return None if rule["lossless"] else {"speculative_decoding": rule}
     stats = answers[0].stats
     tokens = len(answers[0].token_ids)
     return {
@@ -110,6 +111,7 @@ def speculation_metrics(answers: Sequence[Answer], gamma: int) -> Json | None:
             "acceptance_rate": stats.acceptance_rate,
             "tokens_per_target_forward": tokens / stats.steps if stats.steps else None,
             "draft_versions": [{"start": s, "end": e, "version": v} for s, e, v in stats.versions],
+            **rule,
         }
     }
 
