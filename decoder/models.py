@@ -106,6 +106,15 @@ def over_slots(modules: list[nn.Module], slots: int, capacity: int, vocab_size: 
     return [ModuleModel(module, shared, vocab_size) for module in modules]
 
 
+def save_first_draft(files: ModelFiles, folder: Path) -> None:
+    """The first draft as one safetensors file in its stored precision, whatever folder or hub id it came from.
+
+    Tensors have the live module's names, which for some families (GPT-NeoX) are not those of their files.
+    """
+    module = AutoModelForCausalLM.from_pretrained(files.draft, dtype="auto")
+    module.save_pretrained(folder, max_shard_size="1TB", save_original_format=False)
+
+
 def load_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
     """The target's tokenizer, after checking that the draft speaks the same one.
 

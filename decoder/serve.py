@@ -3,7 +3,6 @@
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import torch
 import transformers
@@ -22,6 +21,7 @@ from decoder.models import (
     load_models,
     load_tokenizer,
     refuse_windows,
+    save_first_draft,
 )
 from decoder.recorder import Recorder
 from decoder.service import DecoderService
@@ -87,7 +87,7 @@ def build(settings: Settings) -> FastAPI:
         engine.between_steps,
         registry,
         ArtifactStore(settings.artifacts_path),
-        lambda folder: _write_first_draft(files, folder),
+        lambda folder: save_first_draft(files, folder),
         git_commit(),
         lambda: fingerprint(target),
         RolloutGuard(settings.guard_requests),
@@ -130,15 +130,6 @@ def _load(
     models = load_models(files.draft, len(settings.routes), *size, device, settings.dtype, target.vocab_size)
     drafts = {route: LiveDraft(route, model) for route, model in zip(settings.routes, models, strict=True)}
     return HfCodec(tokenizer, files.name, target.vocab_size), target, drafts
-
-
-def _write_first_draft(files: ModelFiles, folder: Path) -> None:
-    """The first draft as one safetensors file in its stored precision, whatever folder or hub id it came from.
-
-    Tensors have the live module's names, which for some families (GPT-NeoX) are not those of their files.
-    """
-    module = transformers.AutoModelForCausalLM.from_pretrained(files.draft, dtype="auto")
-    module.save_pretrained(folder, max_shard_size="1TB", save_original_format=False)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from importlib import import_module
 COMMANDS = {
     "demo": ("lab.demo", "serve, learn and swap on this machine, and show what it gained"),
     "bench": ("lab.bench", "measure this engine beside transformers, under load, with swaps, with the recorder"),
+    "replay": ("lab.replay", "replay real queries through the whole loop, and compare ways to learn"),
     "distil": ("lab.distil", "warm a draft up on prompts, offline"),
     "reference-pair": ("lab.reference_pair", "train the embedded target, draft and tokenizer anew"),
 }

@@ -3,12 +3,13 @@
 import argparse
 import json
 import queue
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
@@ -19,12 +20,13 @@ from decoder.engine import Engine, EngineLimits
 from decoder.models import ModelFiles, end_ids, load_models, load_tokenizer
 from decoder.recorder import Recorder
 from lab import traffic
-from online.buffer import Bounds, MemoryBuffer
+from online.buffer import Bounds, MemoryBuffer, SignalBuffer
 from online.messages import Delta, Query, SpeculationStats
 from online.metrics import ServiceMetrics
 from online.settings import Settings
 
 ROUTE = "default"
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -111,21 +113,21 @@ class Answer:
 class Rig:
     """An engine and the parts around it. `complete` sends queries and waits for their answers."""
 
-    def __init__(self, engine: Engine, recorder: Recorder, buffer: MemoryBuffer, metrics: ServiceMetrics) -> None:
+    def __init__(self, engine: Engine, recorder: Recorder, buffer: SignalBuffer, metrics: ServiceMetrics) -> None:
         self.engine, self.recorder, self.buffer, self.metrics = engine, recorder, buffer, metrics
 
-    def between_steps(self, work: Callable[[], None]) -> None:
-        """Runs `work` on the engine's thread, and waits for it."""
-        done = threading.Event()
+    def between_steps(self, work: Callable[[], R]) -> R:
+        """Runs `work` on the engine's thread, the one that spreads over the cores, and waits for what it returns."""
+        done: Future[R] = Future()
 
         def change() -> None:
             try:
-                work()
-            finally:
-                done.set()
+                done.set_result(work())
+            except BaseException as error:
+                done.set_exception(error)
 
         self.engine.between_steps(change)
-        done.wait()
+        return done.result()
 
     def complete(self, queries: Sequence[Query], at_once: int = 0) -> list[Answer]:
         """Answers in the queries' order; `at_once` of them in flight, as one ends the next is sent (0: all)."""
@@ -157,19 +159,31 @@ class Rig:
 
 @contextmanager
 def rig(
-    pair: Pair, draft: str, slots: int, *, gamma: int = 0, max_tokens: int = 256, kept_contexts: int | None = None
+    pair: Pair,
+    draft: str,
+    slots: int,
+    *,
+    gamma: int = 0,
+    max_tokens: int = 256,
+    kept_contexts: int | None = None,
+    routes: Sequence[str] = (ROUTE,),
+    buffer: SignalBuffer | None = None,
 ) -> Iterator[Rig]:
-    """An engine that is up and has timed its models. `draft` is a folder or hub id; γ at most is the service's own."""
+    """An engine that is up and has timed its models.
+
+    `draft` is a folder or hub id, and every route begins with it; γ at most is the service's own; signals stay in
+    memory unless a `buffer` is given.
+    """
     settings, device = Settings(), device_of(pair.device)
     stay_on_one_core()
     metrics = ServiceMetrics(pair.files.name)
-    buffer = MemoryBuffer(Bounds(10**6, 2**34, 7 * 86400))
+    buffer = buffer or MemoryBuffer(Bounds(10**6, 2**34, 7 * 86400))
     recorder = Recorder(buffer, "lab", 4096, metrics)
     max_context = max(map(len, pair.prompts)) + max_tokens
     kept = settings.kept_contexts if kept_contexts is None else kept_contexts
     size = slots + kept, max_context + 1
     (target,) = load_models(pair.files.target, 1, *size, device, pair.dtype)
-    (model,) = load_models(draft, 1, *size, device, pair.dtype, target.vocab_size)
+    models = load_models(draft, len(routes), *size, device, pair.dtype, target.vocab_size)
     limits = EngineLimits(
         slots=slots,
         kept_contexts=kept,
@@ -182,7 +196,7 @@ def rig(
     )
     engine = Engine(
         target,
-        {ROUTE: LiveDraft(ROUTE, model)},
+        {route: LiveDraft(route, model) for route, model in zip(routes, models, strict=True)},
         pair.tokenizer.backend_tokenizer,
         end_ids(pair.files.target),
         limits,

@@ -69,6 +69,9 @@ class Settings(BaseSettings):
 
     # Training
     cycle_min_signals: int = Field(200, ge=2, description="new signals that start a cycle")
+    worth_gain: float = Field(
+        0.01, ge=0, description="gain in tokens per step below which a cycle was not worth it, and the next one waits"
+    )
     cycle_max_signals: int = Field(2000, ge=2, description="signals in one cycle's window, at most")
     replay_signals: int = Field(400, ge=0, description="older signals trained on again, at most")
     held_out_signals: int = Field(200, ge=1, description="held-out requests the gate compares on, at most")
@@ -78,9 +81,9 @@ class Settings(BaseSettings):
     lease_s: float = Field(30.0, gt=0, description="silence after which another worker may take a cycle over")
     trainer_device: str = Field("cpu", description="device of the trainer")
     trainer_threads: int = Field(1, ge=1, description="torch threads of the trainer")
-    learning_rate: float = Field(2e-3, gt=0)
-    epochs: int = Field(4, ge=1, description="passes over a cycle's window")
-    batch_signals: int = Field(8, ge=1, description="signals in a training batch")
+    recipe: dict[str, str | bool | int | float] = Field(
+        {}, description="JSON: how drafts are distilled, where other than by default; fields of trainer.distill.Recipe"
+    )
 
     # Swaps and rollback
     poll_s: float = Field(0.5, gt=0, description="how often a decoder looks for another active version")

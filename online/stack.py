@@ -3,6 +3,7 @@
 `slipstream up` runs it. Ctrl-C, or the end of this process however it comes, ends every child.
 """
 
+import json
 import logging
 import os
 import signal
@@ -147,7 +148,8 @@ def environment(settings: Settings) -> Mapping[str, str]:
     """The settings as SLIPSTREAM_* variables for a child, on top of what this process was given."""
     own = {}
     for name, value in settings.model_dump(exclude_none=True).items():
-        own[f"SLIPSTREAM_{name.upper()}"] = ",".join(value) if isinstance(value, tuple) else str(value)
+        text = ",".join(value) if isinstance(value, tuple) else json.dumps(value) if isinstance(value, dict) else value
+        own[f"SLIPSTREAM_{name.upper()}"] = str(text)
     return {**os.environ, **own, "PYTHONUNBUFFERED": "1", "SLIPSTREAM_DATA_DIR": str(settings.data_dir.absolute())}
 
 

@@ -110,12 +110,7 @@ def _learn(
     still_wanted: Callable[[], None],
 ) -> str:
     settings = shop.settings
-    recipe = Recipe(
-        learning_rate=settings.learning_rate,
-        epochs=settings.epochs,
-        batch_signals=settings.batch_signals,
-        seed=lease.cycle_id,
-    )
+    recipe = Recipe.of({**settings.recipe, "seed": lease.cycle_id})
     pad_id = int(module.config.pad_token_id or 0)  # type: ignore[union-attr, arg-type]
     distilled = distill(module, lessons, recipe, pad_id, still_wanted)
     digest = shop.artifacts.publish(lambda folder: _save(module, parent, shop, folder))

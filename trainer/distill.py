@@ -4,11 +4,13 @@ import copy
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field, TypeAdapter
 from torch import Tensor, nn
 
 from online.signals import Signal
@@ -23,18 +25,31 @@ class Recipe:
     """How a candidate is made; kept with its version."""
 
     divergence: str = "forward_kl"
-    beta: float = 0.5  # of the divergences that have one
-    branch_tokens: int = 0  # tokens of every rejected branch that are learnt from, too: the draft's own samples
-    branch_weight: float = 0.1  # of a position on one; on the emitted path it is 1
+    beta: Annotated[float, Field(ge=0, le=1)] = 0.5  # of the divergences that have one
+    branch_tokens: Annotated[int, Field(ge=0)] = 0  # learnt from of every rejected branch: the draft's own samples
+    branch_weight: Annotated[float, Field(ge=0)] = 0.1  # of a position on one; on the emitted path it is 1
     follow_temperature: bool = False  # compare at the request's temperature instead of at 1
-    selected_share: float = 1.0  # AdaSPEC: positions learnt from, those with the most to gain; 1: all
-    learning_rate: float = 2e-3
-    epochs: int = 4
-    batch_signals: int = 8
-    warmup_steps: int = 4
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
+    selected_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # AdaSPEC: those positions with the most to gain
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    epochs: Annotated[int, Field(ge=1)] = 4
+    batch_signals: Annotated[int, Field(ge=1)] = 8
+    warmup_steps: Annotated[int, Field(ge=0)] = 4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
     seed: int = 0
+
+    @classmethod
+    def of(cls, chosen: Mapping[str, str | bool | int | float]) -> "Recipe":
+        """The default recipe, but for what is chosen.
+
+        Raises:
+            ValueError: a field that recipes do not have, or a value that it can't have; both are named.
+        """
+        if unknown := set(chosen) - {field.name for field in fields(cls)}:
+            raise ValueError(f"recipe: no field {', '.join(sorted(unknown))}")
+        checked: Recipe = TypeAdapter(cls).validate_python(dict(chosen))
+        divergence(checked.divergence, checked.beta)
+        return checked
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)

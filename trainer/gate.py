@@ -56,8 +56,8 @@ def judge(
     batch_signals: int = 16,
 ) -> GateReport:
     """Compares two drafts, request by request. `candidate` holds the weights exactly as they would be served."""
-    old, old_rate = _evaluate(active, signals, gamma, pad_id, batch_signals)
-    new, new_rate = _evaluate(candidate, signals, gamma, pad_id, batch_signals)
+    old, old_rate = evaluate(active, signals, gamma, pad_id, batch_signals)
+    new, new_rate = evaluate(candidate, signals, gamma, pad_id, batch_signals)
     low, high = bootstrap_interval(new - old, seed)
     gain = float((new - old).mean()) if len(signals) else 0.0
     if len(signals) < MIN_REQUESTS:
@@ -89,8 +89,8 @@ def judge(
 
 
 @torch.inference_mode()
-def _evaluate(
-    module: nn.Module, signals: Sequence[Signal], gamma: int, pad_id: int, batch_signals: int
+def evaluate(
+    module: nn.Module, signals: Sequence[Signal], gamma: int, pad_id: int, batch_signals: int = 16
 ) -> tuple[Floats, Floats]:
     """Per request: expected tokens per step, and mean acceptance probability."""
     device = next(module.parameters()).device

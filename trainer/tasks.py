@@ -16,6 +16,7 @@ from online.embedded import die_with_parent
 from online.registry import Registry
 from online.settings import Settings
 from online.tables import connect
+from trainer.demand import look
 from trainer.exits import EXIT_LEASE_LOST, EXIT_REPORTED
 
 log = logging.getLogger("slipstream.tasks")
@@ -54,14 +55,15 @@ def cycle(cycle_id: int) -> str:
 
 @app.task(name=TICK_TASK)  # type: ignore[untyped-decorator]
 def tick() -> int:
-    """Starts a cycle wherever enough new signals wait, and sends unfinished ones again that nobody works on."""
+    """Starts a cycle wherever one is worth it, and sends unfinished ones again that nobody works on."""
     buffer, ledger, sent = signal_buffer(settings), _ledger(), 0
     for route in _registry().routes():
         buffer.trim(route.name)
-        waiting = buffer.new_signals(route.name, settings.cycle_min_signals)
         unfinished = ledger.unfinished(route.name)
-        if unfinished is None and waiting >= settings.cycle_min_signals:
-            unfinished, _ = ledger.request(route.name, "beat", f"{waiting} or more new signals")
+        if unfinished is None and (demand := look(buffer, ledger, _registry(), route.name, settings)).due:
+            unfinished, _ = ledger.request(route.name, "beat", demand.reason)
+            if demand.shift:
+                _registry().record("beat", "shift", route.name, demand.shift)
         # `take` decides: an attempt that is alive keeps its cycle, however often it is sent.
         if unfinished is not None:
             cycle.apply_async(args=[unfinished.id], expires=settings.tick_s * 3)

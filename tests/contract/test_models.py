@@ -15,9 +15,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from decoder.device import Graphs
 from decoder.drafts import LiveDraft
 from decoder.llama import Llama
-from decoder.models import LanguageModel, ModelFiles, ServedModel, fingerprint, over_slots, refuse_windows
+from decoder.models import (
+    LanguageModel,
+    ModelFiles,
+    ServedModel,
+    fingerprint,
+    over_slots,
+    refuse_windows,
+    save_first_draft,
+)
 from decoder.sampling import fit_vocabulary
-from decoder.serve import _write_first_draft
 from online.errors import InvalidRequest
 from tests.tabular import TableModel
 
@@ -223,7 +230,7 @@ def test_weights_carry_the_names_of_a_hugging_face_file(family: str, tmp_path: P
 def test_a_first_draft_of_any_family_can_be_swapped_in(family: str, tmp_path: Path) -> None:
     """GPT-NeoX names its head otherwise in a file than in a module."""
     module(family, seed=1).save_pretrained(tmp_path / "draft")
-    _write_first_draft(ModelFiles("", str(tmp_path / "draft"), ""), tmp_path / "artifact")
+    save_first_draft(ModelFiles("", str(tmp_path / "draft"), ""), tmp_path / "artifact")
     live, other = LiveDraft("default", served_model(family)[0]), served_model(family, seed=1)[0]
     live.install(live.stage(tmp_path / "artifact"), version=1)
     assert live.usable

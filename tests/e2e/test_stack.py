@@ -72,7 +72,7 @@ def test_ending_it_leaves_no_child(pair: TinyPair, tmp_path: Path, how: signal.S
 def test_the_loop_closes_and_survives_a_killed_worker(pair: TinyPair, tmp_path: Path) -> None:
     """Traffic in, kill -9 of the worker in the middle of a cycle, a better draft out; another run finds it again."""
     variables = {"target": pair.target, "draft": pair.spoilt, "cycle_min_signals": 80, "lease_s": 2}
-    variables |= {"learning_rate": 3e-3, "epochs": 200}  # long enough to be killed in the middle
+    variables |= {"recipe": '{"learning_rate": 3e-3, "epochs": 200}'}  # long enough to be killed in the middle
     with up(tmp_path, **variables) as (process, url), httpx.Client(base_url=url, timeout=60) as http:
 
         def ask(i: int) -> float:

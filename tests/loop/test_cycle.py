@@ -58,7 +58,7 @@ def test_delivered_often_it_makes_one_version(sqlite_loop: Loop, lessons: list[S
 def test_a_killed_training_process_is_tried_again_on_the_same_window(loop: Loop, lessons: list[Signal]) -> None:
     """kill -9 in the middle: the reason is kept, nothing is lost, nothing is made twice."""
     loop.feed(lessons)
-    with loop.worker(epochs=300):
+    with loop.worker(recipe={"epochs": 300}):
         cycle_id = loop.start_cycle()
         kill(loop.training(cycle_id))
         failed = until(lambda: c if (c := loop.ledger.cycle(cycle_id)).error else None)
@@ -78,7 +78,7 @@ def test_a_killed_worker_takes_its_training_along_and_the_next_one_goes_on(
 ) -> None:
     """kill -9 of the worker: its pool and the training end by themselves; Redis delivers the task again."""
     sqlite_loop.feed(lessons)
-    with sqlite_loop.worker(epochs=300) as worker:
+    with sqlite_loop.worker(recipe={"epochs": 300}) as worker:
         cycle_id = sqlite_loop.start_cycle()
         training = sqlite_loop.training(cycle_id)
         kill(worker.pid)
@@ -116,7 +116,7 @@ def test_a_window_whose_acknowledgement_was_lost_is_not_used_again(sqlite_loop: 
 def test_a_candidate_made_worse_is_refused(sqlite_loop: Loop, lessons: list[Signal], pair: TinyPair) -> None:
     """A learning rate that ruins the draft: registered with its report, never active."""
     sqlite_loop.feed(lessons)
-    with sqlite_loop.worker(learning_rate=30.0):
+    with sqlite_loop.worker(recipe={"learning_rate": 30.0}):
         cycle = sqlite_loop.finished(sqlite_loop.start_cycle())
     assert cycle.state == "rejected"
     assert active(sqlite_loop) == 1
@@ -151,7 +151,7 @@ def test_a_missing_parent_is_named_and_given_up(sqlite_loop: Loop, lessons: list
 def test_training_has_a_time_limit_and_the_worker_still_answers(sqlite_loop: Loop, lessons: list[Signal]) -> None:
     """A ping during training is answered; what takes too long is killed, with the reason."""
     sqlite_loop.feed(lessons)
-    with sqlite_loop.worker(epochs=5000, cycle_limit_s=12):
+    with sqlite_loop.worker(recipe={"epochs": 5000}, cycle_limit_s=12):
         cycle_id = sqlite_loop.start_cycle()
         sqlite_loop.training(cycle_id)
         assert sqlite_loop.celery.control.ping(timeout=3)

@@ -1,5 +1,7 @@
 """Distillation from signals alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -100,3 +102,28 @@ def test_signals_of_another_vocabulary_or_without_numbers_are_left_out(odd: dict
     """They would index beyond the embedding, or poison the loss."""
     assert usable(signal(), 320)
     assert not usable(signal(**odd), 320)
+
+
+def test_a_recipe_names_what_it_does_not_have() -> None:
+    """A misspelt field, or a value it can't take, is no cycle with the default recipe."""
+    assert Recipe.of({"epochs": 8, "divergence": "tvd++"}) == Recipe(epochs=8, divergence="tvd++")
+    for chosen, said in (({"epoch": 8}, "no field epoch"), ({"epochs": 0}, "epochs"), ({"divergence": "x"}, "'x'")):
+        with pytest.raises(ValueError, match=said):
+            Recipe.of(chosen)  # type: ignore[arg-type]
+
+
+def test_selection_learns_from_the_share_with_most_to_gain(pair: TinyPair) -> None:
+    """AdaSPEC over any divergence: a reference learns first, then the draft on what that could learn."""
+    module = AutoModelForCausalLM.from_pretrained(pair.spoilt, dtype=torch.float32)
+    told = distill(module, taught(pair.target, 16), Recipe(epochs=1, selected_share=0.4), pad_id=3)
+    assert told.positions == pytest.approx(0.4 * 16 * 24, abs=2)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jsd", "acceptance", "kl+acceptance"])
+def test_temperatures_are_followed(pair: TinyPair, name: str) -> None:
+    """Greedy and warm requests are compared at their own temperatures, whatever the divergence."""
+    signals = taught(pair.target, 8)
+    signals = [replace(s, temperature=(0.0, 0.7, 1.3)[i % 3]) for i, s in enumerate(signals)]
+    module = AutoModelForCausalLM.from_pretrained(pair.spoilt, dtype=torch.float32)
+    told = distill(module, signals, Recipe(epochs=6, divergence=name, follow_temperature=True), pad_id=3)
+    assert told.last_loss < told.first_loss

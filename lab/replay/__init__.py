@@ -1,0 +1,120 @@
+"""`python -m lab replay`: replays real queries through the whole loop, and shows what each way to learn gains.
+
+One process runs the engine, its recorder, a real Redis-protocol buffer, a registry, training cycles, the gate and
+swaps. Every arm answers the same stream; beside them stand the frozen first draft and no speculation. What has happened
+is kept in --out: a run that was stopped goes on where it was.
+"""
+
+import argparse
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+SHARED = Path(__file__).resolve().parents[2].parent / "shared"  # a folder of models and data beside the checkout
+
+
+def main() -> None:
+    from lab.replay.config import PRESETS
+
+    parser = argparse.ArgumentParser(
+        prog="python -m lab replay", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--preset", choices=PRESETS, help="over --data, or over installed packages without it")
+    what.add_argument("--config", type=Path, help="a TOML file with the fields of lab.replay.config.Replay")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="folder with train/DOMAIN.jsonl and stream/DOMAIN.jsonl (default: ../shared/data where there is one)",
+    )
+    parser.add_argument(
+        "--target", help="folder or hub id (default: beside the data, models/pair; else the embedded one)"
+    )
+    parser.add_argument("--draft", help="folder or hub id (default: as for the target)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--queries", type=int, default=1000, help="of every domain (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="one run each; a headline needs three (default: 1)")
+    parser.add_argument(
+        "--arm", action="append", metavar="NAME=JSON", help="settings of a further arm; may be repeated"
+    )
+    parser.add_argument("--held-out", type=int, help="held-out queries of a domain, each sampled and greedy")
+    parser.add_argument("--no-wall", action="store_true", help="leave the comparison of tokens per second out")
+    parser.add_argument("--out", type=Path, required=True, help="folder for logs, drafts and the report")
+    args = parser.parse_args()
+    try:
+        figures = replay(args)
+    except ValueError as error:
+        sys.exit(f"replay: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"replay: stopped; the same command with --out {args.out} goes on")
+    print(json.dumps(figures))
+
+
+def replay(args: argparse.Namespace) -> dict[str, Any]:
+    import transformers
+
+    from lab.replay import report
+    from lab.replay.run import ArmRun
+
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    started, config = time.monotonic(), _config(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    _same_as_before(config, args.out / "replay.json")
+
+    arms: dict[str, dict[int, Any]] = {arm.name: {} for arm in config.arms}
+    for seed in config.seeds:  # all arms of a seed before the next seed: what is there early can be compared
+        for arm in config.arms:
+            told = partial(_say, started, f"{arm.name} {seed}")
+            arms[arm.name][seed] = ArmRun(config, arm, seed, args.out / f"{arm.name}-{seed}", told).go()
+    found = report.figures(config, arms)
+    found["seconds"] = round(time.monotonic() - started, 1)
+    title = f"replay: {args.preset or args.config}"
+    chart = report.draw(config, arms, args.out / "chart.png")
+    found["report"] = str(report.write_html(config, found, chart, args.out / "report.html", title))
+    for name, domains in ((config.arms[0].name, found["domains"]), *found["arms"].items()):
+        print(f"\n{name}\n{report.table(domains)}")
+    told = f"{found['cycles']} cycles, {found['swaps']} swaps, {found['train_s']:.0f} s of training"
+    print(f"\n{told}; {found['report']}")
+    return rounded(found)
+
+
+def _say(started: float, who: str, line: str) -> None:
+    print(f"[{time.monotonic() - started:6.0f} s] {who}: {line}", flush=True)
+
+
+def _config(args: argparse.Namespace) -> Any:
+    from lab.replay.config import Arm, preset, read
+
+    given = {name: getattr(args, name) for name in ("target", "draft", "dtype", "seeds", "held_out")}
+    more: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if args.no_wall:
+        more["wall_queries"] = 0
+    arms = [Arm(name=name, settings=json.loads(text)) for name, _, text in (a.partition("=") for a in args.arm or ())]
+    if args.config:
+        config = read(args.config)
+        return config.model_copy(update={**more, "arms": [*config.arms, *arms]})
+    data = args.data or (SHARED / "data" if (SHARED / "data").is_dir() else None)
+    pair = SHARED / "models" / "pair"
+    if args.preset != "embedded" and data is not None and not args.target and pair.is_dir():
+        more = {"target": str(pair / "target"), "draft": str(pair / "draft"), **more}
+    config = preset(args.preset, data, args.queries, **more)
+    return config.model_copy(update={"arms": [*config.arms, *arms]})
+
+
+def _same_as_before(config: Any, path: Path) -> None:
+    """A folder holds one replay: going on with another configuration would mix two."""
+    told = json.dumps(config.model_dump(), indent=1)
+    if path.exists() and path.read_text() != told:
+        raise ValueError(f"{path.parent} holds a replay of another configuration; choose another --out")
+    path.write_text(told)
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [rounded(each) for each in value]
+    return round(value, 4) if isinstance(value, float) else value

@@ -1,0 +1,134 @@
+"""What a replay is: a pair, domains, the segments of a stream, the arms that are compared. A TOML file, or a preset."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lab import corpus
+
+Strict = ConfigDict(extra="forbid", frozen=True)
+DOMAINS = ("math", "sql", "shell", "code")
+PRESETS = ("abrupt", "gradual", "mixture", "recurring", "embedded")
+
+
+class Domain(BaseModel):
+    """Where prompts come from: a JSON-lines file, `package:NAME` of an installed one, or `hub:DATASET:SPLIT:FIELD`."""
+
+    model_config = Strict
+    traffic: str
+    held_out: str
+
+
+class Segment(BaseModel):
+    model_config = Strict
+    queries: Annotated[int, Field(ge=1)]
+    mix: dict[str, Annotated[float, Field(ge=0)]]  # domain → weight
+    fade: bool = False  # from the mix of the segment before to this one's, instead of at once
+
+    def weights(self, query: int, before: "Segment | None") -> dict[str, float]:
+        """Of the domains at the segment's `query`-th query."""
+        if before is None or not self.fade:
+            return dict(self.mix)
+        share = query / self.queries
+        old, new = (_normal(mix) for mix in (before.mix, self.mix))
+        return {name: (1 - share) * old.get(name, 0) + share * new.get(name, 0) for name in old | new}
+
+    @property
+    def main(self) -> str:
+        """The domain that most of its queries are of; empty where there are several such."""
+        most = max(self.mix.values())
+        leading = [name for name, weight in self.mix.items() if weight == most]
+        return leading[0] if len(leading) == 1 else ""
+
+
+class Arm(BaseModel):
+    """One way to learn. Beside all arms stand the frozen first draft and no speculation."""
+
+    model_config = Strict
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+    settings: dict[str, Any] = {}  # of the service, where they differ from `settings` below
+
+
+class Replay(BaseModel):
+    model_config = Strict
+    target: str = ""  # folder or hub id; empty: the embedded one
+    draft: str = ""
+    dtype: str = "auto"
+    domains: dict[str, Domain]
+    segments: Annotated[list[Segment], Field(min_length=1)]
+    arms: Annotated[list[Arm], Field(min_length=1)] = [Arm(name="loop")]
+    settings: dict[str, Any] = {}
+    seeds: Annotated[list[int], Field(min_length=1)] = [1]
+    at_once: Annotated[int, Field(ge=1)] = 8  # queries under way
+    max_tokens: Annotated[int, Field(ge=2)] = 128
+    longest_prompt: Annotated[int, Field(ge=1)] = 700
+    greedy_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    gamma: Annotated[int, Field(ge=1)] = 4  # of all traffic and exams, so that τ means the same everywhere
+    held_out: Annotated[int, Field(ge=8)] = 100  # queries of a domain, each asked sampled and greedy
+    look_every: Annotated[int, Field(ge=1)] = 50  # queries between two looks for work, as the service's clock does
+    wall_queries: Annotated[int, Field(ge=0)] = 24  # a turn of the comparison of tokens per second; 0: none
+    wall_turns: Annotated[int, Field(ge=2)] = 5
+
+    @model_validator(mode="after")
+    def _known_domains(self) -> Self:
+        for segment in self.segments:
+            if unknown := set(segment.mix) - set(self.domains):
+                raise ValueError(f"segments: {', '.join(sorted(unknown))} are not among domains")
+            if not any(segment.mix.values()):
+                raise ValueError("segments: a mix needs a weight above zero")
+        return self
+
+    @property
+    def queries(self) -> int:
+        return sum(segment.queries for segment in self.segments)
+
+
+def read(path: Path) -> Replay:
+    """Raises ValueError, naming the field, where the file is no replay."""
+    try:
+        return Replay(**tomllib.loads(path.read_text()))
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
+
+
+def preset(name: str, data: Path | None, queries: int, **more: Any) -> Replay:
+    """One of `PRESETS` over a folder with `train/` and `stream/`, or, without one, over installed packages."""
+    if name == "embedded" or data is None:
+        domains = packages(2 if name == "embedded" else 4)
+    else:
+        domains = {
+            domain: Domain(traffic=f"{data}/train/{domain}.jsonl", held_out=f"{data}/stream/{domain}.jsonl")
+            for domain in DOMAINS
+        }
+    if name == "recurring":
+        domains = dict(list(domains.items())[:2])
+    return Replay(domains=domains, segments=segments(name, list(domains), queries), **more)
+
+
+def segments(name: str, domains: list[str], queries: int) -> list[Segment]:
+    """`queries` of every domain, however they are spread."""
+    if name == "mixture":
+        return [Segment(queries=queries * len(domains), mix=dict.fromkeys(domains, 1.0))]
+    if name == "recurring":
+        return [Segment(queries=queries, mix={domain: 1.0}) for domain in domains * 2]
+    return [
+        Segment(queries=queries, mix={domain: 1.0}, fade=name == "gradual" and i > 0)
+        for i, domain in enumerate(domains)
+    ]
+
+
+def packages(count: int) -> dict[str, Domain]:
+    """The largest installed packages that the embedded pair has not seen."""
+    sizes: dict[str, int] = {}
+    for file in corpus.installed_files():
+        if corpus.is_held_out_package(file.package):
+            sizes[file.package] = sizes.get(file.package, 0) + file.path.stat().st_size
+    largest = sorted(sizes, key=lambda package: -sizes[package])[:count]
+    return {package.lower(): Domain(traffic=f"package:{package}", held_out=f"package:{package}") for package in largest}
+
+
+def _normal(mix: dict[str, float]) -> dict[str, float]:
+    total = sum(mix.values())
+    return {name: weight / total for name, weight in mix.items()}

@@ -1,0 +1,127 @@
+"""From the logs of a replay to its figures: per domain what was gained, per shift how fast, and what was forgotten."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lab.replay.config import Replay
+from lab.replay.run import Event, Log
+from lab.statistics import Floats, paired_ratio
+
+RECOVERED = 0.9  # share of a domain's plateau at which a shift counts as recovered
+WALLS = {"live_frozen": "wall_ratio", "live_plain": "wall_over_plain", "frozen_plain": "frozen_over_plain"}
+Logs = Mapping[int, Log]  # by seed
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """A segment, where it lies in the stream."""
+
+    domains: tuple[str, ...]
+    start: int
+    end: int
+
+
+def stretches(config: Replay) -> list[Stretch]:
+    found, at = [], 0
+    for segment in config.segments:
+        domains = (segment.main,) if segment.main else tuple(segment.mix)
+        found.append(Stretch(domains, at, at + segment.queries))
+        at += segment.queries
+    return found
+
+
+def summarise(config: Replay, logs: Logs) -> dict[str, Any]:
+    """By domain, over all seeds."""
+    found: dict[str, Any] = {}
+    for domain in config.domains:
+        last = [part for part in stretches(config) if domain in part.domains]
+        if last:
+            found[domain] = _domain(config, domain, last[-1].end, logs)
+    return found
+
+
+def _domain(config: Replay, domain: str, end: int, logs: Logs) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    before, after = (_exam(logs, domain, at, config.held_out) for at in (0, end))
+    for name, side in (("", slice(None)), ("sampled_", 0), ("greedy_", 1)):
+        old, new = before[side].reshape(-1, 4).T, after[side].reshape(-1, 4).T
+        ratio = paired_ratio((old[0], old[1]), (new[0], new[1]))
+        figures |= {
+            f"{name}tau_before": old[0].sum() / old[1].sum(),
+            f"{name}tau_after": new[0].sum() / new[1].sum(),
+            f"{name}tau_ratio": ratio.value,
+            f"{name}tau_ratio_low": ratio.low,
+            f"{name}tau_ratio_high": ratio.high,
+            f"{name}acceptance_before": old[2].sum() / old[3].sum(),
+            f"{name}acceptance_after": new[2].sum() / new[3].sum(),
+        }
+    walls = [event for log in logs.values() for event in log.of("wall", domain=domain, at=end)]
+    for at_once in [key for key in walls[0] if key.isdigit()] if walls else ():
+        suffix = "" if at_once == "1" else f"_{at_once}"
+        for pair, name in WALLS.items():
+            each = np.array([wall[at_once]["ratios"][pair] for wall in walls])
+            figures[f"{name}{suffix}"], figures[f"{name}{suffix}_low"] = np.median(each[:, :2], axis=0).tolist()
+        figures[f"gamma{suffix}"] = walls[0][at_once]["gamma"]
+    figures |= {"queries_to_recover": _median(_recoveries(config, domain, logs))}
+    figures |= {"forgetting": _median(_forgetting(config, domain, logs))}
+    return figures
+
+
+def _exam(logs: Logs, domain: str, at: int, held_out: int) -> Floats:
+    """[sampled and greedy, seeds × queries, (tokens, forwards, Σ overlap, compared)]."""
+    rows = np.array([log.of("exam", domain=domain, at=at)[0]["rows"] for log in logs.values()], float)
+    return rows.reshape(len(logs), 2, held_out, 4).swapaxes(0, 1)
+
+
+def _curve(log: Log, domain: str, upto: int) -> list[tuple[int, float]]:
+    """(queries, expected τ on held-out queries) after every swap, from the first draft's on."""
+    first = log.of("first")[0]["domains"][domain]["tau"]
+    return [(0, first), *((e["at"], e["domains"][domain]["tau"]) for e in log.of("swap") if e["at"] <= upto)]
+
+
+def _recoveries(config: Replay, domain: str, logs: Logs) -> Iterator[float]:
+    """Queries after each beginning of the domain until its expected τ has 90 % of what it ends with."""
+    for log in logs.values():
+        for part in stretches(config):
+            if part.domains != (domain,):
+                continue
+            curve = _curve(log, domain, part.end)
+            plateau = max(tau for at, tau in curve if at > part.start or at == curve[-1][0])
+            reached = next(at for at, tau in curve if tau >= RECOVERED * plateau)
+            yield max(0.0, reached - part.start)
+
+
+def _forgetting(config: Replay, domain: str, logs: Logs) -> Iterator[float]:
+    """Share of a domain's expected τ that is lost, at most, while other domains are learnt after it."""
+    parts = stretches(config)
+    for log in logs.values():
+        for i, part in enumerate(parts[:-1]):
+            if part.domains != (domain,):
+                continue
+            following = next((later.start for later in parts[i + 1 :] if domain in later.domains), parts[-1].end)
+            held = _curve(log, domain, part.end)[-1][1]
+            later = [tau for at, tau in _curve(log, domain, following) if at > part.end]
+            yield 1 - min(later, default=held) / held
+
+
+def _median(values: Iterator[float]) -> float | None:
+    found = list(values)
+    return float(np.median(found)) if found else None
+
+
+def live(logs: Logs, what: str) -> tuple[list[int], Floats, Floats]:
+    """(queries, mean over seeds, per seed [S, chunks]) of `frozen_tau`, `live_acceptance`, … along the stream."""
+    served: Sequence[list[Event]] = [log.of("served") for log in logs.values()]
+    shortest = min(map(len, served))
+    values = np.array([[np.mean(event[what]) for event in events[:shortest]] for events in served])
+    return [event["at"] for event in served[0][:shortest]], values.mean(0), values
+
+
+def compared(a: Logs, b: Logs, domain: str, at: int, held_out: int) -> list[float]:
+    """τ of arm `a` ÷ arm `b` on a domain's held-out queries, [value, low, high]."""
+    ours, theirs = (_exam(side, domain, at, held_out).reshape(-1, 4).T for side in (a, b))
+    ratio = paired_ratio((theirs[0], theirs[1]), (ours[0], ours[1]))
+    return [ratio.value, ratio.low, ratio.high]

@@ -1,0 +1,165 @@
+"""One arm of a replay with one seed: everything that happens goes into a log, and from the log it goes on."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from decoder.models import ModelFiles, load_tokenizer
+from lab.replay.config import Arm, Replay
+from lab.replay.service import FROZEN, LIVE, Service, serve
+from lab.replay.streams import Asked, Stream, exam
+from lab.replay.wall import compare_speeds
+from lab.rig import Answer
+from online.settings import Settings
+from online.signals import Signal
+
+Event = dict[str, Any]
+
+
+class Log:
+    """JSON lines. One that was cut short by a kill is dropped, and what it told happens again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.events: list[Event] = []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with suppress(ValueError):
+                self.events.append(json.loads(line))
+
+    def add(self, kind: str, at: int, **told: Any) -> Event:
+        event = {"kind": kind, "at": at, **told}
+        self.events.append(event)
+        with self._path.open("a") as file:
+            file.write(json.dumps(event) + "\n")
+        return event
+
+    def of(self, kind: str, **like: Any) -> list[Event]:
+        return [e for e in self.events if e["kind"] == kind and all(e.get(key) == value for key, value in like.items())]
+
+    @property
+    def served(self) -> int:
+        return sum(len(event["rows"]) for event in self.of("served"))
+
+
+class ArmRun:
+    def __init__(self, config: Replay, arm: Arm, seed: int, folder: Path, say: Callable[[str], None]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._config, self._seed, self._folder, self._say = config, seed, folder, say
+        given = {"target": config.target, "draft": config.draft, "lease_s": 3600.0, **config.settings, **arm.settings}
+        self._settings = Settings(**given)
+        self.log = Log(folder / "log.jsonl")
+        tokenizer = load_tokenizer(ModelFiles.of(self._settings))
+        self._stream = Stream(
+            config.domains, config.segments, tokenizer, config.longest_prompt, config.greedy_share, seed
+        )
+        self._exams = {
+            name: exam(name, domain.held_out, tokenizer, config.longest_prompt, config.held_out, seed)
+            for name, domain in config.domains.items()
+        }
+
+    def go(self) -> Log:
+        """Runs what the log does not tell of yet."""
+        if self.log.of("end"):
+            return self.log
+        with serve(self._config, self._settings, self._folder) as service:
+            for domain in self._exams:
+                if not self.log.of("exam", domain=domain, at=0):
+                    self._examine(service, domain, 0, FROZEN, store=True)
+            if not self.log.of("first"):
+                self.log.add("first", 0, domains=self._curves(service))
+            asked, at = iter(self._stream), 0
+            for segment in self._config.segments:
+                end = at + segment.queries
+                skipped = min(max(self.log.served - at, 0), segment.queries)
+                list(islice(asked, skipped))
+                for chunk in _chunks(islice(asked, segment.queries - skipped), self._config.look_every):
+                    self._serve(service, chunk)
+                domains = [segment.main] if segment.main else list(segment.mix)
+                for domain in domains:
+                    self._close(service, domain, end)
+                at = end
+        self.log.add("end", at)
+        return self.log
+
+    # ── what happens ──
+
+    def _serve(self, service: Service, chunk: Sequence[Asked]) -> None:
+        started, version = time.monotonic(), service.active
+        answers = service.answer(chunk, gamma=self._config.gamma, store=True)
+        seconds = time.monotonic() - started
+        signals = {s.request_id: s for s in service.newest(LIVE, len(chunk))}
+        both = [signals[one.name] for one in chunk if one.name in signals]
+        frozen = service.judge(service.first_draft, both)
+        live = service.judge(service.shop.artifacts.path(version.sha256), both)
+        rows = [_row(answer) for answer in answers]
+        at = self.log.served + len(rows)
+        told = {
+            f"{name}_{what}": values.tolist()
+            for name, judged in (("frozen", frozen), ("live", live))
+            for what, values in zip(("tau", "acceptance"), judged, strict=True)
+        }
+        domains = [one.domain for one in chunk]
+        self.log.add("served", at, version=version.id, seconds=seconds, rows=rows, domains=domains, **told)
+        tau = sum(row[0] for row in rows) / sum(row[1] for row in rows)
+        self._tell(at, f"{chunk[-1].domain:10} version {version.id:3d}  τ {tau:.2f}")
+        self._learn(service, at)
+
+    def _learn(self, service: Service, at: int) -> None:
+        cycle = service.look()
+        if cycle is None:
+            return
+        report = cycle.report
+        told = report.get("gate", report).get("reason", "")
+        self.log.add("cycle", at, state=cycle.state, train_s=report.get("train_s", 0.0), reason=told)
+        self._tell(at, f"cycle {cycle.id} {cycle.state}: {told}")
+        if cycle.state == "promoted":
+            self.log.add("swap", at, version=service.active.id, domains=self._curves(service))
+
+    def _close(self, service: Service, domain: str, at: int) -> None:
+        """A domain's segment has ended: its held-out queries are decoded, and timed."""
+        if not self.log.of("exam", domain=domain, at=at):
+            self._examine(service, domain, at, LIVE, store=False)
+        if self._config.wall_queries and not self.log.of("wall", domain=domain, at=at):
+            found = compare_speeds(service, self._exams[domain], self._config)
+            self.log.add("wall", at, domain=domain, **found)
+            ratio, low, high = found["1"]["ratios"]["live_frozen"]
+            self._tell(at, f"{domain}: tokens/s × {ratio} ({low} to {high})")
+
+    def _examine(self, service: Service, domain: str, at: int, route: str, store: bool) -> None:
+        answers = service.answer(self._exams[domain], route=route, gamma=self._config.gamma, store=store)
+        self.log.add("exam", at, domain=domain, rows=[_row(answer) for answer in answers])
+        tokens, steps = sum(len(a.ids) for a in answers), sum(a.stats.steps for a in answers)
+        self._tell(at, f"{domain}: {len(answers)} held-out queries, τ {tokens / steps:.2f}")
+
+    def _held_out(self, service: Service) -> dict[str, list[Signal]]:
+        """The exams' answers under the first draft: what later drafts are judged by without decoding."""
+        count = 2 * self._config.held_out * len(self._exams)
+        found: dict[str, list[Signal]] = {domain: [] for domain in self._exams}
+        for signal in service.newest(FROZEN, count):
+            found[signal.request_id.removeprefix("exam-").rsplit("-", 2)[0]].append(signal)
+        return found
+
+    def _tell(self, at: int, what: str) -> None:
+        self._say(f"{at:6d}/{self._config.queries}  {what}")
+
+    def _curves(self, service: Service) -> dict[str, dict[str, float]]:
+        """The active draft's expected τ and acceptance on every domain's held-out queries."""
+        found = {}
+        for domain, signals in self._held_out(service).items():
+            tokens, acceptance = service.judge(service.shop.artifacts.path(service.active.sha256), signals)
+            found[domain] = {"tau": float(tokens.mean()), "acceptance": float(acceptance.mean())}
+        return found
+
+
+def _row(answer: Answer) -> tuple[int, int, float, int]:
+    """Tokens, target forwards, Σ over compared positions of Σ min(p, q), compared positions."""
+    return len(answer.ids), answer.stats.steps, answer.stats.overlap, answer.stats.compared
+
+
+def _chunks(asked: Iterator[Asked], size: int) -> Iterator[list[Asked]]:
+    while chunk := list(islice(asked, size)):
+        yield chunk

@@ -1,0 +1,158 @@
+"""The service in one process: the engine, its recorder, a real buffer and registry, cycles, gate and swaps.
+
+What is missing beside `slipstream up` is what carries it: HTTP, Celery and its clock. A cycle runs where the clock
+would have started one, on the engine's own thread, so that a replay is the same on a busy machine and on an idle one.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from decoder.models import ModelFiles, fingerprint, save_first_draft
+from decoder.swap import Swapper
+from lab import rig
+from lab.replay.config import Replay
+from lab.replay.streams import Asked
+from migrations import upgrade
+from online.connections import git_commit
+from online.embedded import start_server
+from online.messages import Query
+from online.registry import Registry
+from online.rollout import RolloutGuard
+from online.settings import Settings
+from online.signals import Signal, decode
+from online.tables import Cycle, Version
+from trainer.cycle import Workshop, run
+from trainer.demand import look
+from trainer.gate import Floats, evaluate
+
+LIVE, FROZEN = "live", "frozen"  # the route that learns, and one that keeps the first draft, for exams
+SETTLE_S = 30.0
+LATEST = "99999999999999-0"
+
+
+class Service:
+    def __init__(self, shop: Workshop, serving: rig.Rig, swapper: Swapper, config: Replay) -> None:
+        self.shop, self._serving, self._swapper, self._config = shop, serving, swapper, config
+
+    @property
+    def registry(self) -> Registry:
+        return self.shop.registry
+
+    @property
+    def active(self) -> Version:
+        version = self.registry.active(LIVE)
+        assert version is not None, "the swapper registers a first draft"
+        return version
+
+    @property
+    def first_draft(self) -> Path:
+        return self.shop.artifacts.path(self.registry.versions(LIVE)[-1].sha256)
+
+    def answer(
+        self, asked: Sequence[Asked], *, route: str = LIVE, gamma: int | None, store: bool, at_once: int = 0
+    ) -> list[rig.Answer]:
+        """Answers in order. γ None: the engine's own choice."""
+        queries = [
+            Query(
+                id=one.name,
+                route=route,
+                prompt_ids=one.prompt_ids,
+                max_tokens=self._config.max_tokens,
+                temperature=one.temperature,
+                seed=one.seed,
+                gamma=gamma,
+                store=store,
+            )
+            for one in asked
+        ]
+        written = self._written(route)
+        answers = self._serving.complete(queries, at_once or self._config.at_once)
+        if failed := [answer.error for answer in answers if answer.error]:
+            raise RuntimeError(f"{len(failed)} queries failed: {failed[0]}")
+        if store:
+            self._settle(route, written + len(answers))
+        return answers
+
+    def look(self) -> Cycle | None:
+        """What the trainer's clock does: a cycle, if it is time for one; then what it promoted is swapped in."""
+        shop = self.shop
+        demand = look(shop.buffer, shop.ledger, shop.registry, LIVE, shop.settings)
+        if not demand.due:
+            return None
+        requested, _ = shop.ledger.request(LIVE, "replay", demand.reason)
+        lease = shop.ledger.take(requested.id, shop.settings.lease_s)
+        assert lease is not None, "nobody else works here"
+
+        def learn() -> str:
+            with torch.inference_mode(False), torch.enable_grad():
+                return run(shop, lease)
+
+        self._serving.between_steps(learn)
+        self._swapper.sync()
+        self._swapper.watch()
+        return shop.ledger.cycle(requested.id)
+
+    def judge(self, draft: Path, signals: Sequence[Signal]) -> tuple[Floats, Floats]:
+        """Expected tokens of a step with γ, and acceptance, of each signal's answer, had this draft drafted for it.
+
+        Answers are the target's whoever drafts, so drafts are compared on the very same ones.
+        """
+
+        def look() -> tuple[Floats, Floats]:
+            module = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32)
+            pad_id = int(module.config.pad_token_id or 0)
+            return evaluate(module, signals, self._config.gamma, pad_id)
+
+        return self._serving.between_steps(look)
+
+    def newest(self, route: str, count: int) -> list[Signal]:
+        """The route's last signals, oldest first."""
+        return [decode(entry.record) for entry in self.shop.buffer.before(route, LATEST, count)][::-1]
+
+    def _written(self, route: str) -> float:
+        registry = self._serving.metrics.registry
+        return registry.get_sample_value("slipstream_signals_written_total", {"route": route}) or 0.0
+
+    def _settle(self, route: str, count: float) -> None:
+        """Signals are written after clients have their answers: without waiting no two replays would be alike."""
+        deadline = time.monotonic() + SETTLE_S
+        while self._written(route) < count and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+@contextmanager
+def serve(config: Replay, settings: Settings, folder: Path) -> Iterator[Service]:
+    """A service that keeps all it knows in `folder`, and finds it again there."""
+    server, url = start_server(folder / "redis", max_bytes=2 * settings.buffer_bytes + 2**28)
+    try:
+        settings = settings.model_copy(update={"data_dir": folder, "redis_url": url, "routes": (LIVE,)})
+        upgrade(settings.sql_url)
+        shop = Workshop.of(settings)
+        files = ModelFiles.of(settings)
+        pair = rig.Pair(files, [[0] * config.longest_prompt], config.dtype, settings.device, torch.get_num_threads())
+        own = {"gamma": config.gamma, "max_tokens": config.max_tokens, "kept_contexts": 0}
+        with rig.rig(pair, files.draft, config.at_once, routes=(LIVE, FROZEN), buffer=shop.buffer, **own) as serving:
+            engine = serving.engine
+            swapper = Swapper(
+                {LIVE: engine.batch.drafts[LIVE]},
+                engine.between_steps,
+                shop.registry,
+                shop.artifacts,
+                lambda target_folder: save_first_draft(files, target_folder),
+                git_commit(),
+                lambda: fingerprint(engine.batch.target),  # type: ignore[arg-type]
+                RolloutGuard(settings.guard_requests),
+                serving.metrics,
+                settings.poll_s,
+            )
+            engine.on_finished = swapper.finished
+            swapper.sync()
+            yield Service(shop, serving, swapper, config)
+    finally:
+        server.terminate()
+        server.wait(10)

@@ -1,0 +1,61 @@
+"""Tokens per second on held-out queries: no speculation, the first draft, the live one, each at its own best γ.
+
+All three run in one engine and by turns. Before, a short round finds each draft's best γ, 0 included.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lab.replay.config import Replay
+from lab.replay.service import FROZEN, LIVE, Service
+from lab.replay.streams import Asked
+from lab.statistics import median_ratio
+
+GAMMAS = (0, 1, 2, 3, 4, 6, 8)
+ROUTES = {"plain": LIVE, "frozen": FROZEN, "live": LIVE}
+
+
+def compare_speeds(service: Service, asked: Sequence[Asked], config: Replay) -> dict[str, Any]:
+    """By sequences at once: tokens/s, the γ of each, and ratios [value, low, high] of every pair."""
+    found = {}
+    # Sampled and greedy ones alike in every turn.
+    mixed = [one for pair in zip(asked[: len(asked) // 2], asked[len(asked) // 2 :], strict=True) for one in pair]
+    for at_once in sorted({1, config.at_once}):
+        drafted = {name: route for name, route in ROUTES.items() if name != "plain"}
+        tried = mixed[: config.wall_queries]
+        best = {"plain": 0} | {name: _best_gamma(service, route, tried, at_once) for name, route in drafted.items()}
+        speeds: dict[str, list[float]] = {name: [] for name in ROUTES}
+        for turn in range(config.wall_turns):
+            first = turn * config.wall_queries
+            queries = [mixed[(first + i) % len(mixed)] for i in range(config.wall_queries)]
+            order = list(ROUTES) if turn % 2 else list(ROUTES)[::-1]
+            for name in order:
+                speeds[name].append(_speed(service, ROUTES[name], queries, best[name], at_once))
+        found[str(at_once)] = {
+            "gamma": best,
+            "tokens_per_s": {name: round(float(np.median(each)), 1) for name, each in speeds.items()},
+            "ratios": {
+                f"{a}_{b}": _ratio(speeds[a], speeds[b])
+                for a, b in (("live", "frozen"), ("live", "plain"), ("frozen", "plain"))
+            },
+        }
+    return found
+
+
+def _best_gamma(service: Service, route: str, asked: Sequence[Asked], at_once: int) -> int:
+    speeds = {gamma: _speed(service, route, asked, gamma, at_once) for gamma in GAMMAS}
+    return max(speeds, key=lambda gamma: speeds[gamma])
+
+
+def _speed(service: Service, route: str, asked: Sequence[Asked], gamma: int, at_once: int) -> float:
+    started = time.perf_counter()
+    answers = service.answer(asked, route=route, gamma=gamma, store=False, at_once=at_once)
+    return sum(len(answer.ids) for answer in answers) / (time.perf_counter() - started)
+
+
+def _ratio(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    ratio = median_ratio(np.array(a) / np.array(b))
+    return [round(ratio.value, 3), round(ratio.low, 3), round(ratio.high, 3)]

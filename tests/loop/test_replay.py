@@ -1,0 +1,147 @@
+"""The lab's replay over a tiny pair: the whole loop in one process, its report, and its going on after a stop."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from lab.replay import main
+from lab.replay.config import Domain, Replay, Segment, preset, read, segments
+from lab.replay.figures import stretches
+from lab.replay.run import ArmRun
+from tests.tiny import TinyPair
+
+KEYS = {
+    "tau_before", "tau_after", "tau_ratio_low", "acceptance_before", "acceptance_after", "wall_ratio",
+    "queries_to_recover", "forgetting",
+}  # fmt: skip
+
+
+def toml(folder: Path, pair: TinyPair, queries: int = 80) -> Path:
+    """Two domains of made-up prompts, one after the other; γ = 2, a cycle every 55 signals."""
+    rng = random.Random(0)
+    for name, letters in (("low", "abcdefgh"), ("high", "stuvwxyz")):
+        for side in ("traffic", "exam"):
+            lines = [json.dumps({"prompt": "".join(rng.choices(letters, k=8))}) for _ in range(200)]
+            (folder / f"{name}-{side}.jsonl").write_text("\n".join(lines))
+    domains = [
+        f'[domains.{name}]\ntraffic = "{folder}/{name}-traffic.jsonl"\nheld_out = "{folder}/{name}-exam.jsonl"'
+        for name in ("low", "high")
+    ]
+    parts = [f"[[segments]]\nqueries = {queries}\nmix = {{{name} = 1.0}}" for name in ("low", "high")]
+    top = f"""
+target = "{pair.target}"
+draft = "{pair.spoilt}"
+max_tokens = 32
+gamma = 2
+held_out = 10
+look_every = 20
+wall_queries = 4
+wall_turns = 2
+[settings]
+cycle_min_signals = 55
+worth_gain = 0.0
+recipe = {{learning_rate = 5e-3, epochs = 8}}
+"""
+    path = folder / "replay.toml"
+    path.write_text("\n".join([top, *domains, *parts]))
+    return path
+
+
+def replayed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> dict[str, object]:
+    """The command's last line."""
+    monkeypatch.setattr("sys.argv", ["replay", *words])
+    main()
+    found: dict[str, object] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return found
+
+
+def test_a_replay_learns_reports_and_goes_on(
+    pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drafts are swapped in, both domains gain, the report stands alone; run again it has nothing left to do."""
+    out = tmp_path / "out"
+    words = ["--config", str(toml(tmp_path, pair)), "--out", str(out)]
+    first = replayed(capsys, monkeypatch, *words)
+    assert first["swaps"] > 0  # type: ignore[operator]
+    for domain in ("low", "high"):
+        figures = first["domains"][domain]  # type: ignore[index]
+        assert figures.keys() >= KEYS
+        assert figures["tau_after"] > figures["tau_before"]
+        assert figures["gamma"]["plain"] == 0
+    assert first["domains"]["low"]["forgetting"] is not None  # type: ignore[index]
+    assert first["domains"]["high"]["queries_to_recover"] is not None  # type: ignore[index]
+    page = (out / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "http" not in page.replace("</html>", ""), "it fetches nothing"
+    again = replayed(capsys, monkeypatch, *words)
+    assert {**again, "seconds": 0} == {**first, "seconds": 0}
+
+
+def test_a_stopped_replay_goes_on_where_it_was(pair: TinyPair, tmp_path: Path) -> None:
+    """Every query is answered once, and what was learnt before the stop is still there."""
+
+    class Stopped(Exception): ...
+
+    def stop(line: str) -> None:
+        if "40/80" in line:
+            raise Stopped
+
+    config = read(toml(tmp_path, pair, queries=40)).model_copy(update={"wall_queries": 0})
+    arm, folder = config.arms[0], tmp_path / "arm"
+    with pytest.raises(Stopped):
+        ArmRun(config, arm, 1, folder, stop).go()
+    log = ArmRun(config, arm, 1, folder, lambda line: None).go()
+    assert log.served == 80
+    assert [event["at"] for event in log.of("served")] == [20, 40, 60, 80]
+    assert len(log.of("exam", at=0)) == 2
+    versions = [event["version"] for event in log.of("swap")]
+    assert versions == sorted(versions)
+
+
+def test_another_configuration_is_not_mixed_in(pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder holds one replay."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "replay.json").write_text("{}")
+    monkeypatch.setattr("sys.argv", ["replay", "--config", str(toml(tmp_path, pair)), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="holds a replay of another configuration"):
+        main()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("greedy_share = 2", "greedy_share"),
+        ("nonsense = 1", "nonsense"),
+        ("[[segments]]\nqueries = 5\nmix = {other = 1.0}", "other are not among domains"),
+    ],
+)
+def test_what_a_configuration_can_t_mean_is_named(pair: TinyPair, tmp_path: Path, change: str, said: str) -> None:
+    """The field and the reason."""
+    path = toml(tmp_path, pair)
+    path.write_text(path.read_text() + "\n" + change if change[0] == "[" else change + "\n" + path.read_text())
+    with pytest.raises(ValueError, match=said):
+        read(path)
+
+
+def test_presets_are_made_of_whole_segments(tmp_path: Path) -> None:
+    """Abrupt, fading, mixed, and coming back: the same number of queries of every domain."""
+    names = ["a", "b", "c"]
+    assert [part.main for part in segments("abrupt", names, 10)] == names
+    assert [part.fade for part in segments("gradual", names, 10)] == [False, True, True]
+    assert [part.main for part in segments("recurring", names[:2], 10)] == ["a", "b", "a", "b"]
+    (mixture,) = segments("mixture", names, 10)
+    assert (mixture.queries, mixture.main) == (30, "")
+    config = preset("recurring", tmp_path, 10)
+    assert [(part.domains, part.end) for part in stretches(config)] == [
+        (("math",), 10), (("sql",), 20), (("math",), 30), (("sql",), 40),
+    ]  # fmt: skip
+
+
+def test_a_fade_goes_from_one_mix_to_the_next() -> None:
+    """Linearly, over the segment."""
+    before, after = Segment(queries=5, mix={"a": 2.0}), Segment(queries=10, mix={"b": 1.0}, fade=True)
+    assert after.weights(0, before) == {"a": 1.0, "b": 0.0}
+    assert after.weights(5, before) == {"a": 0.5, "b": 0.5}
+    assert Replay(domains={"a": Domain(traffic="x", held_out="y")}, segments=[before]).queries == 5

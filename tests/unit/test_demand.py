@@ -1,0 +1,93 @@
+"""When a cycle is worth its cost."""
+
+import random
+
+import numpy as np
+import pytest
+
+from online.buffer import Bounds, MemoryBuffer
+from online.signals import encode
+from online.tables import Cycle
+from tests.signals import signal
+from trainer.demand import acceptance, fall, gain, rest
+
+
+def cycle(state: str, gained: float) -> Cycle:
+    return Cycle(route="r", state=state, report={"gate": {"gain": gained * 1.5, "active_tokens_per_step": 1.5}})
+
+
+def test_a_route_that_gains_little_rests_longer_each_time() -> None:
+    """Twice as many signals after every worthless cycle, sixteen times at most; one that was worth it ends the rest."""
+    small, worth = cycle("rejected", 0.001), cycle("promoted", 0.05)
+    assert rest([], 200, 0.01) == 200
+    assert rest([worth, small, small], 200, 0.01) == 200
+    assert rest([small, worth], 200, 0.01) == 400
+    assert rest([small, cycle("promoted", 0.005), worth], 200, 0.01) == 800
+    assert rest([small] * 8, 200, 0.01) == 3200
+
+
+def test_a_route_that_gains_much_goes_on_early() -> None:
+    """A quarter of the signals, but never too few to be examined on."""
+    assert rest([cycle("promoted", 0.3)], 200, 0.01) == 50
+    assert rest([cycle("promoted", 0.3)], 40, 0.01) == 16
+    assert rest([cycle("promoted", 0.3)], 8, 0.01) == 8
+
+
+def test_unfinished_cycles_and_lost_reports_say_nothing() -> None:
+    """A cycle that runs is not counted; one without a gate gained nothing."""
+    assert rest([cycle("running", 0.0), cycle("promoted", 0.05)], 200, 0.01) == 200
+    assert gain(Cycle(route="r", state="empty", report={"reason": "no signals"})) == 0
+    assert rest([Cycle(route="r", state="empty", report={})], 200, 0.01) == 400
+
+
+def rates(mean: float, count: int, rng: random.Random, deviation: float = 0.2) -> list[float]:
+    """Like those of real requests: between 0 and 1, and widely spread."""
+    strength = mean * (1 - mean) / deviation**2 - 1
+    return [rng.betavariate(mean * strength, (1 - mean) * strength) for _ in range(count)]
+
+
+def test_a_fall_of_acceptance_is_noticed_and_told() -> None:
+    """From a steady 0.55 to 0.25: within 50 requests of the shift, in all of 50 streams."""
+    for seed in range(50):
+        rng = random.Random(seed)
+        seen = rates(0.55, 60, rng) + rates(0.25, 50, rng)
+        assert fall(seen, 0.55).startswith("a shift: acceptance fell from 0.550 to 0.")
+
+
+@pytest.mark.parametrize("promised", [0.55, None])
+def test_steady_traffic_is_no_shift(promised: float | None) -> None:
+    """Fewer than one alarm in twenty over 200 requests, with the gate's figure or with the first requests' own."""
+    alarms = sum(bool(fall(rates(0.55, 200, random.Random(seed)), promised)) for seed in range(200))
+    assert alarms <= 10
+
+
+def test_too_few_requests_are_no_shift() -> None:
+    """Fifteen bad ones may be chance."""
+    assert fall([0.0] * 15, 0.5) == ""
+    assert fall([0.5] * 40, None) == ""
+
+
+def test_a_signal_s_acceptance_is_that_of_its_compared_positions() -> None:
+    """Σ min(p, q) up to and with the first rejection; nothing where nothing was drafted."""
+    drafted = signal()
+    # Step 1 compares two positions (one accepted, one not), step 2 one: in each 4 tokens with min(0.9, 0.8) / 4.
+    assert acceptance(drafted) == pytest.approx(0.8, abs=2e-3)
+    nothing = np.zeros(0, np.int32)
+    plain = signal(
+        step_start=np.arange(4, dtype=np.int32), step_drafted=np.zeros(4, np.int32), step_version=np.ones(4, np.int32),
+        step_accepted=np.zeros(4, np.int32), draft_ids=nothing, draft_logp=nothing.astype(np.float16),
+        top_ids=np.zeros((4, 4), np.int32), top_logp=np.zeros((4, 4), np.float16),
+        rest_mass=np.zeros(4, np.float16), draft_top_logp=np.zeros((0, 4), np.float16),
+    )  # fmt: skip
+    assert acceptance(plain) is None
+
+
+def test_new_signals_are_read_in_their_order() -> None:
+    """Oldest first, whatever the buffer gives, and junk is passed over."""
+    from trainer.demand import _acceptances
+
+    buffer = MemoryBuffer(Bounds(100, 2**20, 3600))
+    low = signal(draft_top_logp=np.full((3, 4), np.log(0.2), np.float16))
+    for record in (encode(signal()), b"junk", encode(low)):
+        buffer.append("r", record)
+    assert _acceptances(buffer, "r", 3) == pytest.approx([0.8, 0.8 * 0 + 4 * 0.2], abs=2e-3)

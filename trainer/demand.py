@@ -1,0 +1,130 @@
+"""When to train: by what another cycle is worth, not by count alone.
+
+Blind retraining on steady traffic buys nothing. So a route that gained little by its last cycles waits for twice as
+many new signals each time, and its cost falls towards nothing. A route that still gains much goes on early. Where its
+acceptance falls below what the active draft was promoted with, the traffic has shifted, and it is time at once.
+
+Pure but for `look`, and without torch: the clock asks this of every route, every few seconds.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from online.buffer import SignalBuffer
+from online.cycles import CycleLedger
+from online.errors import SignalError
+from online.registry import Registry
+from online.settings import Settings
+from online.signals import Signal, decode
+from online.tables import Cycle
+
+LONGEST_REST = 16  # times the usual number of new signals
+EARLY_SHARE = 4  # after a shift or a steep gain, one in so many of the usual number is enough
+STEEP_GAIN = 0.1  # of a cycle, in tokens per step: the next one will gain, too
+FEWEST = 16  # but never fewer: there has to be something to learn and something to be examined on
+SLACK, ALARM = 0.5, 8.0  # of the CUSUM, in standard deviations: a fall of one deviation is noticed after 16 requests
+LOOKED_AT = 400  # new signals that the detector reads, at most
+REFERENCE = 50  # first signals that stand for what is usual, where no gate has said it
+FINISHED = ("promoted", "held", "rejected", "empty", "failed")
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What the clock is told of a route."""
+
+    due: bool
+    waiting: int  # new signals, counted up to `needed`
+    needed: int
+    shift: str = ""  # how acceptance fell, where it did
+
+    @property
+    def reason(self) -> str:
+        return self.shift or f"{self.waiting} new signals"
+
+
+def look(buffer: SignalBuffer, ledger: CycleLedger, registry: Registry, route: str, settings: Settings) -> Demand:
+    """Reads what it takes to say whether a cycle of `route` is worth its cost now."""
+    least = early(settings.cycle_min_signals)
+    usual = rest(ledger.cycles(route, limit=8), settings.cycle_min_signals, settings.worth_gain)
+    waiting = buffer.new_signals(route, usual)
+    if waiting >= usual or waiting < least:
+        return Demand(waiting >= usual, waiting, usual)
+    version = registry.active(route)
+    promised = version.gate.get("candidate_acceptance") if version and version.gate else None
+    shift = fall(_acceptances(buffer, route, waiting), promised)
+    return Demand(bool(shift), waiting, least if shift else usual, shift)
+
+
+def rest(past: Sequence[Cycle], usual: int, worth_gain: float) -> int:
+    """New signals that the next cycle waits for. `past`: cycles of the route, newest first."""
+    finished = [cycle for cycle in past if cycle.state in FINISHED]
+    gains = [gain(cycle) if cycle.state in ("promoted", "held") else 0.0 for cycle in finished]
+    if gains and gains[0] >= STEEP_GAIN:
+        return early(usual)
+    worthless = next((i for i, gained in enumerate(gains) if gained >= worth_gain), len(gains))
+    return usual * min(LONGEST_REST, int(2**worthless))
+
+
+def early(usual: int) -> int:
+    return min(usual, max(FEWEST, usual // EARLY_SHARE))
+
+
+def gain(cycle: Cycle) -> float:
+    """What a cycle's gate measured, as a share of the active draft's tokens per step."""
+    gate = cycle.report.get("gate") or {}
+    before = gate.get("active_tokens_per_step") or 0.0
+    return float(gate.get("gain") or 0.0) / before if before else 0.0
+
+
+def fall(acceptances: Sequence[float], promised: float | None) -> str:
+    """How acceptance fell, oldest request first; empty where it did not.
+
+    A one-sided CUSUM (Page, 1954): the sum of how far requests lie below what is usual, less a slack, never below zero.
+    """
+    if promised is None:
+        usual, seen = acceptances[:REFERENCE], acceptances[REFERENCE:]
+        if len(usual) < REFERENCE:
+            return ""
+        promised = sum(usual) / len(usual)
+    else:
+        seen = acceptances
+    if len(seen) < FEWEST:
+        return ""
+    mean = sum(seen) / len(seen)
+    deviation = max(0.05, math.sqrt(sum((rate - mean) ** 2 for rate in seen) / len(seen)))
+    total = 0.0
+    for i, rate in enumerate(seen):
+        total = max(0.0, total + (promised - rate) / deviation - SLACK)
+        if total > ALARM:
+            recent = seen[max(0, i - FEWEST) :]
+            return f"a shift: acceptance fell from {promised:.3f} to {sum(recent) / len(recent):.3f}"
+    return ""
+
+
+def acceptance(signal: Signal) -> float | None:
+    """Mean Σ min(p, q) over a request's compared positions, from below; None where nothing was drafted."""
+    overlaps: list[float] = []
+    verified = drafted_before = 0
+    for drafted, accepted in zip(signal.step_drafted.tolist(), signal.step_accepted.tolist(), strict=True):
+        compared = min(accepted + 1, drafted)
+        p = np.exp(signal.top_logp[verified : verified + compared].astype(np.float32))
+        q = np.exp(signal.draft_top_logp[drafted_before : drafted_before + compared].astype(np.float32))
+        overlaps += np.minimum(p, q).sum(-1).tolist()
+        verified, drafted_before = verified + drafted + 1, drafted_before + drafted
+    return sum(overlaps) / len(overlaps) if overlaps else None
+
+
+def _acceptances(buffer: SignalBuffer, route: str, waiting: int) -> list[float]:
+    """Of the new signals, oldest first."""
+    found = []
+    for entry in reversed(buffer.before(route, "99999999999999-0", min(waiting, LOOKED_AT))):
+        try:
+            rate = acceptance(decode(entry.record))
+        except SignalError:
+            continue  # the cycle will count it
+        if rate is not None:
+            found.append(rate)
+    return found
