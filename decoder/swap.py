@@ -176,7 +176,7 @@ class Swapper:
                     self._roll_back(regression)
         for route in self._drafts:
             if (live := self._guard.live(route)) is not None:
-                self._metrics.acceptance.labels(route).set(live.mean)
+                self._metrics.acceptance.labels(route).set(live)
 
     def _roll_back(self, found: Regression) -> None:
         if self._registry.route(found.route).frozen:

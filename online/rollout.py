@@ -1,22 +1,78 @@
-"""The guard: a version whose live acceptance falls below its predecessor's interval is rolled back.
+"""Who may draft: a candidate's trial beside the active version, and the guard over a version that has become active.
 
-Pure bookkeeping. Who calls it and writes the rollback is the decoder, so it needs neither trainer nor Redis.
+Both compare live acceptance (Σ min(p, q) of finished requests that one version served alone) by the confidence
+sequence of `online.sequential`. Pure bookkeeping: who calls it and writes what follows is the decoder, so that neither
+trainer nor Redis is needed.
 """
 
-import math
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
-KEPT_REQUESTS = 500  # recent requests that stand for a version's live acceptance
-Z = 3.0  # half-width of an interval in standard errors: the guard looks after every request, so 1.96 would be too eager
+from online.sequential import Arm, Difference, difference
+
+KEPT_REQUESTS = 500  # recent requests that stand for a version's live acceptance, and those that the guard watches
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
-    mean: float
-    low: float
-    high: float
-    requests: int
+class Rules:
+    """When a comparison may speak."""
+
+    min_requests: int  # of either version, before anything is decided by acceptance
+    max_requests: int  # of each version, compared or not: then it is decided, one way or the other
+    margin: float  # acceptance that a candidate may lose: the gate has shown it better on held-out requests
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    outcome: Literal["promoted", "aborted"]
+    reason: str
+
+
+class Trial:
+    """A canary's acceptance beside the active version's, both taken over the same time."""
+
+    def __init__(self, version: int, beside: int, rules: Rules) -> None:
+        self.version, self.beside, self._rules = version, beside, rules
+        self.canary, self.active = Arm(), Arm()
+        self._requests = {version: 0, beside: 0}  # also those that compared no position
+
+    def observe(self, version: int, acceptance_rate: float | None) -> None:
+        """Counts one finished request that `version` served alone."""
+        if version not in self._requests:
+            return
+        self._requests[version] += 1
+        if acceptance_rate is not None:
+            (self.canary if version == self.version else self.active).add(acceptance_rate)
+
+    def verdict(self) -> Verdict | None:
+        """Promoted when it loses less than the margin, aborted when it loses anything, both with confidence.
+
+        After `max_requests` without either the means decide. One that could not be compared, because plain steps are
+        faster here than any draft, is taken at the gate's word.
+        """
+        seen = self._difference()
+        if seen is not None and seen.low > -self._rules.margin:
+            return Verdict("promoted", f"{self._figures(seen)}: above −{self._rules.margin:g}")
+        if seen is not None and seen.high < 0:
+            return Verdict("aborted", f"{self._figures(seen)}: below 0")
+        if (requests := min(self._requests.values())) < self._rules.max_requests:
+            return None
+        if seen is None:
+            return Verdict("promoted", f"{requests} requests and too few comparisons: on the gate's report alone")
+        outcome: Literal["promoted", "aborted"] = "promoted" if seen.mean >= -self._rules.margin else "aborted"
+        return Verdict(outcome, f"{self._figures(seen)}: undecided after {requests} requests, by the mean")
+
+    def _difference(self) -> Difference | None:
+        enough = min(self.canary.requests, self.active.requests) >= self._rules.min_requests
+        return difference(self.canary, self.active) if enough else None
+
+    def _figures(self, seen: Difference) -> str:
+        return (
+            f"acceptance {self.canary.mean:.3f} over {self.canary.requests} requests, version {self.beside}'s "
+            f"{self.active.mean:.3f} over {self.active.requests}, difference {seen}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,27 +82,32 @@ class Regression:
     route: str
     version: int
     baseline_version: int
-    live: Interval
-    baseline: Interval
+    live: Arm
+    baseline: Arm
 
     @property
     def reason(self) -> str:
         return (
-            f"live acceptance {self.live.mean:.3f} (at most {self.live.high:.3f}, {self.live.requests} requests) "
-            f"is below version {self.baseline_version}'s {self.baseline.mean:.3f} (at least {self.baseline.low:.3f})"
+            f"live acceptance {self.live.mean:.3f} over {self.live.requests} requests is below version "
+            f"{self.baseline_version}'s {self.baseline.mean:.3f}: difference {difference(self.live, self.baseline)}"
         )
 
 
 @dataclass
 class _Watch:
     version: int
-    rates: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT_REQUESTS))
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT_REQUESTS))
+    seen: Arm = field(default_factory=Arm)
     baseline_version: int = 0
-    baseline: Interval | None = None
+    baseline: Arm | None = None
 
 
 class RolloutGuard:
-    """Per route: the running version's acceptance, and the interval it has to hold. Not thread-safe."""
+    """Per route: the running version's acceptance, and its predecessor's, which it has to hold. Not thread-safe.
+
+    The two were served one after the other. What falls long after the change is the traffic's doing: so a version is
+    watched for its first `KEPT_REQUESTS` requests.
+    """
 
     def __init__(self, min_requests: int) -> None:
         self._min_requests = min_requests
@@ -61,33 +122,33 @@ class RolloutGuard:
         watch = self._watches[route] = _Watch(version)
         if before is not None and watched:
             # Too little seen of the predecessor says nothing; then its own mark is handed on.
-            enough = len(before.rates) >= self._min_requests
-            watch.baseline = interval(before.rates) if enough else before.baseline
+            enough = len(before.recent) >= self._min_requests
+            watch.baseline = arm(before.recent) if enough else before.baseline
             watch.baseline_version = before.version if enough else before.baseline_version
 
     def observe(self, route: str, version: int, acceptance_rate: float) -> Regression | None:
-        """Counts one finished request that `version` drafted alone."""
+        """Counts one finished request that `version` served alone."""
         watch = self._watches.get(route)
         if watch is None or watch.version != version:
             return None
-        watch.rates.append(acceptance_rate)
-        if watch.baseline is None or len(watch.rates) < self._min_requests:
+        watch.recent.append(acceptance_rate)
+        watch.seen.add(acceptance_rate)
+        if watch.baseline is None or not self._min_requests <= watch.seen.requests <= KEPT_REQUESTS:
             return None
-        live = interval(watch.rates)
-        if live.high >= watch.baseline.low:
+        if difference(watch.seen, watch.baseline).high >= 0:
             return None
-        found = Regression(route, version, watch.baseline_version, live, watch.baseline)
+        found = Regression(route, version, watch.baseline_version, watch.seen, watch.baseline)
         watch.baseline = None  # Said once.
         return found
 
-    def live(self, route: str) -> Interval | None:
+    def live(self, route: str) -> float | None:
+        """Mean acceptance of the version's recent requests."""
         watch = self._watches.get(route)
-        return interval(watch.rates) if watch and watch.rates else None
+        return arm(watch.recent).mean if watch and watch.recent else None
 
 
-def interval(rates: deque[float]) -> Interval:
-    count = len(rates)
-    mean = sum(rates) / count
-    variance = sum((rate - mean) ** 2 for rate in rates) / max(1, count - 1)
-    half = Z * math.sqrt(variance / count)
-    return Interval(mean, mean - half, mean + half, count)
+def arm(rates: Iterable[float]) -> Arm:
+    made = Arm()
+    for rate in rates:
+        made.add(rate)
+    return made
