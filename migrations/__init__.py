@@ -13,6 +13,6 @@ def config(url: str) -> Config:
     return made
 
 
-def upgrade(url: str) -> None:
-    """Brings the database to the newest schema. Safe to repeat."""
-    command.upgrade(config(url), "head")
+def upgrade(url: str, revision: str = "head") -> None:
+    """Brings the database to the newest schema, or to an older one on the way there. Safe to repeat."""
+    command.upgrade(config(url), revision)

@@ -14,6 +14,10 @@ if context.is_offline_mode():
         context.run_migrations()
 else:
     with connect(url).connect() as connection:
+        if connection.dialect.name == "sqlite":
+            # A change to a constraint makes its table anew, and dropping the old one would count as deleting rows that
+            # others refer to. Only outside of a transaction is SQLite told so, and SQLAlchemy begins one by itself.
+            connection.connection.execute("PRAGMA foreign_keys=OFF")
         context.configure(connection=connection, **options)
         with context.begin_transaction():
             context.run_migrations()

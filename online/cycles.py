@@ -12,8 +12,18 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from online.buffer import id_order
+from online.canaries import open_canary
 from online.errors import Conflict, NotFound
-from online.registry import Candidate, add_activation, add_version, newest_activation, raced, record, require_route
+from online.registry import (
+    Candidate,
+    add_activation,
+    add_version,
+    newest_activation,
+    raced,
+    record,
+    require_route,
+    running_canary,
+)
 from online.tables import Cycle, Version, now, transaction
 
 UNFINISHED = ("queued", "running")
@@ -38,12 +48,21 @@ class CycleLedger:
         self._engine = engine
 
     def request(self, route: str, actor: str, reason: str = "") -> tuple[Cycle, bool]:
-        """A queued cycle of the route, and whether it is new: one that is unfinished is returned instead."""
+        """A queued cycle of the route, and whether it is new: one that is unfinished is returned instead.
+
+        Raises:
+            Conflict: the last cycle's candidate is still on trial. What is learnt now could not be promoted over it.
+        """
         try:
             with transaction(self._engine, writes=True) as session:
                 require_route(session, route)
                 if (cycle := _unfinished(session, route)) is not None:
                     return cycle, False
+                if (canary := running_canary(session, route)) is not None:
+                    raise Conflict(
+                        f"version {canary.version} is a canary on route {route!r}; the next cycle waits for its end",
+                        code="canary_running",
+                    )
                 cycle = Cycle(route=route, state="queued", actor=actor)
                 session.add(cycle)
                 session.flush()
@@ -108,12 +127,19 @@ class CycleLedger:
         self._update(lease, state="queued", error=error, heartbeat_at=now())
 
     def conclude(
-        self, lease: Lease, parent: Version, candidate: Candidate, promote: bool, report: dict[str, Any]
+        self,
+        lease: Lease,
+        parent: Version,
+        candidate: Candidate,
+        promote: bool,
+        report: dict[str, Any],
+        canary_share: float = 0.0,
     ) -> Cycle:
         """Registers the candidate and promotes it, or not, in one transaction with the end of its cycle.
 
-        The promotion is held back when the route is frozen, or when its active version is no longer the one that the
-        candidate was compared with.
+        With a `canary_share` it first drafts for that share of the route's requests. It is held back when the route is
+        frozen, when another canary is running, or when the active version is no longer the one that it was compared
+        with.
 
         Raises:
             LeaseLost: another worker has the cycle.
@@ -121,7 +147,7 @@ class CycleLedger:
         """
         with raced(), transaction(self._engine, writes=True) as session:
             cycle = _close(session, lease, "rejected", report, "")
-            route = require_route(session, cycle.route)
+            route = require_route(session, cycle.route, change=True)
             newest = newest_activation(session, cycle.route)
             version = add_version(
                 session, cycle.route, candidate, "trainer", parent_id=parent.id, cycle_id=lease.cycle_id
@@ -130,6 +156,12 @@ class CycleLedger:
                 cycle.state, cycle.error = "held", "the route is frozen"
             elif promote and (newest is None or newest.to_version != parent.id):
                 cycle.state, cycle.error = "held", f"the active version is no longer {parent.id}"
+            elif promote and (canary := running_canary(session, cycle.route)) is not None:
+                cycle.state, cycle.error = "held", f"version {canary.version} is a canary on this route"
+            elif promote and canary_share:
+                cycle.state = "canary"
+                reason = candidate.gate["reason"]
+                open_canary(session, cycle.route, version.id, parent.id, canary_share, "trainer", reason)
             elif promote:
                 cycle.state = "promoted"
                 reason = candidate.gate["reason"]

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Engine, func, select
+from sqlalchemy import Engine, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from online.errors import Conflict, NotFound
-from online.tables import Activation, Audit, Route, Version, transaction
+from online.tables import Activation, Audit, Canary, Route, Version, now, transaction
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class Registry:
             Conflict: the version belongs to another route, is active already, or another change came first.
         """
         with raced(), transaction(self._engine, writes=True) as session:
-            require_route(session, route)
+            require_route(session, route, change=True)
             if _require_version(session, version_id).route != route:
                 raise Conflict(f"version {version_id} belongs to another route", param="version")
             return add_activation(session, route, newest_activation(session, route), version_id, kind, actor, reason)
@@ -117,7 +117,7 @@ class Registry:
             Conflict: nothing to go back to, or the active version is no longer `expected`.
         """
         with raced(), transaction(self._engine, writes=True) as session:
-            require_route(session, route)
+            require_route(session, route, change=True)
             history = _history(session, route)
             target = rollback_target([(past.kind, past.to_version) for past in history])
             if target is None:
@@ -156,8 +156,9 @@ class raced:
 # ── pieces that a larger transaction is made of ──
 
 
-def require_route(session: Session, name: str) -> Route:
-    route = session.get(Route, name)
+def require_route(session: Session, name: str, *, change: bool = False) -> Route:
+    """The route. `change`: whoever else would change what drafts for it waits until this transaction has ended."""
+    route = session.get(Route, name, with_for_update={"key_share": True} if change else None)
     if route is None:
         raise NotFound(f"no route named {name!r}", param="route", code="route_not_found")
     return route
@@ -206,7 +207,7 @@ def add_activation(
     """The activation that follows `after`, the newest one when the caller decided.
 
     Where another came in between, the unique key on (route, number) refuses this one: no decision is carried out on a
-    state that it was not made for.
+    state that it was not made for. A canary that is still running loses what it was compared with, and is superseded.
     """
     active = after.to_version if after else None
     if active == to:
@@ -223,7 +224,23 @@ def add_activation(
     session.add(activation)
     session.flush()
     record(session, actor, f"activate:{kind}", route, reason, from_version=active, to_version=to)
+    if (canary := running_canary(session, route)) is not None:
+        end_canary(session, canary, "superseded", actor, f"version {to} was activated: {reason}")
     return activation
+
+
+def running_canary(session: Session, route: str) -> Canary | None:
+    return session.scalars(select(Canary).where(Canary.route == route, Canary.state == "running")).one_or_none()
+
+
+def end_canary(session: Session, canary: Canary, state: str, actor: str, reason: str) -> bool:
+    """Ends a canary unless it has ended since it was read; then nothing is written."""
+    running = update(Canary).where(Canary.id == canary.id, Canary.state == "running")
+    ended = session.execute(running.values(state=state, actor=actor, reason=reason, finished_at=now()))
+    if ended.rowcount != 1:  # type: ignore[attr-defined]
+        return False
+    record(session, actor, f"canary:{state}", canary.route, reason, canary=canary.id, version=canary.version)
+    return True
 
 
 def record(session: Session, actor: str, action: str, route: str, reason: str = "", **detail: Any) -> None:

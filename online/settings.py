@@ -87,7 +87,22 @@ class Settings(BaseSettings):
 
     # Swaps and rollback
     poll_s: float = Field(0.5, gt=0, description="how often a decoder looks for another active version")
-    guard_requests: int = Field(20, ge=2, description="requests on a new version before the guard may roll it back")
+    guard_requests: int = Field(
+        20, ge=2, description="requests on a version before its live acceptance may roll it back or decide a canary"
+    )
+    canary_share: float = Field(
+        0.2,
+        ge=0,
+        le=0.5,
+        allow_inf_nan=False,
+        description="share of a route's requests that a candidate drafts for on trial; 0: it is promoted at once",
+    )
+    canary_requests: int = Field(
+        400, ge=2, description="requests on a canary, and beside it, after which the means decide"
+    )
+    canary_margin: float = Field(
+        0.03, ge=0, le=1, allow_inf_nan=False, description="live acceptance that a candidate may lose and be promoted"
+    )
 
     @field_validator("generation_keys", "admin_keys", "routes", "closed_routes", mode="before")
     @classmethod
@@ -118,6 +133,8 @@ class Settings(BaseSettings):
             raise ValueError("routes: at least one is needed")
         if unknown := set(self.closed_routes) - set(self.routes):
             raise ValueError(f"closed_routes: {sorted(unknown)} are not among routes")
+        if self.canary_requests < self.guard_requests:
+            raise ValueError("canary_requests is below guard_requests: no canary would ever be compared")
         if self.cycle_max_signals < self.cycle_min_signals:
             raise ValueError("cycle_max_signals is below cycle_min_signals")
         if bool(self.admin_keys) != bool(self.generation_keys):

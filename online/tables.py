@@ -30,7 +30,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from online.errors import InvalidRequest, Unavailable
 
-CYCLE_STATES = ("queued", "running", "promoted", "held", "rejected", "empty", "failed")
+CYCLE_STATES = ("queued", "running", "promoted", "canary", "held", "rejected", "empty", "failed")
+CANARY_STATES = ("running", "promoted", "aborted", "superseded")
 ACTIVATION_KINDS = ("initial", "promotion", "manual", "rollback", "auto_rollback")
 
 
@@ -139,6 +140,36 @@ class Cycle(Base):
     window_last: Mapped[str | None]
     report: Mapped[dict[str, Any]] = mapped_column(default=dict)
     error: Mapped[str] = mapped_column(default="")
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    finished_at: Mapped[datetime | None]
+
+
+class Canary(Base):
+    """A candidate that drafts for a share of its route's requests, beside the version that was active when it came.
+
+    `actor` and `reason` are of its end once it has one; who began it is in the audit.
+    """
+
+    __tablename__ = "canaries"
+    __table_args__ = (
+        CheckConstraint(f"state IN {CANARY_STATES}", name="state"),
+        Index(
+            "uq_canaries_running",
+            "route",
+            unique=True,
+            sqlite_where=text("state = 'running'"),
+            postgresql_where=text("state = 'running'"),
+        ),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    route: Mapped[str] = mapped_column(ForeignKey("routes.name"))
+    version: Mapped[int] = mapped_column(ForeignKey("versions.id"))
+    beside_version: Mapped[int] = mapped_column(ForeignKey("versions.id"))
+    share: Mapped[float]
+    state: Mapped[str]
+    actor: Mapped[str]
+    reason: Mapped[str]
     created_at: Mapped[datetime] = mapped_column(default=now)
     finished_at: Mapped[datetime | None]
 

@@ -132,7 +132,7 @@ def _learn(
         "last_loss": distilled.last_loss,
         "train_s": round(distilled.seconds, 2),
     }
-    cycle = shop.ledger.conclude(lease, parent, made, report.promote, figures)
+    cycle = shop.ledger.conclude(lease, parent, made, report.promote, figures, settings.canary_share)
     log.info("cycle %d: %s, %s (%.1f s of training)", lease.cycle_id, cycle.state, report.reason, distilled.seconds)
     return cycle.state
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from functools import cache
 
+from online.canaries import CanaryLedger
 from online.connections import CYCLE_TASK, TICK_TASK, celery_app, signal_buffer
 from online.cycles import CycleLedger, Lease, LeaseLost
 from online.embedded import die_with_parent
@@ -34,6 +35,11 @@ def _registry() -> Registry:
     return Registry(connect(settings.sql_url))
 
 
+@cache
+def _canaries() -> CanaryLedger:
+    return CanaryLedger(connect(settings.sql_url))
+
+
 @app.task(name=CYCLE_TASK)  # type: ignore[untyped-decorator]
 def cycle(cycle_id: int) -> str:
     """Works a queued cycle, or one whose worker went silent. Delivered twice, the second delivery finds it taken."""
@@ -55,12 +61,17 @@ def cycle(cycle_id: int) -> str:
 
 @app.task(name=TICK_TASK)  # type: ignore[untyped-decorator]
 def tick() -> int:
-    """Starts a cycle wherever one is worth it, and sends unfinished ones again that nobody works on."""
+    """Starts a cycle wherever one is worth it, and sends unfinished ones again that nobody works on.
+
+    While a canary is on trial no cycle starts: its signals wait, and the next draft will descend from whichever wins.
+    """
     buffer, ledger, sent = signal_buffer(settings), _ledger(), 0
+    canaries = _canaries().running()
     for route in _registry().routes():
         buffer.trim(route.name)
         unfinished = ledger.unfinished(route.name)
-        if unfinished is None and (demand := look(buffer, ledger, _registry(), route.name, settings)).due:
+        free = unfinished is None and route.name not in canaries
+        if free and (demand := look(buffer, ledger, _registry(), route.name, settings)).due:
             unfinished, _ = ledger.request(route.name, "beat", demand.reason)
             if demand.shift:
                 _registry().record("beat", "shift", route.name, demand.shift)

@@ -1,0 +1,173 @@
+"""Canaries on SQLite and PostgreSQL: one a route, ended once, by whoever comes first."""
+
+import itertools
+
+import pytest
+from sqlalchemy import Engine
+from sqlalchemy.exc import IntegrityError
+
+from online.canaries import CanaryLedger, open_canary
+from online.cycles import CycleLedger
+from online.errors import Conflict, NotFound
+from online.registry import Registry
+from online.tables import Canary, Cycle, transaction
+from tests.contract.test_cycles import active, leased
+from tests.contract.test_registry import at_once, candidate, version
+
+
+@pytest.fixture
+def registry(database: Engine) -> Registry:
+    made = Registry(database)
+    made.ensure_routes(("default", "other"))
+    made.register_first("default", candidate(), "decoder")
+    return made
+
+
+@pytest.fixture
+def ledger(database: Engine, registry: Registry) -> CycleLedger:
+    return CycleLedger(database)
+
+
+@pytest.fixture
+def canaries(database: Engine) -> CanaryLedger:
+    return CanaryLedger(database)
+
+
+def conclude(ledger: CycleLedger, registry: Registry, share: float = 0.2) -> Cycle:
+    made = candidate("b" * 64)
+    made.gate["reason"] = "better"
+    return ledger.conclude(leased(ledger), active(registry), made, True, {}, share)
+
+
+@pytest.fixture
+def canary(ledger: CycleLedger, registry: Registry, canaries: CanaryLedger) -> Canary:
+    """Version 2 beside version 1."""
+    conclude(ledger, registry)
+    return canaries.require("default")
+
+
+def test_a_candidate_goes_on_trial_before_it_is_promoted(
+    ledger: CycleLedger,
+    registry: Registry,
+    canaries: CanaryLedger,
+) -> None:
+    """Its cycle has ended, the active version stays, and the audit says who began the trial and why."""
+    cycle = conclude(ledger, registry)
+    canary = canaries.running()["default"]
+    assert (cycle.state, cycle.report["version"], active(registry).id) == ("canary", canary.version, 1)
+    assert (canary.beside_version, canary.share, canary.state, canary.finished_at) == (1, 0.2, "running", None)
+    begun = registry.audit()[0]
+    assert (begun.actor, begun.action, begun.reason) == ("trainer", "canary:start", "better")
+    with pytest.raises(NotFound):
+        canaries.require("other")
+
+
+def test_no_cycle_starts_while_a_canary_runs(ledger: CycleLedger, canary: Canary, canaries: CanaryLedger) -> None:
+    """Its candidate could not be promoted over the one on trial; afterwards cycles start again."""
+    with pytest.raises(Conflict) as refused:
+        ledger.request("default", "op")
+    assert refused.value.code == "canary_running"
+    assert ledger.request("other", "op")[1]
+    canaries.finish(canary, "aborted", "canary", "worse")
+    assert ledger.request("default", "op")[1]
+
+
+def test_promotion_is_an_activation_with_the_tests_figures(
+    registry: Registry,
+    canary: Canary,
+    canaries: CanaryLedger,
+) -> None:
+    """One transaction: the canary's end, the activation, both audited."""
+    canaries.finish(canary, "promoted", "canary", "difference +0.05")
+    newest = registry.activations("default")[0]
+    assert (newest.kind, newest.actor, newest.reason) == ("promotion", "canary", "difference +0.05")
+    assert (newest.from_version, newest.to_version) == (1, canary.version)
+    ended = canaries.canaries("default")[0]
+    assert (ended.state, ended.actor, ended.reason) == ("promoted", "canary", "difference +0.05")
+    assert ended.finished_at is not None
+    assert canaries.running() == {}
+    assert {a.action for a in registry.audit(2)} == {"canary:promoted", "activate:promotion"}
+    assert canaries.counts() == {("default", "promoted"): 1}
+
+
+def test_an_aborted_canary_changes_nothing_else(registry: Registry, canary: Canary, canaries: CanaryLedger) -> None:
+    """The version is kept with its gate report; another one may go on trial."""
+    canaries.finish(canary, "aborted", "canary", "difference −0.2")
+    assert active(registry).id == 1
+    assert registry.version(canary.version).gate["reason"] == "better"
+    assert canaries.canaries()[0].state == "aborted"
+
+
+def test_of_two_decisions_the_first_one_stands(registry: Registry, canary: Canary, canaries: CanaryLedger) -> None:
+    """Several decoders test on their own: one writes, the others are told, whatever they found."""
+    outcomes = ("promoted", "aborted") * 4
+    results = at_once(8, lambda i: canaries.finish(canary, outcomes[i], f"decoder-{i}", "sure"))
+    assert [r for r in results if r is not None and not isinstance(r, Conflict)] == []
+    assert results.count(None) == 1
+    won = outcomes[results.index(None)]
+    assert canaries.canaries()[0].state == won
+    assert active(registry).id == (canary.version if won == "promoted" else 1)
+
+
+@pytest.mark.parametrize("change", ["activate", "rollback"])
+def test_any_other_activation_supersedes_a_canary(
+    registry: Registry,
+    database: Engine,
+    ledger: CycleLedger,
+    canaries: CanaryLedger,
+    change: str,
+) -> None:
+    """What it was compared with is active no more. A decision that comes later is told."""
+    second = version(database, sha256="c" * 64)
+    registry.activate("default", second, "manual", "alice", "first")
+    conclude(ledger, registry)
+    canary = canaries.require("default")
+    assert canary.beside_version == second
+    if change == "activate":
+        registry.activate("default", 1, "manual", "alice", "back")
+    else:
+        registry.rollback("default", "rollback", "alice", "back")
+    ended = canaries.canaries()[0]
+    assert (ended.state, ended.actor, ended.reason) == ("superseded", "alice", "version 1 was activated: back")
+    assert "canary:superseded" in {a.action for a in registry.audit(3)}
+    with pytest.raises(Conflict):
+        canaries.finish(canary, "promoted", "canary", "late")
+    assert active(registry).id == 1
+
+
+def test_a_frozen_routes_canary_is_held(registry: Registry, canary: Canary, canaries: CanaryLedger) -> None:
+    """Nothing moves by itself; an operator may still decide."""
+    registry.set_frozen("default", True, "alice", "release week")
+    for outcome in ("promoted", "aborted"):
+        with pytest.raises(Conflict) as refused:
+            canaries.finish(canary, outcome, "canary", "sure")  # type: ignore[arg-type]
+        assert refused.value.code == "route_frozen"
+    canaries.finish(canary, "promoted", "alice", "I know better", even_frozen=True)
+    assert active(registry).id == canary.version
+
+
+def test_one_canary_a_route(database: Engine, canary: Canary) -> None:
+    """The table itself refuses a second one that runs."""
+    with pytest.raises(IntegrityError), transaction(database, writes=True) as session:
+        open_canary(session, "default", canary.version, 1, 0.1, "test", "second")
+
+
+def test_a_rollback_and_a_promotion_at_once_make_a_straight_line(
+    registry: Registry,
+    database: Engine,
+    canary: Canary,
+    canaries: CanaryLedger,
+) -> None:
+    """Whichever comes first: the canary ends once, and no activation starts where the one before did not end."""
+    other = version(database, sha256="d" * 64)
+    calls = (
+        lambda: registry.activate("default", other, "manual", "alice", "at once"),
+        lambda: canaries.finish(canary, "promoted", "canary", "at once"),
+    )
+    at_once(2, lambda i: calls[i]())
+    line = list(reversed(registry.activations("default")))
+    assert all(a.from_version == b.to_version for b, a in itertools.pairwise(line))
+    assert canaries.canaries()[0].state == (
+        "promoted" if canary.version in {a.to_version for a in line} else "superseded"
+    )
+    assert active(registry).id == other
