@@ -58,9 +58,7 @@ class Batch:
         self._prefixes = Prefixes(range(limits.slots, limits.slots + limits.kept_contexts))
         self._metrics, self._device = metrics, device
         self._planner = Planner(target.vocab_size, device)
-        self._drafting = Drafting(
-            self.rows, drafts, self.control, limits.prefill_tokens, target.vocab_size, metrics, device
-        )
+        self._drafting = Drafting(self.rows, self.control, limits.prefill_tokens, target.vocab_size, metrics, device)
 
     def measure_costs(self, dummies: Callable[[int, int], list[Row]]) -> None:
         """Times whole steps, for the choice of γ. `dummies` makes rows that all draft γ tokens. Only while empty."""
@@ -117,14 +115,15 @@ class Batch:
         """Takes rows in. Their prompts are encoded by the next steps, beyond what another context shares with them."""
         live = [self._context(slot) for slot in range(len(self.rows))]
         for row in rows:
-            row.acceptance.parent = self.drafts[row.query.route].acceptance
+            row.draft = self.drafts[row.query.route].assigned(row.query.id)
+            row.acceptance.parent = row.draft.acceptance
             self._reuse(row, len(self.rows), live)
             self._metrics.prefix(len(row.tokens) - 1, row.cached)
             self.rows.append(row)
 
     def _reuse(self, row: Row, slot: int, live: list[Context]) -> None:
         """Copies what another context has of the row's beginning into the row's slot-to-be."""
-        draft = self.drafts[row.query.route]
+        draft = row.draft
         found = self._prefixes.longest(row.query.route, row.tokens[:-1], draft.version, live)
         if found is None:
             return
@@ -222,7 +221,7 @@ class Batch:
         emitted = 0
         for i, (row, drafted, verdict) in enumerate(zip(plan.rows, plan.drafted, verdicts, strict=True)):
             accepted, following, following_p, overlap, draft = verdict
-            start, version = row.emitted, self.drafts[row.query.route].version
+            start, version = row.emitted, row.draft.version
             new = [*draft[:accepted], following]
             taken, text = row.extend(new)
             row.emitted_p += [*[math.nan] * accepted, following_p][:taken]

@@ -1,12 +1,12 @@
 """The draft side of a batch: how many tokens each row drafts, what its draft still lacks of its context, and proposals.
 
-Nothing that fails here reaches a client: a route whose draft fails is decoded plainly.
+Nothing that fails here reaches a client: rows whose draft fails are decoded plainly.
 Legend: B rows, T tokens, G drafted positions, V vocabulary.
 """
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
@@ -35,27 +35,26 @@ class Drafting:
     def __init__(
         self,
         rows: list[Row],
-        drafts: Mapping[str, LiveDraft],
         control: Control,
         prefill_tokens: int,
         vocab_size: int,
         metrics: ServiceMetrics,
         device: torch.device | str,
     ) -> None:
-        self.rows, self.drafts, self.control = rows, drafts, control
+        self.rows, self.control = rows, control
         self._prefill_tokens, self._vocab_size = prefill_tokens, vocab_size
         self._metrics, self._device = metrics, device
         self._empty: dict[int, Proposal] = {}
 
     def copy(self, row: Row, source: int, destination: int) -> None:
         """What the row's draft has encoded of its context goes to another slot."""
-        draft = self.drafts[row.query.route]
+        draft = row.draft
         if draft.usable and row.draft_cached:
             self._guarded(draft, lambda: draft.model.copy(source, destination, row.draft_cached))
 
     def choose(self, rows: list[Row]) -> list[int]:
         """How many tokens each row drafts in this step."""
-        usable = [self.drafts[row.query.route].usable for row in rows]
+        usable = [row.draft.usable for row in rows]
         ours = [i for i, row in enumerate(rows) if usable[i] and row.query.gamma is None]
         gamma = self.control.gamma([rows[i].acceptance.rate for i in ours], len(rows))
         if gamma == 0 and self.control.credit_s > 0:
@@ -91,7 +90,7 @@ class Drafting:
             return
         started = time.perf_counter()
         best = max(ripe, key=lambda i: known[i] / self.rows[i].draft_lag)
-        draft = self.drafts[self.rows[best].query.route]
+        draft = self.rows[best].draft
         if self.rows[best].draft_lag > DRAFT_PREFILL * self._prefill_tokens:
             self._catch_up([best])
         else:
@@ -118,7 +117,7 @@ class Drafting:
     # ── proposals ──
 
     def draft(self, plan: StepPlan) -> Proposal:
-        """One proposal for all rows; each route's draft fills in its own."""
+        """One proposal for all rows; each draft fills in its own rows' part."""
         members = [i for i, count in enumerate(plan.drafted) if count]
         if not members:
             return self._nothing(len(plan.rows))
@@ -165,10 +164,10 @@ class Drafting:
         return proposal
 
     def _by_draft(self, members: list[int]) -> list[tuple[LiveDraft, list[int]]]:
-        groups: dict[str, list[int]] = {}
+        groups: dict[LiveDraft, list[int]] = {}
         for i in members:
-            groups.setdefault(self.rows[i].query.route, []).append(i)
-        return [(self.drafts[route], group) for route, group in groups.items() if self.drafts[route].usable]
+            groups.setdefault(self.rows[i].draft, []).append(i)
+        return [(draft, group) for draft, group in groups.items() if draft.usable]
 
     def _guarded(self, draft: LiveDraft, work: Callable[[], R]) -> R | None:
         """A draft that fails is not used again until weights are installed; its rows are decoded plainly."""
@@ -177,8 +176,8 @@ class Drafting:
         except Exception:
             draft.fail()
             for row in self.rows:
-                if row.query.route == draft.route:
+                if row.draft is draft:
                     row.draft_cached = 0
             self._metrics.faults.labels("draft").inc()
-            log.exception("draft of route %s failed; its rows are decoded without one", draft.route)
+            log.exception("version %d of route %s failed; its rows go on without it", draft.version, draft.route)
             return None

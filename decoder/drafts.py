@@ -1,5 +1,6 @@
 """A route's live draft: staged aside from an artifact, then copied into the running tensors between two steps."""
 
+import hashlib
 import math
 import time
 from pathlib import Path
@@ -16,13 +17,21 @@ from online.errors import ArtifactError
 
 
 class LiveDraft:
-    def __init__(self, route: str, model: ServedModel) -> None:
+    def __init__(self, route: str, model: ServedModel, canary: "LiveDraft | None" = None) -> None:
         self.route = route
         self.model = model
+        self.canary = canary  # room for a candidate on trial, over the same slots; None: canaries are off
+        self.share = 0.0  # of the route's requests that the canary drafts for
         self.version = 0  # 0: the weights it was built with, not registered yet
         self.usable = True  # False after a forward failed: the route is decoded plainly until weights are installed
         self.acceptance = Acceptance(ROUTE_MEMORY)  # of the route's recent rows
         self._failed_at = -math.inf
+
+    def assigned(self, query_id: str) -> "LiveDraft":
+        """The draft that a new row keeps to its end: this one or, for a share of the rows, the canary."""
+        if not self.share or self.canary is None or not self.canary.usable:
+            return self
+        return self.canary if fraction(f"{self.canary.version}:{query_id}") < self.share else self
 
     def fail(self) -> None:
         self.usable, self._failed_at = False, time.monotonic()
@@ -67,3 +76,8 @@ class LiveDraft:
         self.acceptance.forget()
         if not self.usable:
             raise ArtifactError(f"version {version}: the device does not hold the weights that were copied")
+
+
+def fraction(name: str) -> float:
+    """A number in [0, 1) that is always the same for the same name."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64

@@ -52,7 +52,7 @@ class Engine:
         self.limits = limits
         self._tokenizer, self._eos_ids, self._closed_routes = tokenizer, eos_ids, closed_routes
         self._recorder, self._metrics = recorder, metrics
-        self.on_finished: Callable[[str, SpeculationStats], None] = lambda route, stats: None
+        self.on_finished: Callable[[str, SpeculationStats, float], None] = lambda route, stats, arrived_s: None
         self._waiting: deque[Row] = deque()
         self._cancelled: set[str] = set()
         self._between: deque[Callable[[], None]] = deque()
@@ -184,7 +184,7 @@ class Engine:
         assert reason is not None
         self._metrics.finished(reason, row.stats, first and first - arrived, time.monotonic() - arrived)
         if reason in ("stop", "length"):
-            self.on_finished(row.query.route, row.stats)
+            self.on_finished(row.query.route, row.stats, arrived)
             if row.trace is not None:
                 row.trace.output_ids = row.output
                 self._recorder.offer(row.trace)

@@ -7,6 +7,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from decoder.control import ROW_MEMORY, Acceptance
+from decoder.drafts import LiveDraft
 from decoder.recorder import Trace
 from decoder.text import TextStream
 from online.messages import Delta, FinishReason, Query, SpeculationStats, TokenLogprob
@@ -20,6 +21,7 @@ class Row:
         self.on_delta = on_delta
         self.tokens = list(query.prompt_ids)  # prompt and output; the last one is in no cache yet
         self.cached = 0  # tokens whose keys and values the target's slot holds
+        self.draft: LiveDraft  # which drafts for it, from admission to its end
         self.draft_cached = 0  # the same in the draft's
         self.draft_version = 0  # which began to write them
         self.acceptance = Acceptance(ROW_MEMORY)

@@ -9,9 +9,11 @@ import transformers
 import uvicorn
 from fastapi import FastAPI
 
+from decoder.canary import Canaries
 from decoder.device import device_of, prefill_tokens, stay_on_one_core
 from decoder.drafts import LiveDraft
 from decoder.engine import Engine, EngineLimits
+from decoder.install import Installer
 from decoder.models import (
     ModelFiles,
     ServedModel,
@@ -29,11 +31,12 @@ from decoder.swap import Swapper
 from decoder.text import HfCodec
 from online.api.app import ApiParts, create_app
 from online.artifacts import ArtifactStore
+from online.canaries import CanaryLedger
 from online.connections import celery_app, git_commit, signal_buffer
 from online.cycles import CycleLedger
 from online.metrics import ServiceMetrics
-from online.registry import Registry
-from online.rollout import RolloutGuard
+from online.registry import Candidate, Registry
+from online.rollout import RolloutGuard, Rules
 from online.settings import Settings
 from online.tables import connect
 
@@ -82,15 +85,17 @@ def build(settings: Settings) -> FastAPI:
         frozenset(settings.closed_routes),
         device,
     )
+    artifacts = ArtifactStore(settings.artifacts_path)
+    installer = Installer(engine.between_steps, artifacts, lambda: fingerprint(target))
+    canary_ledger = CanaryLedger(database)
+    rules = Rules(settings.guard_requests, settings.canary_requests, settings.canary_margin)
     swapper = Swapper(
         drafts,
-        engine.between_steps,
+        installer,
         registry,
-        ArtifactStore(settings.artifacts_path),
-        lambda folder: save_first_draft(files, folder),
-        git_commit(),
-        lambda: fingerprint(target),
+        lambda: first_draft(files, artifacts),
         RolloutGuard(settings.guard_requests),
+        Canaries(drafts, installer, registry, canary_ledger, rules, metrics),
         metrics,
         settings.poll_s,
     )
@@ -108,12 +113,13 @@ def build(settings: Settings) -> FastAPI:
 
     parts = ApiParts(
         settings=settings,
-        engine=DecoderService(engine, swapper),
+        engine=DecoderService(engine, swapper, installer),
         codec=codec,
         registry=registry,
         ledger=ledger,
+        canaries=canary_ledger,
         buffer=buffer,
-        artifacts=ArtifactStore(settings.artifacts_path),
+        artifacts=artifacts,
         celery=celery_app(settings),
         metrics=metrics,
     )
@@ -127,9 +133,19 @@ def _load(
     # One cell more than a context can fill: padding is written there.
     size = settings.slots + settings.kept_contexts, max_context + 1
     (target,) = load_models(files.target, 1, *size, device, settings.dtype)
-    models = load_models(files.draft, len(settings.routes), *size, device, settings.dtype, target.vocab_size)
-    drafts = {route: LiveDraft(route, model) for route, model in zip(settings.routes, models, strict=True)}
+    # Each route's draft, and, where candidates are tried first, room for one beside it.
+    count = len(settings.routes) * (2 if settings.canary_share else 1)
+    models = iter(load_models(files.draft, count, *size, device, settings.dtype, target.vocab_size))
+    drafts = {route: LiveDraft(route, next(models)) for route in settings.routes}
+    for draft, room in zip(drafts.values(), models, strict=False):
+        draft.canary = LiveDraft(draft.route, room)
     return HfCodec(tokenizer, files.name, target.vocab_size), target, drafts
+
+
+def first_draft(files: ModelFiles, artifacts: ArtifactStore) -> Candidate:
+    """What every route's version 1 is made of."""
+    digest = artifacts.publish(lambda folder: save_first_draft(files, folder))
+    return Candidate(digest, {"origin": "first draft"}, {}, {}, git_commit())
 
 
 def main() -> None:

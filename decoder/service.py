@@ -1,14 +1,15 @@
-"""The decoder as the REST API sees it: `online.messages.EngineClient` over engine and swapper."""
+"""The decoder as the REST API sees it: `online.messages.EngineClient` over the engine and what keeps its drafts."""
 
 from decoder.engine import Engine
+from decoder.install import Installer
 from decoder.rows import OnDelta
 from decoder.swap import Swapper
 from online.messages import EngineStatus, Query
 
 
 class DecoderService:
-    def __init__(self, engine: Engine, swapper: Swapper) -> None:
-        self._engine, self._swapper = engine, swapper
+    def __init__(self, engine: Engine, swapper: Swapper, installer: Installer) -> None:
+        self._engine, self._swapper, self._installer = engine, swapper, installer
 
     def submit(self, query: Query, on_delta: OnDelta) -> None:
         self._engine.submit(query, on_delta)
@@ -21,11 +22,11 @@ class DecoderService:
 
     def status(self) -> EngineStatus:
         return EngineStatus(
-            alive=self._engine.alive and not self._swapper.target_changed,
+            alive=self._engine.alive and not self._installer.target_changed,
             running=self._engine.running,
             waiting=self._engine.waiting,
             slots=self._engine.limits.slots,
             max_context=self._engine.limits.max_context,
-            target_fingerprint=self._swapper.target_fingerprint,
+            target_fingerprint=self._installer.target_fingerprint,
             loaded=self._swapper.loaded(),
         )

@@ -9,11 +9,11 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
+from decoder.canary import Canaries
 from decoder.device import stay_on_one_core
 from decoder.drafts import LiveDraft
-from online.artifacts import ArtifactStore
+from decoder.install import Installer
 from online.errors import ArtifactError, Conflict, SlipstreamError
 from online.messages import Loaded, SpeculationStats
 from online.metrics import ServiceMetrics
@@ -24,31 +24,24 @@ from online.tables import Version
 log = logging.getLogger("slipstream.swap")
 
 RETRY_S = 10.0  # a version that could not be loaded, or failed, is tried again after this long
-INSTALL_LIMIT_S = 60.0  # a step that takes longer than this has failed anyway
 
 
 class Swapper:
     def __init__(
         self,
         drafts: Mapping[str, LiveDraft],
-        between_steps: Callable[[Callable[[], None]], None],
+        installer: Installer,
         registry: Registry,
-        artifacts: ArtifactStore,
-        first_draft: Callable[[Path], None],
-        git_commit: str,
-        target_fingerprint: Callable[[], str],
+        first_draft: Callable[[], Candidate],
         guard: RolloutGuard,
+        canaries: Canaries,
         metrics: ServiceMetrics,
         poll_s: float,
     ) -> None:
-        self._drafts, self._between_steps = drafts, between_steps
-        self._registry, self._artifacts = registry, artifacts
-        self._first_draft, self._git_commit = first_draft, git_commit
-        self._target_fingerprint = target_fingerprint
-        self.target_fingerprint = target_fingerprint()  # as loaded; no swap may ever change it
-        self.target_changed = False
-        self._guard, self._metrics, self._poll_s = guard, metrics, poll_s
-        self._finished: queue.SimpleQueue[tuple[str, SpeculationStats]] = queue.SimpleQueue()
+        self._drafts, self._installer, self._registry = drafts, installer, registry
+        self._first_draft, self._guard, self._canaries = first_draft, guard, canaries
+        self._metrics, self._poll_s = metrics, poll_s
+        self._finished: queue.SimpleQueue[tuple[str, SpeculationStats, float]] = queue.SimpleQueue()
         self._errors: dict[str, tuple[int, str, float]] = {}  # route → version, why, when to try again
         self._wake, self._stopping = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="swapper", daemon=True)
@@ -64,13 +57,15 @@ class Swapper:
     def nudge(self) -> None:
         self._wake.set()
 
-    def finished(self, route: str, stats: SpeculationStats) -> None:
+    def finished(self, route: str, stats: SpeculationStats, arrived_s: float) -> None:
         """A request ended: called on the engine's thread, so it only leaves a note."""
-        self._finished.put((route, stats))
+        self._finished.put((route, stats, arrived_s))
 
     def loaded(self) -> dict[str, Loaded]:
         return {
-            route: Loaded(draft.version, self._errors[route][1] if route in self._errors else "")
+            route: Loaded(
+                draft.version, self._errors[route][1] if route in self._errors else "", self._canaries.seen(route)
+            )
             for route, draft in self._drafts.items()
         }
 
@@ -79,6 +74,7 @@ class Swapper:
         while not self._stopping:
             try:
                 self.sync()
+                self._canaries.follow()
                 self.watch()
             except SlipstreamError as error:
                 log.warning("versions can't be followed: %s", error)
@@ -103,9 +99,7 @@ class Swapper:
 
     def _register_first(self, route: str) -> Version:
         self._registry.ensure_routes((route,))
-        digest = self._artifacts.publish(self._first_draft)
-        first = Candidate(digest, {"origin": "first draft"}, {}, {}, self._git_commit)
-        return self._registry.register_first(route, first, "decoder")
+        return self._registry.register_first(route, self._first_draft(), "decoder")
 
     def _failed_lately(self, route: str, version: int) -> bool:
         failed = self._errors.get(route)
@@ -113,15 +107,13 @@ class Swapper:
 
     def _swap(self, draft: LiveDraft, version: Version) -> None:
         try:
-            staged = draft.stage(self._artifacts.verify(version.sha256))
-            pause_s = self._install(lambda: draft.install(staged, version.id))
+            pause_s = self._installer.load(draft, version)
         except ArtifactError as error:
             self._errors[draft.route] = (version.id, error.message, time.monotonic() + RETRY_S)
             self._metrics.swaps.labels(draft.route, "refused").inc()
             log.error("route %s stays on version %d: %s", draft.route, draft.version, error)
             return
         self._errors.pop(draft.route, None)
-        self._check_target(version)
         newest = self._registry.activations(draft.route, limit=1)[0]
         self._guard.started(draft.route, version.id, watched=newest.kind in ("promotion", "manual"))
         self._metrics.swaps.labels(draft.route, "done").inc()
@@ -129,51 +121,23 @@ class Swapper:
         self._metrics.loaded_version.labels(draft.route).set(version.id)
         log.info("route %s now drafts with version %d (pause %.1f ms)", draft.route, version.id, pause_s * 1000)
 
-    def _check_target(self, version: Version) -> None:
-        """A draft published into the target has happened to others: outputs go wrong and nothing fails."""
-        if self._target_fingerprint() != self.target_fingerprint:
-            self.target_changed = True
-            log.critical(
-                "the target's weights changed with the swap to version %d: this decoder is unhealthy", version.id
-            )
-
-    def _install(self, install: Callable[[], None]) -> float:
-        """Has the engine's thread run `install` between two steps; returns how long that took."""
-        outcome: queue.SimpleQueue[float | Exception] = queue.SimpleQueue()
-
-        def change() -> None:
-            started = time.perf_counter()
-            try:
-                install()
-            except Exception as error:
-                outcome.put(error)
-            else:
-                outcome.put(time.perf_counter() - started)
-
-        self._between_steps(change)
-        try:
-            result = outcome.get(timeout=INSTALL_LIMIT_S)
-        except queue.Empty:
-            raise ArtifactError("the engine did not come to the swap") from None
-        if isinstance(result, Exception):
-            raise result
-        return result
-
     # ── watching what is live ──
 
     def watch(self) -> None:
-        """Shows finished requests to the guard, and rolls back where it finds a regression."""
+        """Shows finished requests to the guard and the canaries' tests, and does what they find."""
         while True:
             try:
-                route, stats = self._finished.get_nowait()
+                route, stats, arrived_s = self._finished.get_nowait()
             except queue.Empty:
                 break
-            rate = stats.acceptance_rate
-            # A request that two versions served says nothing about either.
-            if rate is not None and len(stats.versions) == 1:
-                regression = self._guard.observe(route, stats.versions[0][2], rate)
-                if regression is not None:
-                    self._roll_back(regression)
+            if len(stats.versions) != 1:
+                continue  # A request that two versions served says nothing about either.
+            version, rate = stats.versions[0][2], stats.acceptance_rate
+            self._canaries.observe(route, version, rate, arrived_s)
+            if rate is not None and (regression := self._guard.observe(route, version, rate)) is not None:
+                self._roll_back(regression)
+        if self._canaries.decide():
+            self._wake.set()
         for route in self._drafts:
             if (live := self._guard.live(route)) is not None:
                 self._metrics.acceptance.labels(route).set(live)

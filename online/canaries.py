@@ -50,8 +50,8 @@ class CanaryLedger:
         with transaction(self._engine, writes=False) as session:
             return {(route, state): count for route, state, count in session.execute(query)}
 
-    def finish(self, canary: Canary, outcome: Outcome, actor: str, reason: str, *, even_frozen: bool = False) -> None:
-        """Ends a canary, and activates its version if it is promoted, in one transaction.
+    def finish(self, canary: Canary, outcome: Outcome, actor: str, reason: str, *, even_frozen: bool = False) -> Canary:
+        """Ends a canary, and activates its version if it is promoted, in one transaction. Returns it as it ended.
 
         Raises:
             Conflict: it had ended already, or the route is frozen (code `route_frozen`).
@@ -65,6 +65,7 @@ class CanaryLedger:
             if outcome == "promoted":
                 newest = newest_activation(session, route.name)
                 add_activation(session, route.name, newest, canary.version, "promotion", actor, reason)
+            return session.get_one(Canary, canary.id)
 
 
 def open_canary(session: Session, route: str, version: int, beside: int, share: float, actor: str, reason: str) -> None:

@@ -99,11 +99,27 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
+class ArmSeen:
+    version: int
+    requests: int  # finished ones that it drafted alone
+    acceptance: float | None  # their mean Σ min(p, q)
+
+
+@dataclass(frozen=True, slots=True)
+class CanarySeen:
+    """What one decoder has seen of a canary, and of the active version at the same time."""
+
+    canary: ArmSeen
+    active: ArmSeen
+
+
+@dataclass(frozen=True, slots=True)
 class Loaded:
     """The draft version that a decoder really runs on a route, beside the one it is asked to run."""
 
     version: int
     error: str = ""  # why the wanted version could not be loaded
+    canary: CanarySeen | None = None  # once it drafts
 
 
 @dataclass(frozen=True, slots=True)

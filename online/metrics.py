@@ -60,6 +60,13 @@ class ServiceMetrics:
         self.acceptance = Gauge(
             "slipstream_live_acceptance", "Live Σ min(p, q) of the loaded version", route, registry=r
         )
+        self.canary_share = Gauge(
+            "slipstream_canary_share", "Share of requests that a canary drafts for", route, registry=r
+        )
+        self.canary_acceptance = Gauge(
+            "slipstream_canary_acceptance", "Σ min(p, q) of either arm of the last canary", ["route", "arm"], registry=r
+        )
+        self.canaries = Gauge("slipstream_canaries", "Canaries, by state", ["route", "state"], registry=r)
         self.swaps = Counter("slipstream_swaps", "Draft swaps", ["route", "outcome"], registry=r)
         self.swap_pause = Histogram(
             "slipstream_swap_pause_seconds",

@@ -113,8 +113,10 @@ def bench(
     drafts: Mapping[str, Path] | None = None,
     target: object = None,
     dtype: str = "float32",
+    canary: Path | None = None,
     **limits: int,
 ) -> Iterator[Bench]:
+    """`canary`: what the first route's canary has, as version 9, for half of the requests."""
     metrics = ServiceMetrics("tiny")
     buffer = MemoryBuffer(Bounds(10_000, 2**30, 3600))
     recorder = Recorder(buffer, "tiny-target", 1000, metrics)
@@ -132,11 +134,16 @@ def bench(
     slots, routes = sizes["slots"] + sizes["kept_contexts"], drafts or {"default": pair.draft}
     served = target or load_models(pair.target, 1, slots, CAPACITY, CPU, dtype)[0]
     # Routes share one cache, as in the service; here each may begin with a draft of its own.
-    modules = [load_module(folder, CPU, dtype) for folder in routes.values()]
+    modules = [load_module(folder, CPU, dtype) for folder in (*routes.values(), *([canary] if canary else []))]
     models = over_slots(modules, slots, CAPACITY, VOCABULARY)
+    live = {route: LiveDraft(route, model) for route, model in zip(routes, models, strict=False)}
+    if canary is not None:
+        first = next(iter(live.values()))
+        first.canary, first.share = LiveDraft(first.route, models[-1]), 0.5
+        first.version, first.canary.version = 1, 9
     engine = Engine(
         served,  # type: ignore[arg-type]
-        {route: LiveDraft(route, model) for route, model in zip(routes, models, strict=True)},
+        live,
         tokenizer.backend_tokenizer,
         frozenset([0]),
         EngineLimits(**sizes),

@@ -1,7 +1,7 @@
 """The admin endpoints: what is active, since when, by whom and why; and the calls that change it, all audited."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 from celery import Celery
@@ -12,13 +12,14 @@ from redis import RedisError
 from online.api.schemas import Text
 from online.artifacts import ArtifactStore
 from online.buffer import SignalBuffer
+from online.canaries import CanaryLedger, Outcome
 from online.connections import CYCLE_TASK
 from online.cycles import CycleLedger
 from online.errors import Unavailable
-from online.messages import EngineClient
+from online.messages import EngineClient, Loaded
 from online.registry import Registry
 from online.settings import Settings
-from online.tables import Base, Route
+from online.tables import Base, Canary, Route
 
 Json = dict[str, Any]
 Limit = Annotated[int, Query(ge=1, le=1000)]
@@ -39,6 +40,7 @@ class Admin:
     engine: EngineClient
     registry: Registry
     ledger: CycleLedger
+    canaries: CanaryLedger
     buffer: SignalBuffer
     artifacts: ArtifactStore
     celery: Celery
@@ -48,6 +50,7 @@ class Admin:
         loaded = self.engine.status().loaded.get(route.name)
         active = self.registry.active(route.name)
         unfinished = self.ledger.unfinished(route.name)
+        canary = self.canaries.running().get(route.name)
         return {
             **row(route),
             "closed": route.name in self.settings.closed_routes,
@@ -55,8 +58,22 @@ class Admin:
             "loaded_version": loaded.version if loaded else None,
             "load_error": loaded.error if loaded else "",
             "unfinished_cycle": row(unfinished) if unfinished else None,
+            "canary": {**row(canary), "seen": self._seen(canary, loaded)} if canary else None,
             "buffer": self._buffer(route.name),
         }
+
+    def _seen(self, canary: Canary, loaded: Loaded | None) -> Json | None:
+        """Both arms as this decoder has seen them; None until it drafts with the canary."""
+        seen = loaded.canary if loaded else None
+        return asdict(seen) if seen is not None and seen.canary.version == canary.version else None
+
+    def end_canary(self, route: str, outcome: Outcome, actor: str, reason: str) -> Json:
+        canary = self.canaries.require(route)
+        if outcome == "promoted":
+            self.artifacts.verify(self.registry.version(canary.version).sha256)
+        ended = self.canaries.finish(canary, outcome, actor, reason, even_frozen=True)
+        self.engine.nudge()
+        return {"canary": row(ended)}
 
     def _buffer(self, route: str) -> Json:
         try:
@@ -85,7 +102,7 @@ def router(admin: Admin, authenticated: Callable[[Request], str]) -> APIRouter:
 
     @routes.get("/routes")
     def list_routes(actor: Actor) -> Json:
-        """Every route: active and loaded version, buffer depth, unfinished cycle."""
+        """Every route: active and loaded version, buffer depth, unfinished cycle, running canary."""
         status = admin.engine.status()
         return {
             "routes": [admin.route(route) for route in admin.registry.routes()],
@@ -122,6 +139,11 @@ def router(admin: Admin, authenticated: Callable[[Request], str]) -> APIRouter:
         """Training cycles and how they ended; newest first."""
         return {"cycles": [row(cycle) for cycle in admin.ledger.cycles(route, limit)]}
 
+    @routes.get("/canaries")
+    def list_canaries(actor: Actor, route: str | None = None, limit: Limit = 100) -> Json:
+        """Candidates that were tried on a share of a route's requests, and how that ended; newest first."""
+        return {"canaries": [row(canary) for canary in admin.canaries.canaries(route, limit)]}
+
     @routes.get("/audit")
     def list_audit(actor: Actor, limit: Limit = 100) -> Json:
         """Every change, by whom and why; newest first."""
@@ -142,9 +164,19 @@ def router(admin: Admin, authenticated: Callable[[Request], str]) -> APIRouter:
         admin.engine.nudge()
         return {"activation": row(activation)}
 
+    @routes.post("/routes/{route}/canary/promote")
+    def promote_canary(route: str, body: Reason, actor: Actor) -> Json:
+        """Makes the canary's version active now, whatever its test says. Its weights are read and checked first."""
+        return admin.end_canary(route, "promoted", actor, body.reason)
+
+    @routes.post("/routes/{route}/canary/abort")
+    def abort_canary(route: str, body: Reason, actor: Actor) -> Json:
+        """Gives all requests to the active version again."""
+        return admin.end_canary(route, "aborted", actor, body.reason)
+
     @routes.post("/routes/{route}/cycles", status_code=202)
     def start_cycle(route: str, body: Reason, actor: Actor) -> Json:
-        """Starts a training cycle now, or returns the one that is unfinished."""
+        """Starts a training cycle now, or returns the one that is unfinished. Refused while a canary is running."""
         return admin.start_cycle(route, actor, body.reason)
 
     @routes.post("/routes/{route}/freeze")

@@ -22,6 +22,7 @@ from online.api.auth import requires
 from online.api.job import ClientGone
 from online.artifacts import ArtifactStore
 from online.buffer import SignalBuffer
+from online.canaries import CanaryLedger
 from online.cycles import CycleLedger
 from online.errors import InvalidRequest, NotFound, SlipstreamError
 from online.messages import EngineClient, TextCodec
@@ -41,6 +42,7 @@ class ApiParts:
     codec: TextCodec
     registry: Registry
     ledger: CycleLedger
+    canaries: CanaryLedger
     buffer: SignalBuffer
     artifacts: ArtifactStore
     celery: Celery
@@ -59,6 +61,7 @@ def create_app(
         parts.engine,
         parts.registry,
         parts.ledger,
+        parts.canaries,
         parts.buffer,
         parts.artifacts,
         parts.celery,
@@ -126,8 +129,10 @@ def _refresh(parts: ApiParts) -> None:
     try:
         for (route, state), count in parts.ledger.counts().items():
             parts.metrics.cycles.labels(route, state).set(count)
-            if state in ("promoted", "held", "rejected"):
+            if state in ("promoted", "canary", "held", "rejected"):
                 parts.metrics.verdicts.labels(route, state).set(count)
+        for (route, state), count in parts.canaries.counts().items():
+            parts.metrics.canaries.labels(route, state).set(count)
     except SlipstreamError as error:
         log.warning("metrics: %s", error)
     try:

@@ -236,7 +236,7 @@ def test_more_than_may_wait_is_refused(pair: TinyPair) -> None:
 def test_a_draft_that_fails_is_left_out_until_the_next_swap(pair: TinyPair, tiny: Bench) -> None:
     """Its rows go on without one, exactly; the next installed version drafts again."""
     draft = tiny.engine.batch.drafts["default"]
-    working, draft.model = draft.model, _Failing(draft.model)  # type: ignore[assignment]
+    working, draft.model = draft.model, Failing(draft.model)  # type: ignore[assignment]
     found = tiny.run(query(PROMPTS[4], "while failing"))[0]
     assert found.ids == target_alone(pair, PROMPTS[4], 24)
     assert found.stats.drafted == 0
@@ -296,7 +296,7 @@ class _Always(TableModel):
         return super().forward(rows, ids_BT, starts_B, upto).float()
 
 
-class _Failing:
+class Failing:
     """A draft model whose forward raises."""
 
     def __init__(self, model: object) -> None:
