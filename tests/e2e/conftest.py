@@ -18,6 +18,7 @@ from migrations import upgrade
 from online.artifacts import ArtifactStore
 from online.buffer import RedisBuffer
 from online.connections import signal_buffer
+from online.cycles import CycleLedger
 from online.registry import Candidate, Registry, add_version
 from online.settings import Settings
 from online.tables import connect, transaction
@@ -59,6 +60,18 @@ class Served:
         with transaction(connect(self.settings.sql_url), writes=True) as session:
             made = Candidate(digest, {"origin": weights.name}, {}, {}, "test")
             return add_version(session, route, made, "test", parent_id=None, cycle_id=None).id
+
+    def canary(self, weights: Path, share: float = 0.5, route: str = "default") -> int:
+        """A version made of a model folder that goes on trial as if a cycle had made it."""
+        digest = self.artifacts.publish(lambda folder: copy_into(weights, folder))
+        ledger, parent = CycleLedger(connect(self.settings.sql_url)), self.registry.active(route)
+        lease = ledger.take(ledger.request(route, "test")[0].id, 30)
+        assert lease is not None
+        assert parent is not None
+        made = Candidate(digest, {"origin": weights.name}, {}, {"reason": "test"}, "test")
+        cycle = ledger.conclude(lease, parent, made, True, {}, share)
+        assert cycle.state == "canary"
+        return int(cycle.report["version"])
 
     def activate(self, version: int, route: str = "default", reason: str = "test") -> None:
         """Activates a version by REST and waits until the decoder runs it."""

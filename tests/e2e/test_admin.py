@@ -123,10 +123,13 @@ def _folder(own: Served, write: object) -> Path:
         ("default/rollback", {}, 400, "reason"),
         ("default/rollback", {"reason": "x", "force": True}, 400, "force"),
         ("other/activate", {"version": 1, "reason": "x"}, 409, "version"),
+        ("default/canary/promote", {}, 400, "reason"),
+        ("default/canary/abort", {"reason": "x"}, 404, None),
+        ("nowhere/canary/abort", {"reason": "x"}, 404, "route"),
     ],
 )
 def test_bad_changes_are_named_and_change_nothing(
-    own: Served, path: str, body: dict[str, object], status: int, param: str
+    own: Served, path: str, body: dict[str, object], status: int, param: str | None
 ) -> None:
     """4xx with the field; no activation, no audit row."""
     before = len(own.registry.audit())
@@ -156,6 +159,8 @@ def test_each_kind_of_key_opens_its_own_door(pair: TinyPair, redis_url: str, tmp
             401,
         ]
         assert [status("/admin/routes", key) for key in (operator, user, "wrong", None)] == [200, 401, 401, 401]
+        ends = "/admin/routes/default/canary/promote"
+        assert [status(ends, key, "POST") for key in (user, None)] == [401, 401]
         assert [status(path, None) for path in ("/health", "/ready", "/metrics", "/version")] == [200] * 4
         served.http.headers["authorization"] = f"Bearer {operator}"
         served.post("/admin/routes/default/freeze", reason="x")

@@ -73,6 +73,7 @@ def test_the_loop_closes_and_survives_a_killed_worker(pair: TinyPair, tmp_path: 
     """Traffic in, kill -9 of the worker in the middle of a cycle, a better draft out; another run finds it again."""
     variables = {"target": pair.target, "draft": pair.spoilt, "cycle_min_signals": 80, "lease_s": 2}
     variables |= {"recipe": '{"learning_rate": 3e-3, "epochs": 200}'}  # long enough to be killed in the middle
+    variables["canary_share"] = 0  # nobody asks while it learns, so no canary would be decided
     with up(tmp_path, **variables) as (process, url), httpx.Client(base_url=url, timeout=60) as http:
 
         def ask(i: int) -> float:

@@ -131,5 +131,6 @@ def make_loop(database_url: str, redis_url: str, pair: TinyPair, folder: Path) -
         cycle_min_signals=50,
         recipe={"learning_rate": 3e-3},
         trainer_threads=2,
+        canary_share=0,  # a candidate that passes the gate is active when its cycle ends
     )
     return Loop(settings, pair.spoilt)

@@ -4,7 +4,9 @@ import time
 
 import pytest
 
+from online.canaries import CanaryLedger
 from online.signals import Signal
+from online.tables import connect
 from tests.loop.conftest import Loop, kill, until
 from tests.signals import taught
 from tests.tiny import TinyPair
@@ -39,6 +41,25 @@ def test_a_cycle_learns_registers_and_activates(loop: Loop, lessons: list[Signal
     assert version.recipe["divergence"] == "forward_kl"
     assert loop.artifacts.verify(version.sha256).joinpath("model.safetensors").stat().st_size > 1000
     assert loop.buffer.claim("default", 1) == []
+
+
+def test_a_candidate_goes_on_trial_and_beat_rests_until_its_end(sqlite_loop: Loop, lessons: list[Signal]) -> None:
+    """With a canary share nothing is active at once; what comes meanwhile waits for the next cycle."""
+    canaries = CanaryLedger(connect(sqlite_loop.settings.sql_url))
+    sqlite_loop.settings = sqlite_loop.settings.model_copy(update={"canary_share": 0.25})
+    with sqlite_loop.worker(), sqlite_loop.beat():
+        sqlite_loop.feed(lessons[:120])
+        cycle = sqlite_loop.finished(until(lambda: sqlite_loop.ledger.cycles("default"))[0].id)
+        canary = canaries.require("default")
+        assert (cycle.state, canary.version, canary.share) == ("canary", cycle.report["version"], 0.25)
+        assert active(sqlite_loop) == canary.beside_version == 1
+        sqlite_loop.feed(lessons[120:])
+        time.sleep(2)
+        assert len(sqlite_loop.ledger.cycles("default")) == 1
+        canaries.finish(canary, "promoted", "canary", "better")
+        second = sqlite_loop.finished(until(lambda: c[0] if len(c := sqlite_loop.ledger.cycles()) == 2 else None).id)
+    assert sqlite_loop.registry.version(second.report["version"]).parent_id == canary.version
+    assert active(sqlite_loop) == canary.version
 
 
 def test_delivered_often_it_makes_one_version(sqlite_loop: Loop, lessons: list[Signal]) -> None:
