@@ -24,11 +24,27 @@ class LearningCurve:
     acceptance_after: float
 
     @property
+    def newest(self) -> list[int]:
+        """The last version that drafted for each request."""
+        return [answer.versions[-1] if answer.versions else 0 for answer in self.served]
+
+    @property
+    def trials(self) -> list[tuple[int, int, int]]:
+        """(version, request from which on it drafted, and from which on no older one did), without the first version.
+
+        In between it was a canary.
+        """
+        newest, found = self.newest, []
+        for version in sorted(set(newest) - {0})[1:]:
+            older = [i for i, other in enumerate(newest) if other < version]
+            found.append((version, newest.index(version), max(older, default=-1) + 1))
+        return found
+
+    @property
     def swaps(self) -> list[tuple[int, int]]:
-        """(request from which on it drafted, version) of every version but the first."""
-        newest = [answer.versions[-1] if answer.versions else 0 for answer in self.served]
-        first = {version: newest.index(version) for version in sorted(set(newest)) if version}
-        return [(request, version) for version, request in list(first.items())[1:]]
+        """(request from which on it drafted alone, version) of every version that replaced another."""
+        newest = self.newest
+        return [(at, version) for version, _, at in self.trials if at < len(newest) and newest[at] == version]
 
 
 def draw(curve: LearningCurve, path: Path) -> Path:
@@ -55,6 +71,8 @@ def draw(curve: LearningCurve, path: Path) -> Path:
         live.plot(x, y, color=LIVE, linewidth=1.8)
         live.axhline(before, color=FIRST, linestyle=":", linewidth=1.4)
         live.set_ylabel(name)
+        for _, begun, alone in curve.trials:
+            live.axvspan(begun, alone, color=LEARNT, alpha=0.08, linewidth=0)
         for request, _ in curve.swaps:
             live.axvline(request, color=LEARNT, linestyle="--", linewidth=1.1)
         ends.plot([0, 1], [before, after], color=FIRST, linewidth=1)
@@ -72,7 +90,7 @@ def draw(curve: LearningCurve, path: Path) -> Path:
             f"v{version}", (request, 1), xycoords=("data", "axes fraction"), xytext=(3, -12),
             textcoords="offset points", color=LEARNT, fontsize=9,
         )  # fmt: skip
-    grid[0][0].set_title(f"live traffic, mean over {WINDOW} requests; dashed: a draft is swapped in", fontsize=10)
+    grid[0][0].set_title(f"live traffic, mean over {WINDOW} requests; shaded: a canary; dashed: a swap", fontsize=10)
     grid[0][1].set_title("held-out queries", fontsize=10)
     grid[1][0].set_xlabel("requests served")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,8 +26,20 @@ from online.settings import Settings
 from online.stack import Stack
 
 # The loop turns often enough to be watched. A SLIPSTREAM_* variable overrides any of these.
-DEMO_SETTINGS: Mapping[str, Any] = {"port": 0, "cycle_min_signals": 100, "tick_s": 1.0, "poll_s": 0.2, "routes": "demo"}
-CYCLE_WAIT_S = 90.0
+# A canary has half of a thin traffic, and its means decide early: of equal drafts that sends one in six back.
+DEMO_SETTINGS: Mapping[str, Any] = {
+    "port": 0,
+    "cycle_min_signals": 100,
+    "tick_s": 1.0,
+    "poll_s": 0.2,
+    "routes": "demo",
+    "canary_share": 0.5,
+    "canary_requests": 25,
+    "canary_margin": 0.05,
+}
+LOOK_S, SAY_S = 1.0, 5.0  # how often the demo looks at its route, and says how the traffic goes
+CYCLE_WAIT_S = 120.0
+QUIET_S = 3.0  # a canary's end may let a cycle start, at the next tick
 HELD_OUT_TOKENS = 64  # more queries say more than longer answers
 EXAM_GAMMA = 4
 RECENT = 40  # requests that a progress line averages over
@@ -54,6 +66,7 @@ class Demo:
         self._held_out = prompts(args.package, args.held_out, held_out=True, seed=1)
         self._traffic = prompts(args.package, args.requests, held_out=False, seed=2)
         self.requests = 0
+        self._active = self._canary = 0  # versions, as last seen
 
     def examine(self, what: str) -> Examined:
         self.say(f"{what}: {2 * len(self._held_out)} held-out queries, sampled and greedy")
@@ -75,27 +88,49 @@ class Demo:
         )
         shapes = [Shape(self._args.max_tokens, t, clients=self._args.clients) for t in (self._args.temperature, 0.0)]
         served: list[Served] = []
-        version, said = 0, time.monotonic()
+        looked = said = time.monotonic()
         for _, answer in self._client.replay(self._traffic, shapes, 5000, self._args.rate):
             self._count()
             served.append(answer)
-            if answer.versions and answer.versions[-1] > version:
-                if version:
-                    self.say(f"  swap: version {answer.versions[-1]} drafts from request {len(served)} on")
-                version = answer.versions[-1]
-            if time.monotonic() - said > 5:
+            if time.monotonic() - looked > LOOK_S:
+                looked = time.monotonic()
+                self._look(len(served))
+            if time.monotonic() - said > SAY_S:
                 said = time.monotonic()
                 self.say(f"  {self._progress(served)}")
         return served
 
+    def _look(self, request: int) -> None:
+        """Says what has changed on the route."""
+        route = self._client.admin(f"routes/{self._route}")
+        active, canary = route["active_version"], route["canary"]
+        if self._active not in (0, active):
+            self.say(f"  swap: version {active} drafts for everyone from request {request} on")
+        elif self._canary and not canary:
+            self.say(f"  canary: version {self._canary} was sent back at request {request}")
+        if canary and canary["version"] != self._canary:
+            self.say(
+                f"  canary: version {canary['version']} drafts for {canary['share']:.0%} from request {request} on"
+            )
+        self._active, self._canary = active, canary["version"] if canary else 0
+
     def settle(self) -> None:
-        """Waits for a cycle that is under way, so that what is measured next is measured in quiet."""
-        deadline, told = time.monotonic() + CYCLE_WAIT_S, False
-        while time.monotonic() < deadline:
+        """Waits until nothing is under way any more, so that what is measured next is one draft, and in quiet.
+
+        A canary gets no more requests to be tested on: what has passed the gate is promoted.
+        """
+        deadline, quiet_since, told = time.monotonic() + CYCLE_WAIT_S, 0.0, False
+        while (now := time.monotonic()) < deadline:
             route = self._client.admin(f"routes/{self._route}")
-            if not route["unfinished_cycle"] and route["loaded_version"] == route["active_version"]:
+            if canary := route["canary"]:
+                reason = "the traffic has ended before the test"
+                if self._client.change(f"routes/{self._route}/canary/promote", reason):
+                    self.say(f"version {canary['version']} promoted: {reason}")
+            busy = canary or route["unfinished_cycle"] or route["loaded_version"] != route["active_version"]
+            quiet_since = 0.0 if busy else quiet_since or now
+            if quiet_since and now - quiet_since > QUIET_S:
                 return
-            if not told:
+            if busy and not told:
                 self.say("waiting for the last cycle to end")
                 told = True
             time.sleep(0.3)

@@ -97,6 +97,13 @@ class Client:
         found: dict[str, Any] = answer.json()
         return found
 
+    def change(self, path: str, reason: str) -> bool:
+        """An admin call; False where somebody else's change came first."""
+        answer = self._http.post(f"/admin/{path}", json={"reason": reason}, headers=self._admin_headers)
+        if answer.status_code not in (404, 409):
+            answer.raise_for_status()
+        return answer.is_success
+
     def replay(
         self, prompts: Sequence[str], shapes: Sequence[Shape], seed: int, rate: float = math.inf
     ) -> Iterator[tuple[int, Served]]:

@@ -72,6 +72,21 @@ def test_no_cycle_starts_while_a_canary_runs(ledger: CycleLedger, canary: Canary
     assert ledger.request("default", "op")[1]
 
 
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_a_candidate_does_not_push_a_canary_aside(
+    ledger: CycleLedger, registry: Registry, canaries: CanaryLedger, database: Engine, share: float
+) -> None:
+    """Should a cycle end while one runs, whoever began it: its candidate is held."""
+    lease, other = leased(ledger), version(database)
+    with transaction(database, writes=True) as session:
+        open_canary(session, "default", other, 1, 0.1, "test", "test")
+    made = candidate("e" * 64)
+    made.gate["reason"] = "better"
+    cycle = ledger.conclude(lease, active(registry), made, True, {}, share)
+    assert (cycle.state, cycle.error) == ("held", f"version {other} is a canary on this route")
+    assert canaries.require("default").version == other
+
+
 def test_promotion_is_an_activation_with_the_tests_figures(
     registry: Registry,
     canary: Canary,

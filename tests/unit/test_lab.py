@@ -71,9 +71,10 @@ def test_a_stretch_that_compared_nothing_leaves_a_gap(tmp_path: Path) -> None:
     assert draw(LearningCurve(served, 1.5, 2.0, 0.4, 0.5), tmp_path / "chart.png").is_file()
 
 
-def test_swaps_are_marked_where_a_version_first_drafts(tmp_path: Path) -> None:
-    """The first version is no swap; the chart is a picture."""
-    served = [Served(10, 5, 0.5, (v,), "") for v in (0, 1, 1, 2, 1, 3)]
+def test_swaps_are_marked_where_a_version_drafts_alone(tmp_path: Path) -> None:
+    """The first version is no swap, nor is a canary that others outlived; the chart is a picture."""
+    served = [Served(10, 5, 0.5, (v,), "") for v in (0, 1, 1, 2, 1, 2, 1, 3, 1, 3, 3)]
     curve = LearningCurve(served, 1.5, 2.0, 0.4, 0.5)
-    assert curve.swaps == [(3, 2), (5, 3)]
+    assert curve.trials == [(2, 3, 9), (3, 7, 9)]
+    assert curve.swaps == [(9, 3)]
     assert draw(curve, tmp_path / "a" / "chart.png").read_bytes().startswith(b"\x89PNG")
