@@ -105,9 +105,9 @@ class Canaries:
             log.exception("canary %d of route %s can't be loaded", canary.id, canary.route)
             self._finish(canary, "aborted", f"it can't be loaded: {error}", even_frozen=True)
             return
+        draft.share = canary.share
         trial = Trial(canary.version, canary.beside_version, self._rules)
         self._running[canary.route] = _Running(canary, trial, time.monotonic())
-        draft.share = canary.share
         self._metrics.canary_share.labels(canary.route).set(canary.share)
         log.info("route %s: version %d drafts for %g of the requests", canary.route, canary.version, canary.share)
 

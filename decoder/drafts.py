@@ -17,10 +17,10 @@ from online.errors import ArtifactError
 
 
 class LiveDraft:
-    def __init__(self, route: str, model: ServedModel, canary: "LiveDraft | None" = None) -> None:
+    def __init__(self, route: str, model: ServedModel) -> None:
         self.route = route
         self.model = model
-        self.canary = canary  # room for a candidate on trial, over the same slots; None: canaries are off
+        self.canary: LiveDraft | None = None  # room for a candidate on trial, over the same slots
         self.share = 0.0  # of the route's requests that the canary drafts for
         self.version = 0  # 0: the weights it was built with, not registered yet
         self.usable = True  # False after a forward failed: the route is decoded plainly until weights are installed

@@ -5,22 +5,11 @@ from typing import Any
 
 import pytest
 import safetensors.torch
-from sqlalchemy import Engine
 
-from decoder.canary import Canaries
-from decoder.install import Installer
-from online.artifacts import ArtifactStore
-from online.canaries import CanaryLedger, open_canary
-from online.registry import Candidate, Registry, add_version
-from online.rollout import Rules
-from online.tables import transaction
-from tests.conftest import copy_into
 from tests.e2e.conftest import Served, serve, tiny_settings
 from tests.e2e.test_swaps import PROMPTS, load, mean_rate, versions
-from tests.engines import bench, query
 from tests.loop.conftest import until
 from tests.tiny import TinyPair
-from tests.unit.test_engine import Failing
 
 
 def canaries(served: Served) -> list[dict[str, Any]]:
@@ -167,31 +156,3 @@ def test_two_decoders_of_a_route_end_a_canary_once(pair: TinyPair, redis_url: st
         assert [a.action for a in one.registry.audit()].count("canary:aborted") == 1
         for served in (one, other):
             assert {v for i in range(12) for v in versions(served.complete(PROMPTS[i % 6]))} == {1}
-
-
-def test_a_canary_that_fails_while_it_serves_is_aborted(pair: TinyPair, sqlite: Engine, tmp_path: Path) -> None:
-    """Its requests are answered without a draft, the next ones have the active draft, and the history says why."""
-    registry, ledger, artifacts = Registry(sqlite), CanaryLedger(sqlite), ArtifactStore(tmp_path / "artifacts")
-    made = Candidate(artifacts.publish(lambda folder: copy_into(pair.draft, folder)), {}, {}, {}, "test")
-    registry.ensure_routes(("default",))
-    registry.register_first("default", made, "test")
-    with transaction(sqlite, writes=True) as session:
-        version = add_version(session, "default", made, "test", parent_id=1, cycle_id=None).id
-        open_canary(session, "default", version, 1, 0.5, "test", "test")
-    with bench(pair, canary=pair.spoilt) as tiny:
-        draft = tiny.engine.batch.drafts["default"]
-        draft.share = 0.0
-        assert draft.canary is not None
-        installer = Installer(tiny.engine.between_steps, artifacts, lambda: "same")
-        watch = Canaries({"default": draft}, installer, registry, ledger, Rules(20, 400, 0.03), tiny.metrics)
-        watch.follow()
-        assert (draft.canary.version, draft.share) == (version, 0.5)
-        draft.canary.model = Failing(draft.canary.model)  # type: ignore[assignment]
-        asked = [query(name=f"q{i}") for i in range(16)]
-        assert {finished.reason for finished in tiny.run(*asked)} == {"length"}
-        watch.follow()
-        watch.follow()
-        assert draft.share == 0
-        assert {v for finished in tiny.run(*asked) for _, _, v in finished.stats.versions} == {1}
-    (canary,) = ledger.canaries()
-    assert (canary.state, canary.reason) == ("aborted", "its draft failed while it served")

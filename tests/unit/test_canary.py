@@ -1,11 +1,23 @@
 """A canary in the engine: some rows draft with it from their first token to their last, and no output shows it."""
 
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
+from sqlalchemy import Engine
 
+from decoder.canary import Canaries
 from decoder.drafts import LiveDraft, fraction
+from decoder.install import Installer
+from online.artifacts import ArtifactStore
+from online.canaries import CanaryLedger, open_canary
+from online.registry import Candidate, Registry, add_version
+from online.rollout import Rules
+from online.tables import transaction
+from tests.conftest import copy_into
 from tests.engines import Bench, Finished, bench, query, target_alone
 from tests.tiny import TinyPair
 from tests.unit.test_engine import PROMPTS, Failing
@@ -109,3 +121,63 @@ def test_rows_of_a_canary_end_with_it_when_it_is_promoted(pair: TinyPair, tiny: 
     assert all(finished.ids == target_alone(pair, PROMPTS[3], 120) for finished in found.values())
     assert all(9 in versions(finished) for finished in found.values())
     assert {v for finished in run(tiny).values() for v in versions(finished)} == {9}
+
+
+# ── the ledger's canary on this decoder ──
+
+
+@dataclass
+class Tried:
+    """A canary that the ledger says is running, in an engine that has taken it up."""
+
+    tiny: Bench
+    canaries: Canaries
+    ledger: CanaryLedger
+    version: int
+
+
+@pytest.fixture
+def tried(tiny: Bench, pair: TinyPair, sqlite: Engine, tmp_path: Path) -> Tried:
+    registry, ledger, artifacts = Registry(sqlite), CanaryLedger(sqlite), ArtifactStore(tmp_path / "artifacts")
+    made = Candidate(artifacts.publish(lambda folder: copy_into(pair.draft, folder)), {}, {}, {}, "test")
+    registry.ensure_routes(("default",))
+    registry.register_first("default", made, "test")
+    with transaction(sqlite, writes=True) as session:
+        version = add_version(session, "default", made, "test", parent_id=1, cycle_id=None).id
+        open_canary(session, "default", version, 1, 0.5, "test", "test")
+    active(tiny).share = 0.0
+    installer = Installer(tiny.engine.between_steps, artifacts, lambda: "same")
+    canaries = Canaries({"default": active(tiny)}, installer, registry, ledger, Rules(20, 400, 0.03), tiny.metrics)
+    canaries.follow()
+    return Tried(tiny, canaries, ledger, version)
+
+
+def test_a_running_canary_is_loaded_and_gets_its_share(tried: Tried) -> None:
+    """With the weights of its version, until the ledger says that it has ended."""
+    assert (room(tried.tiny).version, active(tried.tiny).share) == (tried.version, 0.5)
+    assert {v for finished in run(tried.tiny).values() for v in versions(finished)} == {1, tried.version}
+    tried.ledger.finish(tried.ledger.require("default"), "aborted", "alice", "enough")
+    tried.canaries.follow()
+    assert active(tried.tiny).share == 0
+    assert tried.canaries.seen("default") is None
+
+
+def test_requests_that_came_before_the_trial_count_in_neither_arm(tried: Tried) -> None:
+    """The canary had no chance of them, or of the short ones only; another version's do not count either."""
+    now = time.monotonic()
+    for version, arrived_s in ((1, 0.0), (tried.version, 0.0), (7, now), (1, now), (1, now), (tried.version, now)):
+        tried.canaries.observe("default", version, 0.5, arrived_s)
+    seen = tried.canaries.seen("default")
+    assert seen is not None
+    assert (seen.active.requests, seen.canary.requests) == (2, 1)
+
+
+def test_a_canary_that_fails_while_it_serves_is_aborted(tried: Tried) -> None:
+    """The next requests have the active draft, and the history says why."""
+    room(tried.tiny).model = Failing(room(tried.tiny).model)  # type: ignore[assignment]
+    assert {finished.reason for finished in run(tried.tiny).values()} == {"length"}
+    tried.canaries.follow()
+    tried.canaries.follow()
+    (canary,) = tried.ledger.canaries()
+    assert (canary.state, canary.reason) == ("aborted", "its draft failed while it served")
+    assert active(tried.tiny).share == 0

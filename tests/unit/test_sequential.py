@@ -59,6 +59,22 @@ def test_the_interval_holds_the_truth_at_every_look() -> None:
     assert excluded <= ALPHA * RUNS
 
 
+def test_the_interval_holds_the_truth_beside_an_arm_that_stands_still() -> None:
+    """The guard's case: 200 requests of history, and a successor that is looked at after each of its 500."""
+    excluded = 0
+    for seed in range(RUNS):
+        rng = np.random.default_rng(seed)
+        history, live = Arm(), Arm()
+        for rate in rates(rng, 0.6, 200):
+            history.add(rate)
+        for rate in rates(rng, 0.6, 500):
+            live.add(rate)
+            if live.requests >= 20 and abs((seen := difference(live, history)).mean) > seen.high - seen.mean:
+                excluded += 1
+                break
+    assert excluded <= ALPHA * RUNS
+
+
 @pytest.mark.parametrize("share", [0.1, 0.2, 0.5])
 def test_an_equal_candidate_is_rarely_aborted(share: float) -> None:
     """At most 5 %, with the rule for the undecided included."""
