@@ -1,13 +1,14 @@
 """The decoder process: builds every part from the settings, then serves. `python -m decoder.serve`."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import torch
 import transformers
 import uvicorn
 from fastapi import FastAPI
+from sqlalchemy import Engine as DatabaseEngine
 
 from decoder.canary import Canaries
 from decoder.device import device_of, prefill_tokens, stay_on_one_core
@@ -85,21 +86,8 @@ def build(settings: Settings) -> FastAPI:
         frozenset(settings.closed_routes),
         device,
     )
-    artifacts = ArtifactStore(settings.artifacts_path)
-    installer = Installer(engine.between_steps, artifacts, lambda: fingerprint(target))
-    canary_ledger = CanaryLedger(database)
-    rules = Rules(settings.guard_requests, settings.canary_requests, settings.canary_margin)
-    swapper = Swapper(
-        drafts,
-        installer,
-        registry,
-        lambda: first_draft(files, artifacts),
-        RolloutGuard(settings.guard_requests),
-        Canaries(drafts, installer, registry, canary_ledger, rules, metrics),
-        metrics,
-        settings.poll_s,
-    )
-    engine.on_finished = swapper.finished
+    installer = Installer(engine.between_steps, ArtifactStore(settings.artifacts_path), lambda: fingerprint(target))
+    swapper = follower(settings, database, engine, drafts, installer, metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -117,9 +105,9 @@ def build(settings: Settings) -> FastAPI:
         codec=codec,
         registry=registry,
         ledger=ledger,
-        canaries=canary_ledger,
+        canaries=CanaryLedger(database),
         buffer=buffer,
-        artifacts=artifacts,
+        artifacts=ArtifactStore(settings.artifacts_path),
         celery=celery_app(settings),
         metrics=metrics,
     )
@@ -142,10 +130,27 @@ def _load(
     return HfCodec(tokenizer, files.name, target.vocab_size), target, drafts
 
 
-def first_draft(files: ModelFiles, artifacts: ArtifactStore) -> Candidate:
-    """What every route's version 1 is made of."""
-    digest = artifacts.publish(lambda folder: save_first_draft(files, folder))
-    return Candidate(digest, {"origin": "first draft"}, {}, {}, git_commit())
+def follower(
+    settings: Settings,
+    database: DatabaseEngine,
+    engine: Engine,
+    drafts: Mapping[str, LiveDraft],
+    installer: Installer,
+    metrics: ServiceMetrics,
+) -> Swapper:
+    """What keeps the engine's `drafts` at the versions that the registry says, and watches them. Not started."""
+    registry, artifacts = Registry(database), ArtifactStore(settings.artifacts_path)
+
+    def first_draft() -> Candidate:
+        digest = artifacts.publish(lambda folder: save_first_draft(ModelFiles.of(settings), folder))
+        return Candidate(digest, {"origin": "first draft"}, {}, {}, git_commit())
+
+    rules = Rules(settings.guard_requests, settings.canary_requests, settings.canary_margin)
+    canaries = Canaries(drafts, installer, registry, CanaryLedger(database), rules, metrics)
+    guard = RolloutGuard(settings.guard_requests)
+    swapper = Swapper(drafts, installer, registry, first_draft, guard, canaries, metrics, settings.poll_s)
+    engine.on_finished = swapper.finished
+    return swapper
 
 
 def main() -> None:

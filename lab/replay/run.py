@@ -49,7 +49,14 @@ class ArmRun:
     def __init__(self, config: Replay, arm: Arm, seed: int, folder: Path, say: Callable[[str], None]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._config, self._seed, self._folder, self._say = config, seed, folder, say
-        given = {"target": config.target, "draft": config.draft, "lease_s": 3600.0, **config.settings, **arm.settings}
+        given = {
+            "target": config.target,
+            "draft": config.draft,
+            "lease_s": 3600.0,
+            "canary_share": 0,
+            **config.settings,
+            **arm.settings,
+        }
         self._settings = Settings(**given)
         self.log = Log(folder / "log.jsonl")
         tokenizer = load_tokenizer(ModelFiles.of(self._settings))

@@ -12,20 +12,20 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from decoder.models import ModelFiles, fingerprint, save_first_draft
+from decoder.install import Installer
+from decoder.models import ModelFiles, fingerprint
+from decoder.serve import follower
 from decoder.swap import Swapper
 from lab import rig
 from lab.replay.config import Replay
 from lab.replay.streams import Asked
 from migrations import upgrade
-from online.connections import git_commit
 from online.embedded import start_server
 from online.messages import Query
 from online.registry import Registry
-from online.rollout import RolloutGuard
 from online.settings import Settings
 from online.signals import Signal, decode
-from online.tables import Cycle, Version
+from online.tables import Cycle, Version, connect
 from trainer.cycle import Workshop, run
 from trainer.demand import look
 from trainer.gate import Floats, evaluate
@@ -138,19 +138,9 @@ def serve(config: Replay, settings: Settings, folder: Path) -> Iterator[Service]
         own = {"gamma": config.gamma, "max_tokens": config.max_tokens, "kept_contexts": 0}
         with rig.rig(pair, files.draft, config.at_once, routes=(LIVE, FROZEN), buffer=shop.buffer, **own) as serving:
             engine = serving.engine
-            swapper = Swapper(
-                {LIVE: engine.batch.drafts[LIVE]},
-                engine.between_steps,
-                shop.registry,
-                shop.artifacts,
-                lambda target_folder: save_first_draft(files, target_folder),
-                git_commit(),
-                lambda: fingerprint(engine.batch.target),  # type: ignore[arg-type]
-                RolloutGuard(settings.guard_requests),
-                serving.metrics,
-                settings.poll_s,
-            )
-            engine.on_finished = swapper.finished
+            drafts = {LIVE: engine.batch.drafts[LIVE]}
+            installer = Installer(engine.between_steps, shop.artifacts, lambda: fingerprint(engine.batch.target))  # type: ignore[arg-type]
+            swapper = follower(settings, connect(settings.sql_url), engine, drafts, installer, serving.metrics)
             swapper.sync()
             yield Service(shop, serving, swapper, config)
     finally:
