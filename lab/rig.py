@@ -73,7 +73,7 @@ def read_prompts(path: Path | None, count: int) -> list[str]:
     """Raises ValueError, naming the line, where the file does not hold prompts."""
     if path is None:
         return traffic.package_prompts(traffic.shifted_package(), count, held_out=True, seed=1)
-    lines = path.read_text().splitlines()
+    lines = path.read_text().rstrip("\n").split("\n")  # prompts may hold other ends of lines
     prompts = []
     for number in range(0, len(lines), max(1, len(lines) // count)):  # all over the file, which may be in some order
         try:

@@ -75,6 +75,9 @@ class Settings(BaseSettings):
     cycle_max_signals: int = Field(2000, ge=2, description="signals in one cycle's window, at most")
     replay_signals: int = Field(400, ge=0, description="older signals trained on again, at most")
     held_out_signals: int = Field(200, ge=1, description="held-out requests the gate compares on, at most")
+    search_recipe: bool = Field(
+        True, description="try a few recipes on a route's own signals, and keep the best until its traffic shifts"
+    )
     tick_s: float = Field(10.0, gt=0, description="how often the trainer looks for work")
     cycle_limit_s: int = Field(1800, ge=1, description="a cycle that runs longer is killed")
     cycle_attempts: int = Field(3, ge=1, description="attempts at one window before it is given up")

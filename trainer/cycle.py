@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from online.settings import Settings
 from online.signals import Signal, decode
 from online.tables import Version, connect
 from trainer.batches import held_out, usable
+from trainer.choice import choose
 from trainer.distill import Recipe, distill
 from trainer.exits import EXIT_LEASE_LOST, EXIT_REPORTED
 from trainer.gate import judge
@@ -110,17 +111,20 @@ def _learn(
     still_wanted: Callable[[], None],
 ) -> str:
     settings = shop.settings
-    recipe = Recipe.of({**settings.recipe, "seed": lease.cycle_id})
-    pad_id = int(module.config.pad_token_id or 0)  # type: ignore[union-attr, arg-type]
+    recipe, found = Recipe.of({**settings.recipe, "seed": lease.cycle_id}), {}
+    pad_id, gamma = int(module.config.pad_token_id or 0), settings.gamma or 1  # type: ignore[union-attr, arg-type]
+    if settings.search_recipe:
+        found = choose(module, lessons, recipe, parent, gamma, pad_id, still_wanted)
+        recipe = replace(recipe, **found["choice"])
     distilled = distill(module, lessons, recipe, pad_id, still_wanted)
     digest = shop.artifacts.publish(lambda folder: _save(module, parent, shop, folder))
     # Judged as it would be served: rounded to its stored precision, read back from disk.
     active, candidate = _load(shop, parent), _load_artifact(shop, digest)
-    report = judge(active, candidate, exam, gamma=settings.gamma or 1, pad_id=pad_id, seed=lease.cycle_id)
+    report = judge(active, candidate, exam, gamma=gamma, pad_id=pad_id, seed=lease.cycle_id)
     still_wanted()
     made = Candidate(
         digest,
-        {**recipe.as_dict(), "steps": distilled.steps, "positions": distilled.positions},
+        {**recipe.as_dict(), **found, "steps": distilled.steps, "positions": distilled.positions},
         span,
         report.as_dict(),
         git_commit(),

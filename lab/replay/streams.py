@@ -38,7 +38,7 @@ def prompts(source: str, *, held_out: bool) -> list[str]:
     if kind == "hub":
         return _hub_prompts(*rest.split(":"))
     try:
-        lines = Path(source).read_text().splitlines()
+        lines = Path(source).read_text().rstrip("\n").split("\n")  # prompts may hold other ends of lines
     except OSError as error:
         raise ValueError(f"{source} can't be read: {error}") from error
     found = []

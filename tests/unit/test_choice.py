@@ -1,0 +1,73 @@
+"""Which recipe suits a route."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from online.signals import Signal
+from online.tables import Version
+from tests.signals import taught
+from tests.tiny import TinyPair
+from trainer import choice
+from trainer.choice import CANDIDATES, choose, search
+from trainer.distill import Recipe
+
+BASE = Recipe(epochs=2, learning_rate=3e-3)
+
+
+@pytest.fixture(scope="module")
+def lessons(pair: TinyPair) -> list[Signal]:
+    return taught(pair.target, 120)
+
+
+def spoilt(pair: TinyPair) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(pair.spoilt, dtype=torch.float32)  # type: ignore[no-any-return]
+
+
+def test_candidates_are_recipes() -> None:
+    """Each can be made, and none is there twice."""
+    made = [Recipe.of(change) for change in CANDIDATES]
+    assert len(set(made)) == len(made)
+
+
+def test_the_worse_half_is_dropped_until_one_is_left(pair: TinyPair, lessons: list[Signal]) -> None:
+    """Four, then two on twice the lessons; the winner is the best of the last round; the draft is left alone."""
+    module = spoilt(pair)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    found, tried = search(module, lessons, BASE, 4, 3)
+    assert [len([t for t in tried if t.lessons == n]) for n in sorted({t.lessons for t in tried})] == [4, 2]
+    last = tried[4:]
+    assert found == max(last, key=lambda one: one.tokens_per_step).change
+    best_first = sorted(tried[:4], key=lambda one: -one.tokens_per_step)[:2]
+    assert [one.change for one in best_first] == [one.change for one in last]
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+    assert search(module, lessons, BASE, 4, 3) == (found, tried)
+
+
+def test_a_recipe_that_ruins_the_draft_is_not_chosen(
+    pair: TinyPair, lessons: list[Signal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search sees what a recipe does."""
+    monkeypatch.setattr(choice, "CANDIDATES", ({"learning_rate": 30.0}, {}))
+    assert search(spoilt(pair), lessons, BASE, 4, 3)[0] == {}
+
+
+def test_few_lessons_are_no_search(pair: TinyPair, lessons: list[Signal]) -> None:
+    """The configured recipe then."""
+    assert search(spoilt(pair), lessons[:30], BASE, 4, 3) == ({}, ())
+
+
+def test_a_choice_is_kept_until_the_traffic_shifts(pair: TinyPair, lessons: list[Signal]) -> None:
+    """A draft that still accepts what its gate promised passes its recipe on; one that does not is looked at again."""
+    module = spoilt(pair)
+    kept = {"divergence": "kl+acceptance"}
+    parent = Version(route="r", recipe={"choice": kept}, gate={"candidate_acceptance": 0.02})
+    assert choose(module, lessons, BASE, parent, 4, 3) == {"choice": kept}
+    fallen = Version(route="r", recipe={"choice": kept}, gate={"candidate_acceptance": 0.9})
+    assert len(choose(module, lessons, BASE, fallen, 4, 3)["tried"]) == 6
+    first = Version(route="r", recipe={"origin": "first draft"}, gate={})
+    found = choose(module, lessons, BASE, first, 4, 3)
+    assert len(found["tried"]) == 6
+    assert replace(BASE, **found["choice"]) == Recipe.of({**BASE.as_dict(), **found["choice"]})  # type: ignore[dict-item]

@@ -1,0 +1,102 @@
+"""Which recipe suits a route: a small search on the route's own signals, by successive halving.
+
+DistillSpec (arXiv 2310.08461) finds that the best divergence and data depend on the task and on how it is decoded. So a
+cycle may try a few recipes on part of its lessons, judge them on the rest of its lessons (never on the gate's exam),
+and drop the worse half, until one is left. The choice stays with the version; its descendants keep it until the traffic
+has shifted.
+"""
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from online.signals import Signal
+from online.tables import Version
+from trainer.distill import Recipe, distill
+from trainer.gate import evaluate
+
+# Beside the configured recipe. What lost everywhere it was measured (LOG.md) is not tried anew on every route.
+CANDIDATES: tuple[Mapping[str, Any], ...] = (
+    {},
+    {"branch_tokens": 4},
+    {"divergence": "kl+acceptance"},
+    {"follow_temperature": True},
+)
+JUDGED_SHARE = 4  # one lesson in so many judges the candidates
+FIRST_SHARE = 4  # of the other lessons, one in so many is learnt from in the first round, twice as many in the next
+FEWEST = 32  # lessons below which a search would be a draw of lots
+SHIFTED = 0.8  # share of the promised acceptance below which the parent's choice is looked at again
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """One candidate in one round."""
+
+    change: dict[str, Any]
+    lessons: int
+    tokens_per_step: float
+
+
+def choose(
+    module: nn.Module,
+    lessons: Sequence[Signal],
+    base: Recipe,
+    parent: Version,
+    gamma: int,
+    pad_id: int,
+    still_wanted: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """For the new version: `choice`, what is changed in `base`, and where it was looked for now, what was `tried`."""
+    inherited = parent.recipe.get("choice")
+    promised = parent.gate.get("candidate_acceptance")
+    if isinstance(inherited, Mapping) and not shifted(module, lessons, promised, gamma, pad_id):
+        return {"choice": dict(inherited)}
+    choice, tried = search(module, lessons, base, gamma, pad_id, still_wanted)
+    return {"choice": choice, "tried": [asdict(one) for one in tried]}
+
+
+def shifted(module: nn.Module, lessons: Sequence[Signal], promised: float | None, gamma: int, pad_id: int) -> bool:
+    """Whether the active draft accepts much less on these lessons than the gate promised when it was made."""
+    if promised is None:
+        return True
+    _, acceptance_R = evaluate(module, lessons[:64], gamma, pad_id)
+    return float(acceptance_R.mean()) < SHIFTED * promised
+
+
+def search(
+    module: nn.Module,
+    lessons: Sequence[Signal],
+    base: Recipe,
+    gamma: int,
+    pad_id: int,
+    still_wanted: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, Any], tuple[Tried, ...]]:
+    """The change to `base` that learns most from these lessons, and everything that was tried. `module` stays as it is.
+
+    Costs about as much as three passes over the lessons.
+    """
+    judges = [s for s in lessons if _judges(s)]
+    pupils = [s for s in lessons if not _judges(s)]
+    if len(pupils) < FEWEST or len(judges) < FEWEST // JUDGED_SHARE:
+        return {}, ()
+    tried: list[Tried] = []
+    left, count = list(CANDIDATES), max(FEWEST, len(pupils) // FIRST_SHARE)
+    while len(left) > 1:
+        scores = []
+        for change in left:
+            learnt = copy.deepcopy(module)
+            distill(learnt, pupils[:count], replace(base, **change), pad_id, still_wanted)
+            scores.append(float(evaluate(learnt, judges, gamma, pad_id)[0].mean()))
+            tried.append(Tried(dict(change), min(count, len(pupils)), scores[-1]))
+        order = sorted(range(len(left)), key=lambda i: -scores[i])
+        left, count = [left[i] for i in order[: len(left) // 2]], 2 * count
+    return dict(left[0]), tuple(tried)
+
+
+def _judges(signal: Signal) -> bool:
+    """By another byte of the hash than the one that holds requests out for the gate."""
+    return hashlib.sha256(signal.request_id.encode()).digest()[1] % JUDGED_SHARE == 0
