@@ -4,13 +4,16 @@ Keys, all of them (the braces keep a route's keys on one node of a cluster):
 
     slipstream:{ROUTE}:signals   stream; one entry per request, field `s`; consumer group `trainer`
     slipstream:{ROUTE}:bytes     integer; bytes of all records in the stream
+    slipstream:{ROUTE}:kept      hash; entry id → record: a sample of all that was ever acknowledged, within retention
 
-Acknowledged entries stay until the bounds push them out, oldest first: a later cycle replays them.
+Acknowledged entries stay until the bounds push them out, oldest first. What a later cycle replays is the kept sample:
+the newest of what is older would be the traffic of yesterday, and a draft would forget that of last week.
 """
 
+import hashlib
 import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -20,6 +23,7 @@ GROUP = "trainer"
 # One name for every worker: a cycle is single-flight per route, so what is pending under this name is exactly the
 # window that an interrupted cycle left behind.
 CONSUMER = "cycle"
+ALL = 2**31
 
 _APPEND = """
 local function trim(total)
@@ -79,6 +83,15 @@ class SignalBuffer(Protocol):
     def before(self, route: str, entry_id: str, limit: int) -> list[Entry]:
         """Up to `limit` entries older than `entry_id`, newest first."""
 
+    def keep(self, route: str, entries: Iterable[Entry], limit: int) -> None:
+        """Offers entries to the kept sample: `limit` of all that were ever offered, each as likely as any other.
+
+        Offering an entry twice is offering it once.
+        """
+
+    def kept(self, route: str) -> list[Entry]:
+        """The kept sample, oldest first."""
+
     def new_signals(self, route: str, at_most: int) -> int:
         """Entries that no cycle has claimed yet, counted up to `at_most`."""
 
@@ -99,6 +112,7 @@ class RedisBuffer:
 
     def trim(self, route: str) -> None:
         self.append(route)
+        self.keep(route, (), ALL)  # or what is kept would outlive its retention where nothing new comes
 
     def claim(self, route: str, limit: int) -> list[Entry]:
         self._ensure_group(route)
@@ -118,6 +132,21 @@ class RedisBuffer:
             return []
         rows = self._redis.xrevrange(_keys(route)[0], max=f"({entry_id}", min="-", count=limit)
         return [_entry(row) for row in cast(list[Any], rows)]
+
+    def keep(self, route: str, entries: Iterable[Entry], limit: int) -> None:
+        offered = {entry.id: entry.record for entry in entries}
+        known = {_text(name) for name in cast(list[bytes], self._redis.hkeys(_kept_key(route)))}
+        chosen = _sample(known | offered.keys(), limit, self._bounds[2])
+        if new := chosen - known:
+            self._redis.hset(_kept_key(route), mapping={name: offered[name] for name in new})
+        if gone := known - chosen:
+            self._redis.hdel(_kept_key(route), *gone)
+
+    def kept(self, route: str) -> list[Entry]:
+        found = cast(dict[bytes, bytes], self._redis.hgetall(_kept_key(route)))
+        entries = {_text(name): record for name, record in found.items()}
+        chosen = _sample(entries.keys(), len(entries), self._bounds[2])
+        return [Entry(name, entries[name]) for name in sorted(chosen, key=id_order)]
 
     def new_signals(self, route: str, at_most: int) -> int:
         # `lag` of XINFO GROUPS would do, but Redis 6 does not have it and trimming makes it nil.
@@ -149,6 +178,17 @@ def _keys(route: str) -> list[str]:
     return [f"slipstream:{{{route}}}:signals", f"slipstream:{{{route}}}:bytes"]
 
 
+def _kept_key(route: str) -> str:
+    return f"slipstream:{{{route}}}:kept"
+
+
+def _sample(ids: Collection[str], limit: int, retention_ms: int) -> set[str]:
+    """Those whose hashes are smallest: a uniform sample that needs to know neither what came before nor how much."""
+    oldest_ms = time.time_ns() // 1_000_000 - retention_ms
+    alive = [name for name in ids if id_order(name)[0] >= oldest_ms]
+    return set(sorted(alive, key=lambda name: hashlib.sha256(name.encode()).digest())[:limit])
+
+
 def _text(value: bytes | str) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
@@ -167,6 +207,7 @@ class MemoryBuffer:
     _bytes: dict[str, int] = field(default_factory=dict)
     _delivered: dict[str, str] = field(default_factory=dict)
     _pending: dict[str, dict[str, None]] = field(default_factory=dict)
+    _kept: dict[str, dict[str, bytes]] = field(default_factory=dict)
     _sequence: "itertools.count[int]" = field(default_factory=itertools.count)
 
     def append(self, route: str, *records: bytes) -> None:
@@ -177,6 +218,7 @@ class MemoryBuffer:
         self.trim(route)
 
     def trim(self, route: str) -> None:
+        self.keep(route, (), ALL)
         entries = self._entries.get(route, {})
         oldest_ms = time.time_ns() // 1_000_000 - self.bounds.retention_s * 1000
         while entries:
@@ -203,6 +245,15 @@ class MemoryBuffer:
     def before(self, route: str, entry_id: str, limit: int) -> list[Entry]:
         older = [Entry(i, r) for i, r in self._entries.get(route, {}).items() if id_order(i) < id_order(entry_id)]
         return older[::-1][: max(0, limit)]
+
+    def keep(self, route: str, entries: Iterable[Entry], limit: int) -> None:
+        pool = self._kept.get(route, {}) | {entry.id: entry.record for entry in entries}
+        self._kept[route] = {name: pool[name] for name in _sample(pool, limit, self.bounds.retention_s * 1000)}
+
+    def kept(self, route: str) -> list[Entry]:
+        entries = self._kept.get(route, {})
+        chosen = _sample(entries, len(entries), self.bounds.retention_s * 1000)
+        return [Entry(name, entries[name]) for name in sorted(chosen, key=id_order)]
 
     def new_signals(self, route: str, at_most: int) -> int:
         return min(at_most, len(self._new(route)))

@@ -155,3 +155,36 @@ def test_routes_do_not_see_each_other(make: Make) -> None:
     assert (buffer.depth("a"), buffer.depth("b"), buffer.depth("c")) == (Depth(1, 1), Depth(1, 2), Depth(0, 0))
     assert records(buffer.claim("a", 10)) == [b"a"]
     assert buffer.claim("c", 10) == []
+
+
+def test_the_kept_sample_is_of_all_that_was_offered(make: Make) -> None:
+    """Bounded, oldest first, the same whichever way it was offered, and from early entries as from late ones."""
+    buffer = make(signals=10)
+    offered = []
+    for i in range(200):
+        buffer.append("r", b"%d" % i)
+        offered.append(buffer.before("r", NEWEST, 1)[0])
+        if i % 20 == 19:
+            buffer.keep("r", offered[-20:], 40)
+            buffer.keep("r", offered[-20:], 40)
+    kept = buffer.kept("r")
+    assert len(kept) == 40
+    assert kept == sorted(kept, key=lambda entry: buffers.id_order(entry.id))
+    assert set(kept) <= set(offered)
+    early = sum(int(entry.record) < 100 for entry in kept)
+    assert 8 <= early <= 32
+    assert buffer.kept("other") == []
+
+
+def test_the_kept_sample_forgets_with_age(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retention holds for what is kept, whether or not anything new comes."""
+    buffer = make(retention_s=60)
+    buffer.append("r", b"old")
+    buffer.keep("r", buffer.before("r", NEWEST, 1), 10)
+    assert records(buffer.kept("r")) == [b"old"]
+    later = buffers.time.time_ns() + 61 * 10**9
+    monkeypatch.setattr(buffers.time, "time_ns", lambda: later)
+    assert buffer.kept("r") == []
+    buffer.trim("r")
+    monkeypatch.undo()
+    assert buffer.kept("r") == []
