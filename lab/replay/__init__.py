@@ -42,8 +42,9 @@ def main() -> None:
     )
     parser.add_argument("--held-out", type=int, help="held-out queries of a domain, each sampled and greedy")
     parser.add_argument("--no-wall", action="store_true", help="leave the comparison of tokens per second out")
-    parser.add_argument("--out", type=Path, required=True, help="folder for logs, drafts and the report")
+    parser.add_argument("--out", type=Path, help="folder of logs, drafts and report (default: .slipstream/replay/NAME)")
     args = parser.parse_args()
+    args.out = args.out or Path(".slipstream", "replay", args.preset or args.config.stem)
     try:
         figures = replay(args)
     except ValueError as error:
@@ -86,13 +87,13 @@ def _say(started: float, who: str, line: str) -> None:
 
 
 def _config(args: argparse.Namespace) -> Any:
-    from lab.replay.config import Arm, preset, read
+    from lab.replay.config import preset, read
 
     given = {name: getattr(args, name) for name in ("target", "draft", "dtype", "seeds", "held_out")}
     more: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if args.no_wall:
         more["wall_queries"] = 0
-    arms = [Arm(name=name, settings=json.loads(text)) for name, _, text in (a.partition("=") for a in args.arm or ())]
+    arms = [_arm(text) for text in args.arm or ()]
     if args.config:
         config = read(args.config)
         return config.model_copy(update={**more, "arms": [*config.arms, *arms]})
@@ -102,6 +103,16 @@ def _config(args: argparse.Namespace) -> Any:
         more = {"target": str(pair / "target"), "draft": str(pair / "draft"), **more}
     config = preset(args.preset, data, args.queries, **more)
     return config.model_copy(update={"arms": [*config.arms, *arms]})
+
+
+def _arm(text: str) -> Any:
+    from lab.replay.config import Arm
+
+    name, _, settings = text.partition("=")
+    try:
+        return Arm(name=name, settings=json.loads(settings or "{}"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--arm {name}: its settings are no JSON: {error}") from error
 
 
 def _same_as_before(config: Any, path: Path) -> None:

@@ -65,6 +65,10 @@ def _domain(config: Replay, domain: str, end: int, logs: Logs) -> dict[str, Any]
             each = np.array([wall[at_once]["ratios"][pair] for wall in walls])
             figures[f"{name}{suffix}"], figures[f"{name}{suffix}_low"] = np.median(each[:, :2], axis=0).tolist()
         figures[f"gamma{suffix}"] = walls[0][at_once]["gamma"]
+        figures[f"tokens_per_s{suffix}"] = {
+            name: float(np.median([wall[at_once]["tokens_per_s"][name] for wall in walls]))
+            for name in walls[0][at_once]["tokens_per_s"]
+        }
     figures |= {"queries_to_recover": _median(_recoveries(config, domain, logs))}
     figures |= {"forgetting": _median(_forgetting(config, domain, logs))}
     return figures
