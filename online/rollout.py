@@ -12,7 +12,8 @@ from typing import Literal
 
 from online.sequential import Arm, Difference, difference
 
-KEPT_REQUESTS = 500  # recent requests that stand for a version's live acceptance, and those that the guard watches
+KEPT_REQUESTS = 500  # recent requests that stand for a version's live acceptance
+WATCHED_REQUESTS = 100  # first requests of a version that the guard compares with its predecessor's
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +106,9 @@ class _Watch:
 class RolloutGuard:
     """Per route: the running version's acceptance, and its predecessor's, which it has to hold. Not thread-safe.
 
-    The two were served one after the other. What falls long after the change is the traffic's doing: so a version is
-    watched for its first `KEPT_REQUESTS` requests.
+    The two were served one after the other, so a shift of the traffic looks like a bad version. A spoilt one shows
+    within some twenty requests: a version is watched for its first `WATCHED_REQUESTS`, and what falls later is the
+    traffic's doing.
     """
 
     def __init__(self, min_requests: int) -> None:
@@ -133,7 +135,7 @@ class RolloutGuard:
             return None
         watch.recent.append(acceptance_rate)
         watch.seen.add(acceptance_rate)
-        if watch.baseline is None or not self._min_requests <= watch.seen.requests <= KEPT_REQUESTS:
+        if watch.baseline is None or not self._min_requests <= watch.seen.requests <= WATCHED_REQUESTS:
             return None
         if difference(watch.seen, watch.baseline).high >= 0:
             return None

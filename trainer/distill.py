@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from online.signals import Signal
 from trainer.batches import Batch, Lesson, batches, collate
 from trainer.divergences import Divergence, divergence, draft_classes
+from trainer.rehearsal import Rehearsal
 
 GREEDY_TEMPERATURE = 0.5  # at which answers of temperature 0 are learnt, where a recipe follows temperatures
 
@@ -30,6 +31,7 @@ class Recipe:
     branch_weight: Annotated[float, Field(ge=0)] = 0.1  # of a position on one; on the emitted path it is 1
     follow_temperature: bool = False  # compare at the request's temperature instead of at 1
     selected_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # AdaSPEC: those positions with the most to gain
+    rehearsal: Annotated[float, Field(ge=0)] = 0.5  # weight of what the draft could do before, on its own samples
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     epochs: Annotated[int, Field(ge=1)] = 4
     batch_signals: Annotated[int, Field(ge=1)] = 8
@@ -103,8 +105,9 @@ def distill(
     reference = None
     if recipe.selected_share < 1:
         reference = copy.deepcopy(module)
-        _train(reference, lessons, recipe, pad_id, still_wanted, None)
-    told, positions = _train(module, lessons, recipe, pad_id, still_wanted, reference)
+        _train(reference, lessons, recipe, pad_id, still_wanted)
+    rehearsal = Rehearsal(module, lessons, recipe.seed) if recipe.rehearsal else None
+    told, positions = _train(module, lessons, recipe, pad_id, still_wanted, reference, rehearsal)
     edge = max(1, len(told) // 10)
     first, last = float(np.mean(told[:edge])), float(np.mean(told[-edge:]))
     return Distilled(len(told), positions, first, last, time.monotonic() - started)
@@ -116,7 +119,8 @@ def _train(
     recipe: Recipe,
     pad_id: int,
     still_wanted: Callable[[], None],
-    reference: nn.Module | None,
+    reference: nn.Module | None = None,
+    rehearsal: Rehearsal | None = None,
 ) -> tuple[list[float], int]:
     """The loss of every step, and how many positions were learnt from, passes counted."""
     device = next(module.parameters()).device
@@ -135,12 +139,14 @@ def _train(
         if reference is not None:
             weight_N = weight_N * _selected(loss_N, batch, measure, recipe, reference)
         loss = (loss_N * weight_N).sum() / weight_N.sum()
+        told.append(loss.item())
+        if rehearsal is not None:
+            loss = loss + recipe.rehearsal * rehearsal.loss(module)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(module.parameters(), recipe.clip_norm)
         optimizer.step()
         schedule.step()
-        told.append(loss.item())
         positions += int((weight_N > 0).sum())
     module.eval()
     return told, positions

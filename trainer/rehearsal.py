@@ -1,0 +1,55 @@
+"""Rehearsal: what a draft could do before, so that learning one kind of traffic does not unlearn the others.
+
+A draft knows more than its route's signals show: what it was pretrained on comes back when the traffic shifts. Nothing
+of that is at hand, but the draft itself is: it writes samples of its own, and while it learns it is held to its former
+distribution on them (pseudo-rehearsal, Robins 1995). No data is kept for it, and no target asked.
+
+Legend: R sequences, T tokens, B sequences of a step, V vocabulary.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trainer.batches import Lesson
+
+SEQUENCES, TOKENS = 64, 96  # written before the first step
+PER_STEP = 2  # of them, rehearsed beside every batch of lessons
+
+
+class Rehearsal:
+    """A draft as it is now, and what it writes. `loss` is how far a later state of it has moved."""
+
+    def __init__(self, module: nn.Module, lessons: Sequence[Lesson], seed: int) -> None:
+        self._former = copy.deepcopy(module).eval().requires_grad_(False)
+        self._rng = np.random.default_rng(seed)
+        # As prompts begin, so that the draft goes on as in the traffic that it knows.
+        starts = [int(lesson.ids_T[0]) for lesson in lessons]
+        first_R1 = torch.tensor(self._rng.choice(starts, SEQUENCES), device=next(module.parameters()).device)[:, None]
+        self._ids_RT = write(self._former, first_R1, TOKENS, seed)
+
+    def loss(self, module: nn.Module) -> Tensor:
+        """KL(former‖now), mean over the positions of a few sequences."""
+        ids_BT = self._ids_RT[self._rng.integers(0, len(self._ids_RT), PER_STEP)]
+        with torch.no_grad():
+            former_logp_BTV = self._former(input_ids=ids_BT, use_cache=False).logits.float().log_softmax(-1)
+        now_logp_BTV = module(input_ids=ids_BT, use_cache=False).logits.float().log_softmax(-1)
+        moved: Tensor = (former_logp_BTV.exp() * (former_logp_BTV - now_logp_BTV)).sum(-1).mean()
+        return moved
+
+
+@torch.no_grad()
+def write(module: nn.Module, first_R1: Tensor, tokens: int, seed: int) -> Tensor:
+    """Sequences that the draft samples at temperature 1 from their first tokens on [R, T]."""
+    generator = torch.Generator(first_R1.device).manual_seed(seed)
+    ids_RT = fed = first_R1
+    cache = None
+    for _ in range(tokens - 1):
+        out = module(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = out.past_key_values
+        fed = torch.multinomial(out.logits[:, -1].float().softmax(-1), 1, generator=generator)
+        ids_RT = torch.cat([ids_RT, fed], 1)
+    return ids_RT
