@@ -17,7 +17,7 @@ from decoder.observe import StepTrace, join
 from online.buffer import SignalBuffer
 from online.messages import Query
 from online.metrics import ServiceMetrics
-from online.signals import Signal, encode
+from online.signals import Signal, encode, pseudonym
 
 log = logging.getLogger("slipstream.recorder")
 
@@ -141,4 +141,5 @@ def to_signal(trace: Trace, model: str) -> Signal:
         top_logp=seen["top_logp"].astype(np.float16),
         rest_mass=(1 - np.exp(seen["top_logp"]).sum(-1)).clip(min=0).astype(np.float16),
         draft_top_logp=seen["draft_top_logp"].astype(np.float16),
+        client=pseudonym(query.client),
     )

@@ -41,6 +41,7 @@ class Query:
     ignore_eos: bool = False
     logprobs: int | None = None  # most likely tokens to report per position; None: none
     store: bool = True  # False: leaves no signal
+    client: str = ""  # who asks: a key's name or OpenAI's `user`; empty: nobody in particular
 
 
 @dataclass(frozen=True, slots=True)

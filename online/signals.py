@@ -7,6 +7,7 @@ tokens that this step drafted. It lies on the emitted path while j ≤ step_acce
 evaluated on the draft's own tokens, kept because nobody has to compute it again.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -18,7 +19,8 @@ from safetensors import TensorSpec, serialize
 
 from online.errors import SignalError
 
-SIGNAL_VERSION = 1
+SIGNAL_VERSION = 2
+READABLE_VERSIONS = ("1", "2")  # version 1 did not know its client
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float16]
 
@@ -43,6 +45,7 @@ class Signal:
     top_logp: Floats  # [V, K] their log-probabilities at temperature 1
     rest_mass: Floats  # [V] probability of all other tokens together
     draft_top_logp: Floats  # [D, K] the draft's log-probabilities of those tokens, for drafted positions
+    client: str = ""  # whose request it was, as `pseudonym` writes it; empty: nobody's in particular
 
     def path(self) -> Iterator[tuple[int, int]]:
         """(index into output_ids, verified position) of every emitted token, in order."""
@@ -88,6 +91,11 @@ _NAMES = {np.dtype("<u2"): "uint16", np.dtype("<i4"): "int32", np.dtype("<f2"): 
 _SCALARS = [f.name for f in fields(Signal) if f.name not in _ARRAYS]
 
 
+def pseudonym(client: str) -> str:
+    """What stands for a client in the buffer: enough to tell clients apart, and no name that someone could read."""
+    return hashlib.sha256(client.encode(errors="surrogatepass")).hexdigest()[:16] if client else ""
+
+
 def encode(signal: Signal) -> bytes:
     """The record as bytes. Token ids of vocabularies up to 65,536 travel as two bytes each."""
     header = json.dumps({name: getattr(signal, name) for name in _SCALARS})
@@ -114,8 +122,9 @@ def decode(record: bytes) -> Signal:
         version = metadata["signal_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise SignalError(f"not a signal record: {error}") from error
-    if version != str(SIGNAL_VERSION):
-        raise SignalError(f"signal version {version} is unknown; this service reads version {SIGNAL_VERSION}")
+    if version not in READABLE_VERSIONS:
+        known = " and ".join(READABLE_VERSIONS)
+        raise SignalError(f"signal version {version} is unknown; this service reads versions {known}")
     try:
         arrays = safetensors.numpy.load(record)
         header = json.loads(metadata["signal"])

@@ -46,12 +46,12 @@ class Generator:
 
     # ── from bodies to queries ──
 
-    def completion(self, body: CompletionBody) -> Generation:
+    def completion(self, body: CompletionBody, caller: str) -> Generation:
         prompts = self._prompts(body.prompt)
         asked = body.max_tokens or COMPLETION_TOKENS
-        return self._generation(body, prompts, asked, body.logprobs, chat=False, param="prompt")
+        return self._generation(body, prompts, asked, body.logprobs, caller, chat=False, param="prompt")
 
-    def chat(self, body: ChatBody) -> Generation:
+    def chat(self, body: ChatBody, caller: str) -> Generation:
         if body.top_logprobs and not body.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
         messages = [{"role": message.role, "content": message.text} for message in body.messages]
@@ -59,7 +59,7 @@ class Generator:
         room = self._engine.status().max_context - len(prompt)
         asked = body.max_completion_tokens or body.max_tokens or max(1, room)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return self._generation(body, [prompt], asked, logprobs, chat=True, param="messages")
+        return self._generation(body, [prompt], asked, logprobs, caller, chat=True, param="messages")
 
     def _prompts(self, prompt: str | list[int] | list[str] | list[list[int]]) -> list[list[int]]:
         if isinstance(prompt, str):
@@ -81,6 +81,7 @@ class Generator:
         prompts: list[list[int]],
         max_tokens: int,
         logprobs: int | None,
+        caller: str,
         *,
         chat: bool,
         param: str,
@@ -101,13 +102,19 @@ class Generator:
         envelope = shapes.Envelope(
             request_id, chat, self._codec.model_name, f"fp_{self._engine.status().target_fingerprint}"
         )
-        queries = self._queries(body, request_id, prompts, max_tokens, logprobs)
+        queries = self._queries(body, request_id, prompts, max_tokens, logprobs, caller)
         wanted = body.speculation.gamma if body.speculation else None
         gamma = self._settings.gamma if wanted is None else wanted
         return Generation(envelope, queries, body, sum(map(len, prompts)), gamma)
 
     def _queries(
-        self, body: GenerationBody, request_id: str, prompts: list[list[int]], max_tokens: int, logprobs: int | None
+        self,
+        body: GenerationBody,
+        request_id: str,
+        prompts: list[list[int]],
+        max_tokens: int,
+        logprobs: int | None,
+        caller: str,
     ) -> list[Query]:
         seed = secrets.randbits(63) if body.seed is None else body.seed % 2**64
         lenience = self._lenience(body)
@@ -128,6 +135,7 @@ class Generator:
                 ignore_eos=bool(body.ignore_eos),
                 logprobs=logprobs,
                 store=body.store is not False,
+                client=caller if self._settings.generation_keys else body.user or "",
             )
             for index, prompt in enumerate(prompts)
             for copy in range(body.n or 1)
@@ -209,17 +217,18 @@ class Generator:
 
 
 def router(generator: Generator, authenticated: Callable[[Request], str]) -> APIRouter:
-    routes = APIRouter(prefix="/v1", dependencies=[Depends(authenticated)], tags=["generation"])
+    routes = APIRouter(prefix="/v1", tags=["generation"])
+    caller = Depends(authenticated)
 
     @routes.post("/completions", response_model=None)
-    async def completions(body: CompletionBody, request: Request) -> Response:
+    async def completions(body: CompletionBody, request: Request, name: str = caller) -> Response:
         """OpenAI's completions. `metadata.route` chooses the route; `store: false` leaves no signal."""
-        return await generator.answer(request, await run_in_threadpool(generator.completion, body))
+        return await generator.answer(request, await run_in_threadpool(generator.completion, body, name))
 
     @routes.post("/chat/completions", response_model=None)
-    async def chat_completions(body: ChatBody, request: Request) -> Response:
+    async def chat_completions(body: ChatBody, request: Request, name: str = caller) -> Response:
         """OpenAI's chat completions."""
-        return await generator.answer(request, await run_in_threadpool(generator.chat, body))
+        return await generator.answer(request, await run_in_threadpool(generator.chat, body, name))
 
     return routes
 

@@ -6,7 +6,9 @@ import httpx
 import pytest
 
 from online.api.auth import new_key
+from online.signals import decode, pseudonym
 from tests.e2e.conftest import Served, serve, tiny_settings
+from tests.loop.conftest import until
 from tests.tiny import TinyPair
 
 
@@ -165,6 +167,8 @@ def test_each_kind_of_key_opens_its_own_door(pair: TinyPair, redis_url: str, tmp
         served.http.headers["authorization"] = f"Bearer {operator}"
         served.post("/admin/routes/default/freeze", reason="x")
         assert served.registry.audit()[0].actor == "alice"
+        (entry,) = until(lambda: served.buffer.before("default", "99999999999999-0", 9), 10)
+        assert decode(entry.record).client == pseudonym("app")
 
 
 def test_without_keys_the_server_stays_on_loopback_and_refuses_foreign_pages(shared: Served) -> None:

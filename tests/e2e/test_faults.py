@@ -8,7 +8,7 @@ import pytest
 
 from online.embedded import free_port, start_server
 from online.errors import Unavailable
-from online.signals import decode
+from online.signals import decode, pseudonym
 from tests.e2e.conftest import Served, serve, tiny_settings
 from tests.loop.conftest import until
 from tests.tiny import TinyPair
@@ -119,3 +119,12 @@ def test_what_is_not_to_be_stored_is_not(own: Served) -> None:
     assert signal.request_id.startswith(kept["id"])
     assert len(signal.prompt_ids) == kept["usage"]["prompt_tokens"]
     assert own.buffer.depth("closed").signals == 0
+
+
+def test_a_signal_tells_clients_apart_and_names_none(own: Served) -> None:
+    """Without keys OpenAI's `user` says who asks; the buffer has a pseudonym, and nothing for those who do not say."""
+    for user in ("alice", "alice", None):
+        own.complete("hello", user=user)
+    entries = until(lambda: e if len(e := own.buffer.before("default", "99999999999999-0", 9)) == 3 else None, 10)
+    assert sorted(decode(entry.record).client for entry in entries) == ["", *[pseudonym("alice")] * 2]
+    assert not any(b"alice" in entry.record for entry in entries)

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from online.errors import SignalError
-from online.signals import SIGNAL_VERSION, decode, encode
+from online.signals import SIGNAL_VERSION, decode, encode, pseudonym
 from tests.signals import signal
 
 
 def test_a_signal_survives_the_wire() -> None:
     """Every field, with its type."""
-    before = signal()
+    before = signal(client="someone")
     after = decode(encode(before))
     for field in dataclasses.fields(before):
         left, right = getattr(before, field.name), getattr(after, field.name)
@@ -45,8 +45,26 @@ def test_path_ends_with_the_output() -> None:
 def test_an_unknown_version_is_refused() -> None:
     """Refused, not guessed."""
     record = safetensors.numpy.save({"a": np.zeros(1)}, {"signal_version": str(SIGNAL_VERSION + 1), "signal": "{}"})
-    with pytest.raises(SignalError, match="version 2 is unknown"):
+    with pytest.raises(SignalError, match=f"version {SIGNAL_VERSION + 1} is unknown"):
         decode(record)
+
+
+def test_records_of_version_1_are_read_as_nobodys() -> None:
+    """What waits in a buffer when the service is updated is not lost; it did not know its client."""
+    record = encode(signal(client="someone"))
+    header = json.loads(json.loads(record[8 : 8 + int.from_bytes(record[:8], "little")])["__metadata__"]["signal"])
+    assert header.pop("client") == "someone"
+    old = safetensors.numpy.save(safetensors.numpy.load(record), {"signal_version": "1", "signal": json.dumps(header)})
+    assert decode(old).client == ""
+    assert decode(old).output_ids.tolist() == signal().output_ids.tolist()
+
+
+def test_a_pseudonym_tells_clients_apart_and_names_nobody() -> None:
+    """The same for the same name, whatever characters it has; nobody stays nobody."""
+    assert pseudonym("alice") == pseudonym("alice") != pseudonym("bob")
+    assert "alice" not in pseudonym("alice")
+    assert len(pseudonym("\udc80")) == 16
+    assert pseudonym("") == ""
 
 
 @pytest.mark.parametrize(
