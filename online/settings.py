@@ -78,6 +78,12 @@ class Settings(BaseSettings):
     search_recipe: bool = Field(
         True, description="try a few recipes on a route's own signals, and keep the best until its traffic shifts"
     )
+    client_share: float = Field(
+        0.5, gt=0, le=1, description="share of a cycle's lessons, and of its exam, that one client may have; 1: all"
+    )
+    forgetting_tolerance: float = Field(
+        0.03, ge=0, le=1, description="share of its tokens per step on earlier traffic that a better draft may lose"
+    )
     tick_s: float = Field(10.0, gt=0, description="how often the trainer looks for work")
     cycle_limit_s: int = Field(1800, ge=1, description="a cycle that runs longer is killed")
     cycle_attempts: int = Field(3, ge=1, description="attempts at one window before it is given up")

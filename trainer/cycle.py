@@ -29,8 +29,9 @@ from online.registry import Candidate, Registry
 from online.settings import Settings
 from online.signals import Signal, decode
 from online.tables import Version, connect
-from trainer.batches import held_out, usable
+from trainer.batches import usable
 from trainer.choice import choose
+from trainer.curriculum import Bounds, Curriculum, curriculum
 from trainer.distill import Recipe, distill
 from trainer.exits import EXIT_LEASE_LOST, EXIT_REPORTED
 from trainer.gate import judge
@@ -79,22 +80,20 @@ def run(shop: Workshop, lease: Lease, still_wanted: Callable[[], None] = lambda:
     vocab_size = module.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     new, unreadable = _readable(window, vocab_size)
     old, _ = _readable(_older(shop, route, window[0].id), vocab_size)
-    newest_target = new[-1].model if new else ""
-    new, old = [[s for s in side if s.model == newest_target] for side in (new, old)]
-    lessons = [s for s in new if not held_out(s)] + [s for s in old if not held_out(s)][: shop.settings.replay_signals]
-    # Newest first: the traffic that the candidate would serve.
-    exam = [s for s in [*reversed(new), *old] if held_out(s)][: shop.settings.held_out_signals]
+    bounds = Bounds(shop.settings.replay_signals, shop.settings.held_out_signals, shop.settings.client_share)
+    chosen = curriculum(new, old, bounds)
     span = {
         "first": window[0].id,
         "last": window[-1].id,
         "signals": len(new),
-        "trained_on": len(lessons),
+        "trained_on": len(chosen.lessons),
         "unreadable": unreadable,
+        "left_out": chosen.left_out,
     }
-    if not lessons:
+    if not chosen.lessons:
         state = shop.ledger.finish(lease, "empty", {"reason": "no usable signals", "window": span}).state
     else:
-        state = _learn(shop, lease, parent, module, lessons, exam, span, still_wanted)
+        state = _learn(shop, lease, parent, module, chosen, span, still_wanted)
     # Ack after register: a crash repeats a cycle, it never loses signals.
     shop.buffer.acknowledge(route, [entry.id for entry in window])
     return state
@@ -105,8 +104,7 @@ def _learn(
     lease: Lease,
     parent: Version,
     module: nn.Module,
-    lessons: Sequence[Signal],
-    exam: Sequence[Signal],
+    chosen: Curriculum,
     span: dict[str, Any],
     still_wanted: Callable[[], None],
 ) -> str:
@@ -114,13 +112,22 @@ def _learn(
     recipe, found = Recipe.of({**settings.recipe, "seed": lease.cycle_id}), {}
     pad_id, gamma = int(module.config.pad_token_id or 0), settings.gamma or 1  # type: ignore[union-attr, arg-type]
     if settings.search_recipe:
-        found = choose(module, lessons, recipe, parent, gamma, pad_id, still_wanted)
+        found = choose(module, chosen.lessons, recipe, parent, gamma, pad_id, still_wanted)
         recipe = replace(recipe, **found["choice"])
-    distilled = distill(module, lessons, recipe, pad_id, still_wanted)
+    distilled = distill(module, chosen.lessons, recipe, pad_id, still_wanted)
     digest = shop.artifacts.publish(lambda folder: _save(module, parent, shop, folder))
     # Judged as it would be served: rounded to its stored precision, read back from disk.
     active, candidate = _load(shop, parent), _load_artifact(shop, digest)
-    report = judge(active, candidate, exam, gamma=gamma, pad_id=pad_id, seed=lease.cycle_id)
+    report = judge(
+        active,
+        candidate,
+        chosen.exam.new,
+        chosen.exam.earlier,
+        gamma=gamma,
+        pad_id=pad_id,
+        tolerance=settings.forgetting_tolerance,
+        seed=lease.cycle_id,
+    )
     still_wanted()
     made = Candidate(
         digest,
@@ -153,7 +160,7 @@ def _claim(shop: Workshop, route: str) -> list[Entry]:
 
 
 def _older(shop: Workshop, route: str, first: str) -> list[Entry]:
-    """Entries before the window, enough for the replay and, where the window's own are few, for the exam."""
+    """Entries before the window, for the replay and the exam's earlier stratum."""
     wanted = shop.settings.replay_signals + shop.settings.held_out_signals
     return shop.buffer.before(route, first, wanted)
 

@@ -1,12 +1,14 @@
 """The gate: is the candidate better than the active draft, on requests that neither was trained on here?
 
-Pure: signals and two models in, a report out; randomness is a seed.
+Pure: signals and two models in, a report out; randomness is a seed. `evaluate` marks a model, `decide` compares marks:
+what simulates the gate calls the function that decides.
 
 Legend: N supervised positions, R requests.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,12 +23,35 @@ from trainer.divergences import greedy_match, overlap
 Floats = NDArray[np.float64]
 MIN_REQUESTS = 8  # fewer held-out requests prove nothing, whatever their interval says
 RESAMPLES = 2000
+FORGETTING_TOLERANCE = 0.03  # of the active draft's tokens per step
+
+
+class Marks(NamedTuple):
+    """What a draft would have done, request by request."""
+
+    tokens_R: Floats  # expected tokens per step
+    acceptance_R: Floats  # mean acceptance probability
+
+
+class Compared(NamedTuple):
+    """Two drafts on the same requests."""
+
+    active: Marks
+    candidate: Marks
+
+    @property
+    def gain_R(self) -> Floats:
+        return self.candidate.tokens_R - self.active.tokens_R
+
+
+_NONE = Marks(np.zeros(0), np.zeros(0))
+NOTHING = Compared(_NONE, _NONE)
 
 
 @dataclass(frozen=True, slots=True)
-class GateReport:
-    promote: bool
-    reason: str
+class Stratum:
+    """One kind of traffic, as the gate saw both drafts on it."""
+
     requests: int
     active_tokens_per_step: float
     candidate_tokens_per_step: float
@@ -35,64 +60,113 @@ class GateReport:
     gain_high: float
     active_acceptance: float
     candidate_acceptance: float
+
+    @classmethod
+    def of(cls, compared: Compared, seed: int) -> "Stratum":
+        (active, candidate), gain_R = compared, compared.gain_R
+        low, high = bootstrap_interval(gain_R, seed)
+        return cls(
+            len(gain_R),
+            _mean(active.tokens_R),
+            _mean(candidate.tokens_R),
+            _mean(gain_R),
+            low,
+            high,
+            _mean(active.acceptance_R),
+            _mean(candidate.acceptance_R),
+        )
+
+    @property
+    def interval(self) -> str:
+        return f"{self.gain_low:+.3f} to {self.gain_high:+.3f}"
+
+
+@dataclass(frozen=True, slots=True)
+class GateReport(Stratum):
+    """What was found on the traffic that the candidate would serve, and the verdict."""
+
+    promote: bool
+    reason: str
     gamma: int
+    earlier: Stratum  # traffic from before the window, which the candidate must not forget
+    forgetting_tolerance: float
 
     def as_dict(self) -> dict[str, object]:
         """JSON-ready: what is no finite number is None there."""
-        unsafe = {
-            key: value for key, value in asdict(self).items() if isinstance(value, float) and not np.isfinite(value)
-        }
-        return {**asdict(self), **dict.fromkeys(unsafe)}
+        return _finite(asdict(self))
 
 
 def judge(
     active: nn.Module,
     candidate: nn.Module,
-    signals: Sequence[Signal],
+    new: Sequence[Signal],
+    earlier: Sequence[Signal] = (),
     *,
     gamma: int,
     pad_id: int,
+    tolerance: float = FORGETTING_TOLERANCE,
     seed: int = 0,
-    batch_signals: int = 16,
 ) -> GateReport:
     """Compares two drafts, request by request. `candidate` holds the weights exactly as they would be served."""
-    old, old_rate = evaluate(active, signals, gamma, pad_id, batch_signals)
-    new, new_rate = evaluate(candidate, signals, gamma, pad_id, batch_signals)
-    low, high = bootstrap_interval(new - old, seed)
-    gain = float((new - old).mean()) if len(signals) else 0.0
-    if len(signals) < MIN_REQUESTS:
-        promote, reason = False, f"only {len(signals)} held-out requests, {MIN_REQUESTS} are needed"
-    elif not np.isfinite(gain):
-        promote, reason = False, "the candidate's probabilities are no numbers"
-    elif low > 0:
-        promote, reason = (
-            True,
-            f"{gain:+.3f} tokens per step (95 %: {low:+.3f} to {high:+.3f}) on {len(signals)} held-out requests",
-        )
-    else:
-        promote, reason = False, f"{gain:+.3f} tokens per step, but the interval {low:+.3f} to {high:+.3f} holds zero"
-        if high < 0:
-            reason = f"worse: {gain:+.3f} tokens per step (95 %: {low:+.3f} to {high:+.3f})"
+
+    def compared(signals: Sequence[Signal]) -> Compared:
+        return Compared(*(evaluate(module, signals, gamma, pad_id) for module in (active, candidate)))
+
+    return decide(compared(new), compared(earlier), gamma=gamma, tolerance=tolerance, seed=seed)
+
+
+def decide(
+    new: Compared,
+    earlier: Compared = NOTHING,
+    *,
+    gamma: int,
+    tolerance: float = FORGETTING_TOLERANCE,
+    seed: int = 0,
+) -> GateReport:
+    """Promotes what is proven better on new traffic and does not seem to have forgotten earlier traffic.
+
+    Better is what has to be proven: the interval's lower bound is above zero. For the earlier traffic the mean itself
+    is held against the tolerance. A bound would make the number of earlier requests decide: proof of no more than the
+    tolerated loss would refuse half of the candidates that lose nothing where there are forty requests, and proof of
+    a greater loss would let half of those pass that lose the tolerance and two standard errors more. By the mean both
+    kinds of error are alike, and rare at a distance of the tolerance from it.
+    """
+    found, before = Stratum.of(new, seed), Stratum.of(earlier, seed)
+    refusal = _refusal(found) or _forgetting(before, tolerance)
+    said = f"{found.gain:+.3f} tokens per step (95 %: {found.interval}) on {found.requests} held-out requests"
     return GateReport(
-        promote,
-        reason,
-        len(signals),
-        _mean(old),
-        _mean(new),
-        gain,
-        low,
-        high,
-        _mean(old_rate),
-        _mean(new_rate),
-        gamma,
+        **asdict(found),
+        promote=not refusal,
+        reason=refusal or said,
+        gamma=gamma,
+        earlier=before,
+        forgetting_tolerance=tolerance,
     )
 
 
+def _refusal(new: Stratum) -> str:
+    if new.requests < MIN_REQUESTS:
+        return f"only {new.requests} held-out requests, {MIN_REQUESTS} are needed"
+    if not np.isfinite(new.gain):
+        return "the candidate's probabilities are no numbers"
+    if new.gain_high < 0:
+        return f"worse: {new.gain:+.3f} tokens per step (95 %: {new.interval})"
+    if new.gain_low <= 0:
+        return f"{new.gain:+.3f} tokens per step, but the interval {new.interval} holds zero"
+    return ""
+
+
+def _forgetting(earlier: Stratum, tolerance: float) -> str:
+    allowed = tolerance * earlier.active_tokens_per_step
+    if earlier.requests < MIN_REQUESTS or earlier.gain >= -allowed:
+        return ""
+    told = f"{earlier.gain:+.3f} tokens per step on {earlier.requests} earlier held-out requests"
+    return f"forgets: {told}, where {-allowed:+.3f} is tolerated"
+
+
 @torch.inference_mode()
-def evaluate(
-    module: nn.Module, signals: Sequence[Signal], gamma: int, pad_id: int, batch_signals: int = 16
-) -> tuple[Floats, Floats]:
-    """Per request: expected tokens per step, and mean acceptance probability."""
+def evaluate(module: nn.Module, signals: Sequence[Signal], gamma: int, pad_id: int, batch_signals: int = 16) -> Marks:
+    """The marks of a draft that drafts γ tokens a step."""
     device = next(module.parameters()).device
     tokens: list[float] = []
     rates: list[float] = []
@@ -104,7 +178,7 @@ def evaluate(
             own = acceptance_N[row_N == row]
             tokens.append(tokens_per_step(own, gamma))
             rates.append(float(own.mean()))
-    return np.array(tokens), np.array(rates)
+    return Marks(np.array(tokens), np.array(rates))
 
 
 def acceptance(logits_NV: Tensor, batch: Batch) -> Tensor:
@@ -143,3 +217,11 @@ def bootstrap_interval(differences_R: Floats, seed: int) -> tuple[float, float]:
 
 def _mean(values: Floats) -> float:
     return float(values.mean()) if len(values) else 0.0
+
+
+def _finite(told: dict[str, Any]) -> dict[str, Any]:
+    finite: dict[str, Any] = {}
+    for key, value in told.items():
+        inner = _finite(value) if isinstance(value, dict) else value
+        finite[key] = None if isinstance(value, float) and not np.isfinite(value) else inner
+    return finite

@@ -1,0 +1,122 @@
+"""The curriculum: what is learnt from, what is examined, and whose."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from online.signals import Signal
+from tests.signals import signal
+from trainer.batches import held_out
+from trainer.curriculum import ENOUGH, Bounds, Exam, curriculum, fair
+
+BOUNDS = Bounds(replay=400, exam=200, client_share=0.5)
+
+
+def requests(count: int, name: str = "r", client: str = "", **more: object) -> list[Signal]:
+    return [signal(f"{name}{i}", client=client, **more) for i in range(count)]
+
+
+def ids(signals: Sequence[Signal]) -> list[str]:
+    return [s.request_id for s in signals]
+
+
+def clients(signals: Sequence[Signal]) -> Counter[str]:
+    return Counter(s.client for s in signals)
+
+
+def both(exam: Exam) -> list[Signal]:
+    return [*exam.new, *exam.earlier]
+
+
+def test_what_is_examined_is_not_learnt_and_nothing_is_lost() -> None:
+    """The window's and the older held-out requests are the two strata, all others the lessons."""
+    window, older = requests(200, "w"), requests(300, "o")
+    found = curriculum(window, older, BOUNDS)
+    assert sorted(ids(found.lessons + both(found.exam))) == sorted(ids(window + older))
+    assert [held_out(s) for s in found.lessons] == [False] * len(found.lessons)
+    assert ids(found.exam.new) == ids([s for s in reversed(window) if held_out(s)])
+    assert ids(found.exam.earlier) == ids([s for s in older if held_out(s)])
+    assert found.left_out == {"lessons": 0, "exam": 0}
+
+
+def test_the_same_signals_make_the_same_curriculum() -> None:
+    """A cycle that was killed is repeated, not varied."""
+    sides = requests(90, "w", "a") + requests(20, "v", "b"), requests(50, "o")
+    assert repr(curriculum(*sides, BOUNDS)) == repr(curriculum(*sides, BOUNDS))
+
+
+def test_bounds_keep_the_newest() -> None:
+    """Of the replay and of each stratum."""
+    window, older = requests(400, "w"), requests(400, "o")
+    found = curriculum(window, older, Bounds(replay=10, exam=12, client_share=0.5))
+    assert ids(found.exam.new) == ids([s for s in reversed(window) if held_out(s)][:12])
+    assert ids(found.exam.earlier) == ids([s for s in older if held_out(s)][:12])
+    assert [i for i in ids(found.lessons) if i[0] == "o"] == ids([s for s in older if not held_out(s)][:10])
+
+
+def test_a_window_of_few_held_out_requests_borrows_older_ones() -> None:
+    """As many as say something, and none of them twice."""
+    window, older = requests(12, "w"), requests(100, "o")
+    own = [s for s in reversed(window) if held_out(s)]
+    assert 0 < len(own) < ENOUGH
+    exam = curriculum(window, older, BOUNDS).exam
+    assert ids(exam.new) == ids([*own, *(s for s in older if held_out(s))])[:ENOUGH]
+    assert len(set(ids(both(exam)))) == len(both(exam))
+
+
+def test_a_flood_has_no_more_than_its_share() -> None:
+    """Of the lessons and of both strata; what it loses is its oldest, and is counted."""
+    window = requests(500, "flood", "f") + requests(100, "base", "b")
+    older = requests(300, "oldflood", "f") + requests(60, "oldbase")
+    found = curriculum(window, older, BOUNDS)
+    for side in (found.lessons, found.exam.new, found.exam.earlier):
+        assert 0 < clients(side)["f"] <= len(side) / 2
+        assert clients(side)["b"] + clients(side)[""] >= len(side) / 2
+    held = [s for s in reversed(window) if held_out(s)]
+    kept = [s for s in found.exam.new if s.client == "f"]
+    assert ids(kept) == ids([s for s in held if s.client == "f"][: len(kept)])
+    assert found.left_out["exam"] == len(held) - len(found.exam.new)
+    assert found.left_out["lessons"] > 300
+
+
+def test_a_single_client_is_learnt_from() -> None:
+    """A route of one application is not left without lessons."""
+    found = curriculum(requests(50, "w", "a"), requests(50, "o", "a"), BOUNDS)
+    assert len(found.lessons) + len(both(found.exam)) == 100
+
+
+def test_nobody_is_many() -> None:
+    """Requests that do not say whose they are count as a client each: none of them is left out."""
+    signals = requests(90) + requests(10, "x", "x")
+    assert fair(signals, 0.1) == (signals, 0)
+
+
+def test_signals_of_an_older_target_are_not_used() -> None:
+    """They say what another model would do."""
+    window = requests(20, "w", model="old") + requests(20, "v", model="new")
+    found = curriculum(window, requests(20, "o", model="old"), BOUNDS)
+    assert {s.model for s in found.lessons + both(found.exam)} == {"new"}
+
+
+def test_no_signals_make_no_curriculum() -> None:
+    """Nothing to learn is no error."""
+    found = curriculum([], [], BOUNDS)
+    assert (found.lessons, both(found.exam)) == ([], [])
+
+
+@given(
+    counts=st.lists(st.integers(1, 30), min_size=2, max_size=6),
+    nobodys=st.integers(0, 10),
+    share=st.floats(0.05, 1),
+    limit=st.integers(2, 60),
+)
+def test_no_client_exceeds_its_share_in_any_mixture(counts: list[int], nobodys: int, share: float, limit: int) -> None:
+    """Whatever the mixture; one signal of every client, or of as many as fit, is always allowed."""
+    signals = [s for i, count in enumerate(counts) for s in requests(count, f"c{i}-", f"c{i}")] + requests(nobodys)
+    kept, beyond = fair(signals, share, limit)
+    bound = max(share, 1 / min(limit, len(counts) + nobodys)) * len(kept)
+    assert max((n for client, n in clients(kept).items() if client), default=0) <= bound + 1e-9
+    assert len(kept) + beyond + max(0, len(signals) - beyond - limit) == len(signals)
+    assert ids(kept) == [i for i in ids(signals) if i in set(ids(kept))]

@@ -1,0 +1,83 @@
+"""The curriculum: which signals a cycle trains on, and which its candidate is examined on.
+
+Pure: a route's readable signals in, lists of them out.
+
+A request is held out by the hash of its id, in every cycle, so what is examined was never trained on. The exam has two
+strata: NEW is the traffic that the candidate would serve, EARLIER what it must not forget. No client has more than its
+share of the lessons or of a stratum while there are others, so one that floods a window can neither teach the draft its
+own text alone nor be the judge of it. Where nobody says who asks, every request counts as a client of its own: nobody
+is left out there, and the flood is the gate's to stop.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from online.signals import Signal
+from trainer.batches import held_out
+
+ENOUGH = 8  # held-out requests of the window that say something; fewer are filled up with older ones
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    replay: int  # older signals trained on again, at most
+    exam: int  # requests of a stratum, at most
+    client_share: float  # of the lessons, and of each stratum
+
+
+@dataclass(frozen=True, slots=True)
+class Exam:
+    """Newest first; no request is in both."""
+
+    new: list[Signal]
+    earlier: list[Signal]
+
+
+@dataclass(frozen=True, slots=True)
+class Curriculum:
+    lessons: list[Signal]
+    exam: Exam
+    left_out: dict[str, int]  # signals that were beyond their client's share, of the lessons and of the exam
+
+
+def curriculum(window: Sequence[Signal], older: Sequence[Signal], bounds: Bounds) -> Curriculum:
+    """`window` is oldest first, as it was claimed; `older` newest first. Only the newest target's signals are used."""
+    target = window[-1].model if window else ""
+    new, old = ([s for s in side if s.model == target] for side in (reversed(window), older))
+    share = bounds.client_share
+    replayed, _ = fair([s for s in old if not held_out(s)], share, bounds.replay)
+    lessons, unlearnt = fair([*(s for s in new if not held_out(s)), *replayed], share)
+    fresh, unasked = fair([s for s in new if held_out(s)], share, bounds.exam)
+    known, _ = fair([s for s in old if held_out(s)], share, bounds.exam)
+    if len(fresh) < ENOUGH:
+        fresh, _ = fair([*fresh, *known], share, min(ENOUGH, bounds.exam))
+        asked = {signal.request_id for signal in fresh}
+        known, _ = fair([s for s in known if s.request_id not in asked], share)
+    return Curriculum(lessons, Exam(fresh, known), {"lessons": unlearnt, "exam": unasked})
+
+
+def fair(signals: Sequence[Signal], share: float, limit: int | None = None) -> tuple[list[Signal], int]:
+    """The first `limit` of `signals` of which no client has more than `share`, and how many were beyond it.
+
+    A client keeps its first ones. A share that not even one signal of every client would keep is raised to that, and
+    who is alone has no bound: somebody has to be learnt from.
+    """
+    owners = [signal.client or index for index, signal in enumerate(signals)]  # nobody's: a client of its own
+    counts = Counter(owners)
+    limit = len(signals) if limit is None else limit
+    if len(counts) < 2 or limit < 2:
+        return list(signals[:limit]), 0
+    share = max(share, 1 / min(limit, len(counts)))
+    allowed = next(n for n in range(max(counts.values()), 0, -1) if n <= share * min(limit, _kept(counts, n)) + 1e-9)
+    taken: Counter[str | int] = Counter()
+    kept = []
+    for owner, signal in zip(owners, signals, strict=True):
+        taken[owner] += 1
+        if taken[owner] <= allowed:
+            kept.append(signal)
+    return kept[:limit], len(signals) - len(kept)
+
+
+def _kept(counts: "Counter[str | int]", each: int) -> int:
+    return sum(min(count, each) for count in counts.values())
