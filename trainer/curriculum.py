@@ -15,8 +15,7 @@ from dataclasses import dataclass
 
 from online.signals import Signal
 from trainer.batches import held_out
-
-ENOUGH = 8  # held-out requests of the window that say something; fewer are filled up with older ones
+from trainer.gate import MIN_REQUESTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +49,8 @@ def curriculum(window: Sequence[Signal], older: Sequence[Signal], bounds: Bounds
     lessons, unlearnt = fair([*(s for s in new if not held_out(s)), *replayed], share)
     fresh, unasked = fair([s for s in new if held_out(s)], share, bounds.exam)
     known, _ = fair([s for s in old if held_out(s)], share, bounds.exam)
-    if len(fresh) < ENOUGH:
-        fresh, _ = fair([*fresh, *known], share, min(ENOUGH, bounds.exam))
+    if len(fresh) < MIN_REQUESTS:
+        fresh, _ = fair([*fresh, *known], share, min(MIN_REQUESTS, bounds.exam))
         asked = {signal.request_id for signal in fresh}
         known, _ = fair([s for s in known if s.request_id not in asked], share)
     return Curriculum(lessons, Exam(fresh, known), {"lessons": unlearnt, "exam": unasked})

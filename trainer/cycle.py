@@ -34,7 +34,7 @@ from trainer.choice import choose
 from trainer.curriculum import Bounds, Curriculum, curriculum
 from trainer.distill import Recipe, distill
 from trainer.exits import EXIT_LEASE_LOST, EXIT_REPORTED
-from trainer.gate import judge
+from trainer.gate import judge, served_gamma
 
 log = logging.getLogger("slipstream.trainer")
 
@@ -110,7 +110,8 @@ def _learn(
 ) -> str:
     settings = shop.settings
     recipe, found = Recipe.of({**settings.recipe, "seed": lease.cycle_id}), {}
-    pad_id, gamma = int(module.config.pad_token_id or 0), settings.gamma or 1  # type: ignore[union-attr, arg-type]
+    pad_id = int(module.config.pad_token_id or 0)  # type: ignore[union-attr, arg-type]
+    gamma = served_gamma(chosen.exam.new, settings.gamma or 1)
     if settings.search_recipe:
         found = choose(module, chosen.lessons, recipe, parent, gamma, pad_id, still_wanted)
         recipe = replace(recipe, **found["choice"])

@@ -6,6 +6,7 @@ what simulates the gate calls the function that decides.
 Legend: N supervised positions, R requests.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -164,6 +165,16 @@ def _forgetting(earlier: Stratum, tolerance: float) -> str:
     return f"forgets: {told}, where {-allowed:+.3f} is tolerated"
 
 
+def served_gamma(signals: Sequence[Signal], most: int) -> int:
+    """The γ that drafts are compared at: what steps that drafted did draft, by the median request; `most` if none did.
+
+    At the γ that a server may draft at most, differences are those of long runs that it hardly ever drafts: their noise
+    hides a gain of 3 % from 200 requests.
+    """
+    drafted_R = [float(s.step_drafted[s.step_drafted > 0].mean()) for s in signals if s.step_drafted.any()]
+    return min(most, max(1, round(float(np.median(drafted_R))))) if drafted_R else most
+
+
 @torch.inference_mode()
 def evaluate(module: nn.Module, signals: Sequence[Signal], gamma: int, pad_id: int, batch_signals: int = 16) -> Marks:
     """The marks of a draft that drafts γ tokens a step."""
@@ -206,13 +217,29 @@ def tokens_per_step(acceptance_T: Floats, gamma: int) -> float:
 
 
 def bootstrap_interval(differences_R: Floats, seed: int) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean of paired differences."""
-    if len(differences_R) < 2 or not np.isfinite(differences_R).all():
+    """The 95 % percentile interval of the mean of paired differences, widened for few of them.
+
+    Percentiles alone are too narrow there, as a normal interval with the sample's own deviation is: on real differences
+    they promoted 7 % of equal candidates by 8 requests. They are moved away from the mean by the same factor that turns
+    such an interval into Student's.
+    """
+    count = len(differences_R)
+    if count < 2 or not np.isfinite(differences_R).all():
         return float("-inf"), float("inf")
     rng = np.random.default_rng(seed)
-    picks = rng.integers(0, len(differences_R), (RESAMPLES, len(differences_R)))
+    picks = rng.integers(0, count, (RESAMPLES, count))
     low, high = np.percentile(differences_R[picks].mean(1), [2.5, 97.5])
-    return float(low), float(high)
+    mean, wider = differences_R.mean(), math.sqrt(count / (count - 1)) * _student(count - 1) / _NORMAL
+    return float(mean + wider * (low - mean)), float(mean + wider * (high - mean))
+
+
+_NORMAL = 1.959964  # the normal distribution's 97.5 % point
+
+
+def _student(freedom: int) -> float:
+    """Student's 97.5 % point: its expansion about the normal one, within 0.4 % from 7 degrees of freedom on."""
+    z = _NORMAL
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def _mean(values: Floats) -> float:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from online.signals import Signal
 from tests.signals import signal
 from trainer.batches import held_out
-from trainer.curriculum import ENOUGH, Bounds, Exam, curriculum, fair
+from trainer.curriculum import Bounds, Exam, curriculum, fair
+from trainer.gate import MIN_REQUESTS
 
 BOUNDS = Bounds(replay=400, exam=200, client_share=0.5)
 
@@ -60,9 +61,9 @@ def test_a_window_of_few_held_out_requests_borrows_older_ones() -> None:
     """As many as say something, and none of them twice."""
     window, older = requests(12, "w"), requests(100, "o")
     own = [s for s in reversed(window) if held_out(s)]
-    assert 0 < len(own) < ENOUGH
+    assert 0 < len(own) < MIN_REQUESTS
     exam = curriculum(window, older, BOUNDS).exam
-    assert ids(exam.new) == ids([*own, *(s for s in older if held_out(s))])[:ENOUGH]
+    assert ids(exam.new) == ids([*own, *(s for s in older if held_out(s))])[:MIN_REQUESTS]
     assert len(set(ids(both(exam)))) == len(both(exam))
 
 
