@@ -34,11 +34,24 @@ def signal(request_id: str = "r", route: str = "default", k: int = 4, **more: ob
     return Signal(**{**values, **more})  # type: ignore[arg-type]
 
 
-def taught(teacher: Path, count: int, *, tokens: int = 24, k: int = 32, seed: int = 0, name: str = "t") -> list[Signal]:
-    """`count` requests as the target in `teacher` would answer them, plainly decoded: one position a step."""
+def taught(
+    teacher: Path,
+    count: int,
+    *,
+    tokens: int = 24,
+    k: int = 32,
+    seed: int = 0,
+    name: str = "t",
+    prompt_ids: tuple[int, int] = (4, 300),
+    client: str = "",
+) -> list[Signal]:
+    """`count` requests as the target in `teacher` would answer them, plainly decoded: one position a step.
+
+    Prompts are random, of token ids in the half-open range `prompt_ids`.
+    """
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(4, 300, (count, 6), generator=generator)
+    ids = torch.randint(*prompt_ids, (count, 6), generator=generator)
     with torch.no_grad():
         for _ in range(tokens):
             probs = model(ids).logits[:, -1].softmax(-1)
@@ -65,6 +78,7 @@ def taught(teacher: Path, count: int, *, tokens: int = 24, k: int = 32, seed: in
             top_logp=top.values[i].numpy().astype(np.float16),
             rest_mass=rest[i].numpy().astype(np.float16),
             draft_top_logp=np.zeros((0, k), np.float16),
+            client=client,
         )
         for i in range(count)
     ]

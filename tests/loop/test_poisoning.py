@@ -1,0 +1,134 @@
+"""A window flooded by text that has nothing to do with the route's traffic, and what is left of it after a cycle."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from online.artifacts import ArtifactStore
+from online.buffer import Bounds, MemoryBuffer
+from online.cycles import CycleLedger
+from online.registry import Candidate, Registry
+from online.settings import Settings
+from online.signals import Signal, encode
+from online.tables import Cycle, connect
+from tests.conftest import copy_into
+from tests.signals import taught
+from tests.tiny import TinyPair
+from trainer import cycle
+from trainer.gate import evaluate
+
+BASE, FLOOD = (4, 150), (150, 300)
+UNGUARDED = {"client_share": 1.0, "forgetting_tolerance": 1.0, "replay_signals": 0}
+
+
+class Workplace:
+    """Cycles in this process, over two routes that begin with the same draft."""
+
+    def __init__(self, pair: TinyPair, folder: Path, **more: object) -> None:
+        settings = Settings(data_dir=folder, routes="default,other", learning_rate=3e-3, **more)  # type: ignore[arg-type]
+        database = connect(settings.sql_url)
+        self.registry, self.ledger = Registry(database), CycleLedger(database)
+        self.buffer, self.artifacts = MemoryBuffer(Bounds(10_000, 2**30, 3600)), ArtifactStore(settings.artifacts_path)
+        self.shop = cycle.Workshop(settings, self.registry, self.ledger, self.buffer, self.artifacts)
+        self.registry.ensure_routes(settings.routes)
+        digest = self.artifacts.publish(lambda into: copy_into(pair.draft, into))
+        for route in settings.routes:
+            self.registry.register_first(route, Candidate(digest, {}, {}, {}, "test"), "test")
+
+    def feed(self, signals: Sequence[Signal], route: str = "default") -> None:
+        self.buffer.append(route, *map(encode, signals))
+
+    def past(self, signals: Sequence[Signal]) -> None:
+        """Signals that an earlier cycle has used."""
+        self.feed(signals)
+        self.buffer.acknowledge("default", [entry.id for entry in self.buffer.claim("default", 10_000)])
+
+    def cycle(self) -> Cycle:
+        wanted, _ = self.ledger.request("default", "test")
+        lease = self.ledger.take(wanted.id, 60)
+        assert lease is not None
+        cycle.run(self.shop, lease)
+        return self.ledger.cycle(wanted.id)
+
+    def tokens_per_step(self, signals: Sequence[Signal]) -> float:
+        """Of the route's active draft."""
+        active = self.registry.active("default")
+        assert active is not None
+        module = AutoModelForCausalLM.from_pretrained(self.artifacts.verify(active.sha256), dtype=torch.float32)
+        return float(evaluate(module, signals, 4, 3).tokens_R.mean())
+
+    def other(self) -> tuple[object, ...]:
+        """All there is of the other route."""
+        active = self.registry.active("other")
+        assert active is not None
+        weights = self.artifacts.verify(active.sha256).joinpath("model.safetensors").read_bytes()
+        waiting = self.buffer.new_signals("other", 1000)
+        return active.id, active.sha256, weights, self.buffer.depth("other"), waiting, self.ledger.cycles("other")
+
+
+def flooded(pair: TinyPair, client: str) -> list[Signal]:
+    """One request of the base traffic to five of a flood: the same ten random texts over and over.
+
+    They are answered by another model, so that what they teach has nothing to do with the base traffic, as with a large
+    target's answers to random text: the tiny target is as random there as anywhere.
+    """
+    texts = taught(pair.spoilt, 10, prompt_ids=FLOOD, seed=1, client=client)
+    flood = [replace(texts[i % 10], request_id=f"flood{i}") for i in range(250)]
+    base = taught(pair.target, 50, prompt_ids=BASE, seed=2, name="base", client="" if client else "someone")
+    return [s for i, one in enumerate(base) for s in (*flood[5 * i : 5 * i + 5], one)]
+
+
+@pytest.fixture(scope="module")
+def past(pair: TinyPair) -> list[Signal]:
+    return taught(pair.target, 120, prompt_ids=BASE, seed=3, name="past")
+
+
+@pytest.fixture(scope="module")
+def measured(pair: TinyPair) -> list[Signal]:
+    """Requests of the base traffic that no cycle sees."""
+    return taught(pair.target, 60, prompt_ids=BASE, seed=4, name="measured")
+
+
+def test_a_client_that_floods_a_window_does_not_spoil_the_draft_for_others(
+    sqlite: object, pair: TinyPair, tmp_path: Path, past: list[Signal], measured: list[Signal]
+) -> None:
+    """The base traffic keeps its tokens per step within the tolerance; the other route is as it was."""
+    work = Workplace(pair, tmp_path)
+    work.past(past)
+    work.feed(flooded(pair, client="flooder"))
+    work.feed(taught(pair.target, 10, name="other"), "other")
+    before, other = work.tokens_per_step(measured), work.other()
+    done = work.cycle()
+    assert done.report["window"]["left_out"]["lessons"] > 0
+    assert work.tokens_per_step(measured) >= before * (1 - work.shop.settings.forgetting_tolerance)
+    assert work.other() == other
+
+
+def test_a_flood_of_nobodys_is_stopped_by_what_would_be_forgotten(
+    sqlite: object, pair: TinyPair, tmp_path: Path, past: list[Signal], measured: list[Signal]
+) -> None:
+    """Better on the new traffic, most of which is the flood; refused for the earlier."""
+    work = Workplace(pair, tmp_path, replay_signals=0)
+    work.past(past)
+    work.feed(flooded(pair, client=""))
+    before = work.tokens_per_step(measured)
+    done = work.cycle()
+    gate = done.report["gate"]
+    assert (done.state, gate["gain_low"] > 0, gate["reason"].startswith("forgets")) == ("rejected", True, True)
+    assert work.tokens_per_step(measured) == before
+
+
+def test_without_either_guard_the_flood_would_spoil_it(
+    sqlite: object, pair: TinyPair, tmp_path: Path, past: list[Signal], measured: list[Signal]
+) -> None:
+    """The flood of these tests does harm: what they show is not that it is harmless."""
+    work = Workplace(pair, tmp_path, **UNGUARDED)
+    work.past(past)
+    work.feed(flooded(pair, client="flooder"))
+    before = work.tokens_per_step(measured)
+    assert work.cycle().state == "promoted"
+    assert work.tokens_per_step(measured) < before * 0.9
