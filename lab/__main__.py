@@ -8,6 +8,7 @@ COMMANDS = {
     "bench": ("lab.bench", "measure this engine beside transformers, under load, with swaps, with the recorder"),
     "replay": ("lab.replay", "replay real queries through the whole loop, and compare ways to learn"),
     "distil": ("lab.distil", "warm a draft up on prompts, offline"),
+    "gate": ("lab.gate", "how often the gate is wrong, on real signals"),
     "reference-pair": ("lab.reference_pair", "train the embedded target, draft and tokenizer anew"),
 }
 

@@ -34,7 +34,7 @@ def main() -> None:
     args.prompt_count = args.queries
     pair = rig.pair_of(args)
     started = time.monotonic()
-    signals = _answer(pair, args.max_tokens)
+    signals = answer(pair, args.max_tokens)
     lessons, exam = [s for s in signals if not held_out(s)], [s for s in signals if held_out(s)]
     print(
         f"{len(signals)} answers in {time.monotonic() - started:.0f} s; learning from {len(lessons)} of them",
@@ -66,13 +66,13 @@ def main() -> None:
     print(json.dumps(figures))
 
 
-def _answer(pair: rig.Pair, max_tokens: int) -> list[Signal]:
+def answer(pair: rig.Pair, max_tokens: int, gamma: int | None = 0) -> list[Signal]:
     """Every other prompt greedy, the others at temperature 1: both kinds of traffic will be drafted for."""
     with rig.rig(pair, pair.files.draft, AT_ONCE, max_tokens=max_tokens) as serving:
         for at in range(0, len(pair.prompts), 8 * AT_ONCE):
             group = list(enumerate(pair.prompts))[at : at + 8 * AT_ONCE]
             serving.complete(
-                [Query(f"q{i}", rig.ROUTE, tuple(p), max_tokens, float(i % 2), seed=i, gamma=0) for i, p in group]
+                [Query(f"q{i}", rig.ROUTE, tuple(p), max_tokens, float(i % 2), seed=i, gamma=gamma) for i, p in group]
             )
             print(f"answered {min(at + 8 * AT_ONCE, len(pair.prompts))} of {len(pair.prompts)}", flush=True)
         serving.recorder.stop(60)

@@ -1,5 +1,6 @@
-"""Paired comparisons with bootstrap intervals."""
+"""Paired comparisons with bootstrap intervals, and shares."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,3 +35,11 @@ def median_ratio(ratios: Floats, seed: int = 0) -> Ratio:
     picks = np.random.default_rng(seed).integers(0, len(ratios), (RESAMPLES, len(ratios)))
     low, high = np.percentile(np.median(ratios[picks], axis=1), [2.5, 97.5])
     return Ratio(float(np.median(ratios)), float(low), float(high))
+
+
+def proportion(hits: int, of: int) -> Ratio:
+    """A share with Wilson's 95 % interval, which is one at 0 and 1 too."""
+    z, share = 1.96, hits / of
+    middle = (share + z * z / (2 * of)) / (1 + z * z / of)
+    half = z / (1 + z * z / of) * math.sqrt(share * (1 - share) / of + (z / (2 * of)) ** 2)
+    return Ratio(share, max(0.0, middle - half), min(1.0, middle + half))
