@@ -9,13 +9,13 @@ noise       the active draft with noise in its weights, where that is not better
 gain        a candidate's differences, moved to a gain of 3 % (`--gain`)
 forgetting  the same, with a loss of twice the tolerance on earlier traffic
 
-Each is drawn with and without earlier traffic, of which nothing is lost but in the last.
+Each is drawn with and without earlier traffic, of which only the last loses. The figures are the worst of each kind.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,7 +30,8 @@ from lab.statistics import Ratio, proportion
 from online.settings import Settings
 from online.signals import Signal
 from trainer.distill import Recipe, distill
-from trainer.gate import Compared, Marks, decide, evaluate, served_gamma
+from trainer.gate import Compared, decide
+from trainer.marks import Marks, evaluate, served_gamma
 
 NOISES = (0.01, 0.03, 0.1)  # of a tensor's own standard deviation
 
@@ -49,7 +50,7 @@ class Trials:
 
 class Simulation:
     def __init__(self, args: argparse.Namespace, settings: Settings, active: Marks) -> None:
-        self._args, self._settings, self._active = args, settings, active
+        self._args, self._active = args, active
         self._decide = partial(decide, gamma=args.gamma, tolerance=settings.forgetting_tolerance)
         self._level = float(active.tokens_R.mean())
 
@@ -171,8 +172,11 @@ def _table(found: Sequence[Trials]) -> None:
 
 def _figures(found: Sequence[Trials]) -> dict[str, object]:
     """The worst of each kind."""
-    wrong, right, forgot = ([t.promoted for t in found if t.kind in kinds] for kinds in (WRONG, RIGHT, FORGOT))
-    false, power, forgetting = max(wrong, key=_value), min(right, key=_value), max(forgot, key=_value)
+
+    def worst(kinds: Sequence[str], of: Callable[..., Ratio]) -> Ratio:
+        return of((t.promoted for t in found if t.kind in kinds), key=lambda promoted: promoted.value)
+
+    false, power, forgetting = worst(("null", "noise"), max), worst(("gain",), min), worst(("forgetting",), max)
     return {
         "false_promotion": false.value,
         "false_promotion_high": round(false.high, 4),
@@ -181,10 +185,3 @@ def _figures(found: Sequence[Trials]) -> dict[str, object]:
         "forgetting_promoted": forgetting.value,
         "forgetting_promoted_high": round(forgetting.high, 4),
     }
-
-
-WRONG, RIGHT, FORGOT = ("null", "noise"), ("gain",), ("forgetting",)
-
-
-def _value(ratio: Ratio) -> float:
-    return ratio.value

@@ -34,7 +34,8 @@ from trainer.choice import choose
 from trainer.curriculum import Bounds, Curriculum, curriculum
 from trainer.distill import Recipe, distill
 from trainer.exits import EXIT_LEASE_LOST, EXIT_REPORTED
-from trainer.gate import judge, served_gamma
+from trainer.gate import judge
+from trainer.marks import served_gamma
 
 log = logging.getLogger("slipstream.trainer")
 

@@ -3,7 +3,7 @@
 Pure: signals and two models in, a report out; randomness is a seed. `evaluate` marks a model, `decide` compares marks:
 what simulates the gate calls the function that decides.
 
-Legend: N supervised positions, R requests.
+Legend: R requests.
 """
 
 import math
@@ -12,26 +12,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from online.signals import Signal
-from trainer.batches import Batch, Lesson, collate
-from trainer.distill import draft_logits
-from trainer.divergences import greedy_match, overlap
+from trainer.marks import Floats, Marks, evaluate
 
-Floats = NDArray[np.float64]
 MIN_REQUESTS = 8  # fewer held-out requests prove nothing, whatever their interval says
 RESAMPLES = 2000
 FORGETTING_TOLERANCE = 0.03  # of the active draft's tokens per step
-
-
-class Marks(NamedTuple):
-    """What a draft would have done, request by request."""
-
-    tokens_R: Floats  # expected tokens per step
-    acceptance_R: Floats  # mean acceptance probability
 
 
 class Compared(NamedTuple):
@@ -163,57 +151,6 @@ def _forgetting(earlier: Stratum, tolerance: float) -> str:
         return ""
     told = f"{earlier.gain:+.3f} tokens per step on {earlier.requests} earlier held-out requests"
     return f"forgets: {told}, where {-allowed:+.3f} is tolerated"
-
-
-def served_gamma(signals: Sequence[Signal], most: int) -> int:
-    """The γ that drafts are compared at: what steps that drafted did draft, by the median request; `most` if none did.
-
-    At the γ that a server may draft at most, differences are those of long runs that it hardly ever drafts: their noise
-    hides a gain of 3 % from 200 requests.
-    """
-    drafted_R = [float(s.step_drafted[s.step_drafted > 0].mean()) for s in signals if s.step_drafted.any()]
-    return min(most, max(1, round(float(np.median(drafted_R))))) if drafted_R else most
-
-
-@torch.inference_mode()
-def evaluate(module: nn.Module, signals: Sequence[Signal], gamma: int, pad_id: int, batch_signals: int = 16) -> Marks:
-    """The marks of a draft that drafts γ tokens a step."""
-    device = next(module.parameters()).device
-    tokens: list[float] = []
-    rates: list[float] = []
-    for at in range(0, len(signals), batch_signals):
-        batch = collate([Lesson.of(s) for s in signals[at : at + batch_signals]], pad_id, device)
-        acceptance_N = acceptance(draft_logits(module, batch), batch).double().cpu().numpy()
-        row_N = batch.row_N.cpu().numpy()
-        for row in range(batch.ids_BT.shape[0]):
-            own = acceptance_N[row_N == row]
-            tokens.append(tokens_per_step(own, gamma))
-            rates.append(float(own.mean()))
-    return Marks(np.array(tokens), np.array(rates))
-
-
-def acceptance(logits_NV: Tensor, batch: Batch) -> Tensor:
-    """Probability that a drafted token is kept [N]: agreement of first choices for greedy requests, else Σ min(p, q).
-
-    Sampled requests are judged at temperature 1, where the logged distribution is exact.
-    """
-    greedy_N = (batch.temperature_B == 0)[batch.row_N]
-    sampled_N = overlap(logits_NV, batch.truth)
-    return torch.where(greedy_N, greedy_match(logits_NV, batch.truth), sampled_N)
-
-
-def tokens_per_step(acceptance_T: Floats, gamma: int) -> float:
-    """Expected tokens of a step with γ drafted tokens, over all positions where a step may begin.
-
-    From position t it emits 1 + Σ_{i ≤ γ} Π_{j < i} α_{t+j} tokens: each further one needs all before it accepted.
-    """
-    total = np.ones(len(acceptance_T))
-    reach = np.ones(len(acceptance_T))
-    for i in range(gamma):
-        shifted = np.concatenate([acceptance_T[i:], np.zeros(min(i, len(acceptance_T)))])
-        reach = reach * shifted
-        total += reach
-    return float(total.mean())
 
 
 def bootstrap_interval(differences_R: Floats, seed: int) -> tuple[float, float]:

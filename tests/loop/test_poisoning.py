@@ -19,7 +19,7 @@ from tests.conftest import copy_into
 from tests.signals import taught
 from tests.tiny import TinyPair
 from trainer import cycle
-from trainer.gate import evaluate
+from trainer.marks import evaluate
 
 BASE, FLOOD = (4, 150), (150, 300)
 UNGUARDED = {"client_share": 1.0, "forgetting_tolerance": 1.0, "replay_signals": 0}

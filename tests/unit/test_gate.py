@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.signals import signal, taught
 from tests.tiny import TinyPair
-from trainer.gate import Compared, GateReport, Marks, bootstrap_interval, decide, judge, served_gamma, tokens_per_step
+from trainer.gate import Compared, GateReport, bootstrap_interval, decide, judge
+from trainer.marks import Marks, served_gamma, tokens_per_step
 
 
 @pytest.mark.parametrize("gamma", [1, 2, 4])

@@ -1,6 +1,7 @@
 """The lab's own arithmetic, and the corpus's promise that nothing seen in training is traffic."""
 
 import random
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,12 @@ import pytest
 
 from lab import corpus
 from lab.charts import LearningCurve, draw, moving_ratio
+from lab.gate import Simulation
 from lab.reference_pair import texts
-from lab.statistics import paired_ratio
+from lab.statistics import paired_ratio, proportion
 from lab.traffic import Served, package_prompts, shifted_package
+from online.settings import Settings
+from trainer.marks import Marks
 
 
 def test_traffic_comes_from_packages_that_no_model_was_trained_on() -> None:
@@ -53,6 +57,28 @@ def test_a_paired_ratio_is_of_totals_with_its_interval() -> None:
     noisy = paired_ratio((tokens, tokens), (tokens, np.array([10.0, 10.0, 30.0])))
     assert noisy.value == pytest.approx(60 / 50)
     assert noisy.low < noisy.value < noisy.high
+
+
+def test_a_share_has_an_interval_at_its_ends_too() -> None:
+    """None of a hundred is not never; half of a hundred is the textbook's interval."""
+    assert (proportion(0, 100).low, proportion(100, 100).high) == pytest.approx((0, 1))
+    assert 0.03 < proportion(0, 100).high < 0.05
+    half = proportion(50, 100)
+    assert (half.low, half.high) == pytest.approx((0.404, 0.596), abs=0.001)
+
+
+def test_simulated_candidates_gain_what_they_are_said_to() -> None:
+    """Their differences are real, moved; drawn from them, the gate finds the gain it is told of."""
+    rng = np.random.default_rng(0)
+    active = Marks(rng.uniform(1, 3, 300), np.full(300, 0.5))
+    candidate = active._replace(tokens_R=active.tokens_R + rng.normal(0.1, 0.2, 300))
+    args = Namespace(gamma=4, requests=200, earlier=100, draws=20)
+    simulation = Simulation(args, Settings(), active)
+    moved = simulation.moved(candidate, 0.1)
+    assert simulation.gain(moved) == pytest.approx(0.1)
+    assert np.std(moved.tokens_R - candidate.tokens_R) == pytest.approx(0)
+    assert simulation.trials("gain", [("x", moved)], lost=0.0).promoted.value == 1
+    assert simulation.trials("forgetting", [("x", moved)], lost=0.1).promoted.value == 0
 
 
 def test_a_moving_ratio_is_of_what_is_inside_the_window() -> None:
