@@ -157,8 +157,8 @@ def bootstrap_interval(differences_R: Floats, seed: int) -> tuple[float, float]:
     """The 95 % percentile interval of the mean of paired differences, widened for few of them.
 
     Percentiles alone are too narrow there, as a normal interval with the sample's own deviation is: on real differences
-    they promoted 7 % of equal candidates by 8 requests. They are moved away from the mean by the same factor that turns
-    such an interval into Student's.
+    they promoted up to 8 % of equal candidates by 8 requests. They are moved away from the mean by the same factor that
+    turns such an interval into Student's.
     """
     count = len(differences_R)
     if count < 2 or not np.isfinite(differences_R).all():

@@ -29,8 +29,8 @@ class Marks(NamedTuple):
 def served_gamma(signals: Sequence[Signal], most: int) -> int:
     """The γ that drafts are compared at: what steps that drafted did draft, by the median request; `most` if none did.
 
-    At the γ that a server may draft at most, differences are those of long runs that it hardly ever drafts: their noise
-    hides a gain of 3 % from 200 requests.
+    At the γ that a server may draft at most, differences are those of long runs that it hardly ever drafts, and their
+    noise hides what is gained where it serves.
     """
     drafted_R = [float(s.step_drafted[s.step_drafted > 0].mean()) for s in signals if s.step_drafted.any()]
     return min(most, max(1, round(float(np.median(drafted_R))))) if drafted_R else most
