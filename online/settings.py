@@ -73,6 +73,9 @@ class Settings(BaseSettings):
         0.01, ge=0, description="gain in tokens per step below which a cycle was not worth it, and the next one waits"
     )
     cycle_max_signals: int = Field(2000, ge=2, description="signals in one cycle's window, at most")
+    kept_signals: int = Field(
+        1000, ge=0, description="sample of all of a route's signals, within retention, for replay and the gate"
+    )
     replay_signals: int = Field(400, ge=0, description="older signals trained on again, at most")
     held_out_signals: int = Field(200, ge=1, description="held-out requests the gate compares on, at most")
     search_recipe: bool = Field(

@@ -17,7 +17,7 @@ from torch import nn
 from online.signals import Signal
 from online.tables import Version
 from trainer.distill import Recipe, distill
-from trainer.gate import evaluate
+from trainer.marks import evaluate
 
 # Beside the configured recipe. What lost everywhere it was measured (LOG.md) is not tried anew on every route.
 CANDIDATES: tuple[Mapping[str, Any], ...] = (

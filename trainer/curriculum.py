@@ -23,6 +23,7 @@ class Bounds:
     replay: int  # older signals trained on again, at most
     exam: int  # requests of a stratum, at most
     client_share: float  # of the lessons, and of each stratum
+    fewest: int = 48  # signals that a client may have whatever its share: one who hardly asks must not silence the rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,23 +42,25 @@ class Curriculum:
 
 
 def curriculum(window: Sequence[Signal], older: Sequence[Signal], bounds: Bounds) -> Curriculum:
-    """`window` is oldest first, as it was claimed; `older` newest first. Only the newest target's signals are used."""
+    """`window` is oldest first, as it was claimed; `older` a sample in no order. Only the newest target's are used."""
     target = window[-1].model if window else ""
     new, old = ([s for s in side if s.model == target] for side in (reversed(window), older))
-    share = bounds.client_share
-    replayed, _ = fair([s for s in old if not held_out(s)], share, bounds.replay)
-    lessons, unlearnt = fair([*(s for s in new if not held_out(s)), *replayed], share)
-    fresh, unasked = fair([s for s in new if held_out(s)], share, bounds.exam)
-    known, _ = fair([s for s in old if held_out(s)], share, bounds.exam)
+    share = bounds.client_share, bounds.fewest
+    replayed, _ = fair([s for s in old if not held_out(s)], *share, bounds.replay)
+    lessons, unlearnt = fair([*(s for s in new if not held_out(s)), *replayed], *share)
+    fresh, unasked = fair([s for s in new if held_out(s)], *share, bounds.exam)
+    known, _ = fair([s for s in old if held_out(s)], *share, bounds.exam)
     if len(fresh) < MIN_REQUESTS:
-        fresh, _ = fair([*fresh, *known], share, min(MIN_REQUESTS, bounds.exam))
+        fresh, _ = fair([*fresh, *known], *share, min(MIN_REQUESTS, bounds.exam))
         asked = {signal.request_id for signal in fresh}
-        known, _ = fair([s for s in known if s.request_id not in asked], share)
+        known, _ = fair([s for s in known if s.request_id not in asked], *share)
     return Curriculum(lessons, Exam(fresh, known), {"lessons": unlearnt, "exam": unasked})
 
 
-def fair(signals: Sequence[Signal], share: float, limit: int | None = None) -> tuple[list[Signal], int]:
-    """The first `limit` of `signals` of which no client has more than `share`, and how many were beyond it.
+def fair(
+    signals: Sequence[Signal], share: float, fewest: int = 0, limit: int | None = None
+) -> tuple[list[Signal], int]:
+    """The first `limit` of `signals` of which no client has more than `share` or `fewest`, and how many were beyond.
 
     A client keeps its first ones. A share that not even one signal of every client would keep is raised to that, and
     who is alone has no bound: somebody has to be learnt from.
@@ -69,6 +72,7 @@ def fair(signals: Sequence[Signal], share: float, limit: int | None = None) -> t
         return list(signals[:limit]), 0
     share = max(share, 1 / min(limit, len(counts)))
     allowed = next(n for n in range(max(counts.values()), 0, -1) if n <= share * min(limit, _kept(counts, n)) + 1e-9)
+    allowed = max(allowed, fewest)
     taken: Counter[str | int] = Counter()
     kept = []
     for owner, signal in zip(owners, signals, strict=True):

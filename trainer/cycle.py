@@ -7,6 +7,7 @@ whether or not Redis hears the acknowledgement.
 """
 
 import argparse
+import hashlib
 import logging
 import os
 import sys
@@ -80,7 +81,7 @@ def run(shop: Workshop, lease: Lease, still_wanted: Callable[[], None] = lambda:
     module = _load(shop, parent)
     vocab_size = module.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     new, unreadable = _readable(window, vocab_size)
-    old, _ = _readable(_older(shop, route, window[0].id), vocab_size)
+    old, _ = _readable(_earlier(shop, route, window), vocab_size)
     bounds = Bounds(shop.settings.replay_signals, shop.settings.held_out_signals, shop.settings.client_share)
     chosen = curriculum(new, old, bounds)
     span = {
@@ -95,6 +96,7 @@ def run(shop: Workshop, lease: Lease, still_wanted: Callable[[], None] = lambda:
         state = shop.ledger.finish(lease, "empty", {"reason": "no usable signals", "window": span}).state
     else:
         state = _learn(shop, lease, parent, module, chosen, span, still_wanted)
+    shop.buffer.keep(route, window, shop.settings.kept_signals)
     # Ack after register: a crash repeats a cycle, it never loses signals.
     shop.buffer.acknowledge(route, [entry.id for entry in window])
     return state
@@ -161,10 +163,11 @@ def _claim(shop: Workshop, route: str) -> list[Entry]:
     return entries
 
 
-def _older(shop: Workshop, route: str, first: str) -> list[Entry]:
-    """Entries before the window, for the replay and the exam's earlier stratum."""
-    wanted = shop.settings.replay_signals + shop.settings.held_out_signals
-    return shop.buffer.before(route, first, wanted)
+def _earlier(shop: Workshop, route: str, window: Sequence[Entry]) -> list[Entry]:
+    """The route's kept sample without what is in the window, in no order: any part of it is a sample, too."""
+    inside = {entry.id for entry in window}
+    kept = [entry for entry in shop.buffer.kept(route) if entry.id not in inside]
+    return sorted(kept, key=lambda entry: hashlib.sha256(entry.record).digest())
 
 
 def _readable(entries: Sequence[Entry], vocab_size: int) -> tuple[list[Signal], int]:

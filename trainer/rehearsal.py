@@ -48,7 +48,7 @@ def write(module: nn.Module, first_R1: Tensor, tokens: int, seed: int) -> Tensor
     ids_RT = fed = first_R1
     cache = None
     for _ in range(tokens - 1):
-        out = module(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = module(input_ids=fed, cache=cache, use_cache=True, logits_to_keep=1)
         cache = out.past_key_values
         fed = torch.multinomial(out.logits[:, -1].float().softmax(-1), 1, generator=generator)
         ids_RT = torch.cat([ids_RT, fed], 1)

@@ -28,7 +28,7 @@ from online.signals import Signal, decode
 from online.tables import Cycle, Version, connect
 from trainer.cycle import Workshop, run
 from trainer.demand import look
-from trainer.gate import Floats, evaluate
+from trainer.marks import Marks, evaluate
 
 LIVE, FROZEN = "live", "frozen"  # the route that learns, and one that keeps the first draft, for exams
 SETTLE_S = 30.0
@@ -97,13 +97,13 @@ class Service:
         self._swapper.watch()
         return shop.ledger.cycle(requested.id)
 
-    def judge(self, draft: Path, signals: Sequence[Signal]) -> tuple[Floats, Floats]:
+    def judge(self, draft: Path, signals: Sequence[Signal]) -> Marks:
         """Expected tokens of a step with γ, and acceptance, of each signal's answer, had this draft drafted for it.
 
         Answers are the target's whoever drafts, so drafts are compared on the very same ones.
         """
 
-        def look() -> tuple[Floats, Floats]:
+        def look() -> Marks:
             module = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32)
             pad_id = int(module.config.pad_token_id or 0)
             return evaluate(module, signals, self._config.gamma, pad_id)

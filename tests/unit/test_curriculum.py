@@ -12,7 +12,7 @@ from trainer.batches import held_out
 from trainer.curriculum import Bounds, Exam, curriculum, fair
 from trainer.gate import MIN_REQUESTS
 
-BOUNDS = Bounds(replay=400, exam=200, client_share=0.5)
+BOUNDS = Bounds(replay=400, exam=200, client_share=0.5, fewest=0)
 
 
 def requests(count: int, name: str = "r", client: str = "", **more: object) -> list[Signal]:
@@ -51,7 +51,7 @@ def test_the_same_signals_make_the_same_curriculum() -> None:
 def test_bounds_keep_the_newest() -> None:
     """Of the replay and of each stratum."""
     window, older = requests(400, "w"), requests(400, "o")
-    found = curriculum(window, older, Bounds(replay=10, exam=12, client_share=0.5))
+    found = curriculum(window, older, Bounds(replay=10, exam=12, client_share=0.5, fewest=0))
     assert ids(found.exam.new) == ids([s for s in reversed(window) if held_out(s)][:12])
     assert ids(found.exam.earlier) == ids([s for s in older if held_out(s)][:12])
     assert [i for i in ids(found.lessons) if i[0] == "o"] == ids([s for s in older if not held_out(s)][:10])
@@ -116,8 +116,15 @@ def test_no_signals_make_no_curriculum() -> None:
 def test_no_client_exceeds_its_share_in_any_mixture(counts: list[int], nobodys: int, share: float, limit: int) -> None:
     """Whatever the mixture; one signal of every client, or of as many as fit, is always allowed."""
     signals = [s for i, count in enumerate(counts) for s in requests(count, f"c{i}-", f"c{i}")] + requests(nobodys)
-    kept, beyond = fair(signals, share, limit)
+    kept, beyond = fair(signals, share, limit=limit)
     bound = max(share, 1 / min(limit, len(counts) + nobodys)) * len(kept)
     assert max((n for client, n in clients(kept).items() if client), default=0) <= bound + 1e-9
     assert len(kept) + beyond + max(0, len(signals) - beyond - limit) == len(signals)
     assert ids(kept) == [i for i in ids(signals) if i in set(ids(kept))]
+
+
+def test_one_who_hardly_asks_does_not_silence_the_rest() -> None:
+    """Beside a client of two requests another keeps the fewest that anyone may have, not two."""
+    asked = requests(100, "a", "often") + requests(2, "b", "rarely")
+    assert clients(fair(asked, 0.5, 48)[0]) == {"often": 48, "rarely": 2}
+    assert clients(fair(asked, 0.5)[0]) == {"often": 2, "rarely": 2}
