@@ -22,14 +22,18 @@ from trainer import cycle
 from trainer.marks import evaluate
 
 BASE, FLOOD = (4, 150), (150, 300)
-UNGUARDED = {"client_share": 1.0, "forgetting_tolerance": 1.0, "replay_signals": 0}
+UNGUARDED = {
+    "client_share": 1.0, "forgetting_tolerance": 1.0, "replay_signals": 0,
+    "recipe": {"learning_rate": 3e-3, "rehearsal": 0},
+}  # fmt: skip
 
 
 class Workplace:
     """Cycles in this process, over two routes that begin with the same draft."""
 
     def __init__(self, pair: TinyPair, folder: Path, **more: object) -> None:
-        settings = Settings(data_dir=folder, routes="default,other", learning_rate=3e-3, **more)  # type: ignore[arg-type]
+        own = {"recipe": {"learning_rate": 3e-3}, "search_recipe": False, "canary_share": 0, **more}
+        settings = Settings(data_dir=folder, routes="default,other", **own)  # type: ignore[arg-type]
         database = connect(settings.sql_url)
         self.registry, self.ledger = Registry(database), CycleLedger(database)
         self.buffer, self.artifacts = MemoryBuffer(Bounds(10_000, 2**30, 3600)), ArtifactStore(settings.artifacts_path)
@@ -45,7 +49,9 @@ class Workplace:
     def past(self, signals: Sequence[Signal]) -> None:
         """Signals that an earlier cycle has used."""
         self.feed(signals)
-        self.buffer.acknowledge("default", [entry.id for entry in self.buffer.claim("default", 10_000)])
+        used = self.buffer.claim("default", 10_000)
+        self.buffer.keep("default", used, 1000)
+        self.buffer.acknowledge("default", [entry.id for entry in used])
 
     def cycle(self) -> Cycle:
         wanted, _ = self.ledger.request("default", "test")
