@@ -186,7 +186,7 @@ class Engine:
         if reason in ("stop", "length"):
             self.on_finished(row.query.route, row.stats, arrived)
             if row.trace is not None:
-                row.trace.output_ids = row.output
+                row.trace.output_ids, row.trace.acceptance = row.output, row.stats.acceptance_rate
                 self._recorder.offer(row.trace)
 
     def _fault(self) -> None:

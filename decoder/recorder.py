@@ -32,6 +32,7 @@ class Trace:
     query: Query
     steps: list[StepTrace] = field(default_factory=list)
     output_ids: list[int] = field(default_factory=list)
+    acceptance: float | None = None
 
 
 class Recorder:
@@ -141,5 +142,6 @@ def to_signal(trace: Trace, model: str) -> Signal:
         top_logp=seen["top_logp"].astype(np.float16),
         rest_mass=(1 - np.exp(seen["top_logp"]).sum(-1)).clip(min=0).astype(np.float16),
         draft_top_logp=seen["draft_top_logp"].astype(np.float16),
+        acceptance=trace.acceptance,
         client=pseudonym(query.client),
     )

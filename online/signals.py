@@ -20,7 +20,7 @@ from safetensors import TensorSpec, serialize
 from online.errors import SignalError
 
 SIGNAL_VERSION = 2
-READABLE_VERSIONS = ("1", "2")  # version 1 did not know its client
+READABLE_VERSIONS = ("1", "2")  # version 1 knew neither its acceptance nor its client
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float16]
 
@@ -45,6 +45,7 @@ class Signal:
     top_logp: Floats  # [V, K] their log-probabilities at temperature 1
     rest_mass: Floats  # [V] probability of all other tokens together
     draft_top_logp: Floats  # [D, K] the draft's log-probabilities of those tokens, for drafted positions
+    acceptance: float | None = None  # mean Σ min(p, q) as it was served, probes included; None: nothing was compared
     client: str = ""  # whose request it was, as `pseudonym` writes it; empty: nobody's in particular
 
     def path(self) -> Iterator[tuple[int, int]]:

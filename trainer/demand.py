@@ -11,14 +11,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from online.buffer import SignalBuffer
 from online.cycles import CycleLedger
 from online.errors import SignalError
 from online.registry import Registry
 from online.settings import Settings
-from online.signals import Signal, decode
+from online.signals import decode
 from online.tables import Cycle
 
 LONGEST_REST = 16  # times the usual number of new signals
@@ -104,25 +102,12 @@ def fall(acceptances: Sequence[float], promised: float | None) -> str:
     return ""
 
 
-def acceptance(signal: Signal) -> float | None:
-    """Mean Σ min(p, q) over a request's compared positions, from below; None where nothing was drafted."""
-    overlaps: list[float] = []
-    verified = drafted_before = 0
-    for drafted, accepted in zip(signal.step_drafted.tolist(), signal.step_accepted.tolist(), strict=True):
-        compared = min(accepted + 1, drafted)
-        p = np.exp(signal.top_logp[verified : verified + compared].astype(np.float32))
-        q = np.exp(signal.draft_top_logp[drafted_before : drafted_before + compared].astype(np.float32))
-        overlaps += np.minimum(p, q).sum(-1).tolist()
-        verified, drafted_before = verified + drafted + 1, drafted_before + drafted
-    return sum(overlaps) / len(overlaps) if overlaps else None
-
-
 def _acceptances(buffer: SignalBuffer, route: str, waiting: int) -> list[float]:
     """Of the new signals, oldest first."""
     found = []
     for entry in reversed(buffer.before(route, "99999999999999-0", min(waiting, LOOKED_AT))):
         try:
-            rate = acceptance(decode(entry.record))
+            rate = decode(entry.record).acceptance
         except SignalError:
             continue  # the cycle will count it
         if rate is not None:

@@ -193,6 +193,15 @@ def test_signals_hold_the_targets_distribution_of_every_verified_position(pair: 
         drafted, verified = drafted + count, verified + count + 1
 
 
+def test_signals_know_how_much_was_accepted(tiny: Bench) -> None:
+    """The request's own acceptance rate, as its client was told; None where nothing was compared."""
+    drafted, plain = query(name="drafted"), query(name="plain", gamma=0, max_tokens=4)
+    told = tiny.run(drafted, plain)
+    found = {s.request_id: s.acceptance for s in tiny.signals(2)}
+    assert found["drafted"] == told[0].stats.acceptance_rate
+    assert found["plain"] is None
+
+
 def test_what_asks_not_to_be_stored_leaves_no_signal(pair: TinyPair) -> None:
     """`store: false` and closed routes; the request beside them is kept."""
     with bench(pair, drafts={"default": pair.draft, "closed": pair.draft}) as tiny:
