@@ -127,11 +127,11 @@ def _train(
     measure = divergence(recipe.divergence, recipe.beta)
     total = recipe.epochs * math.ceil(len(lessons) / recipe.batch_signals)
     optimizer = torch.optim.AdamW(module.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _factor(step, recipe.warmup_steps, total))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step, recipe.warmup_steps, total))
     told: list[float] = []
     positions = 0
     module.train()
-    for group in _passes(lessons, recipe):
+    for group in passes(lessons, recipe):
         still_wanted()
         batch = collate(group, pad_id, device)
         loss_N = losses(draft_logits(module, batch), batch, measure, recipe.follow_temperature)
@@ -152,7 +152,7 @@ def _train(
     return told, positions
 
 
-def _passes(lessons: Sequence[Lesson], recipe: Recipe) -> Iterator[list[Lesson]]:
+def passes(lessons: Sequence[Lesson], recipe: Recipe) -> Iterator[list[Lesson]]:
     rng = np.random.default_rng(recipe.seed)
     for _ in range(recipe.epochs):
         yield from batches(lessons, recipe.batch_signals, rng)
@@ -170,7 +170,7 @@ def _selected(loss_N: Tensor, batch: Batch, measure: Divergence, recipe: Recipe,
     return (gain_N >= gain_N.topk(kept).values[-1]).to(gain_N.dtype)
 
 
-def _factor(step: int, warmup: int, total: int) -> float:
+def factor(step: int, warmup: int, total: int) -> float:
     """Linear warm-up, then cosine down to a tenth."""
     if step < warmup:
         return (step + 1) / warmup
