@@ -7,8 +7,17 @@ COMMANDS = {
     "demo": ("lab.demo", "serve, learn and swap on this machine, and show what it gained"),
     "bench": ("lab.bench", "measure this engine beside transformers, under load, with swaps, with the recorder"),
     "replay": ("lab.replay", "replay real queries through the whole loop, and compare ways to learn"),
-    "distil": ("lab.distil", "warm a draft up on prompts, offline"),
     "gate": ("lab.gate", "how often the gate is wrong, on real signals"),
+    "warm-up": (
+        "lab.warmup.align",
+        "a draft for a target without traffic: initialise, answer prompts, distil, register",
+    ),
+    "cold-start": ("lab.warmup.cold_start", "prompts from nothing: where two students disagree, beside random ones"),
+    "g2sd": ("lab.warmup.generic", "features on any text first, outputs on one domain then, beside one stage"),
+    "two-stage": (
+        "lab.warmup.two_stage",
+        "a smaller target from a larger one, and a draft for it: what it costs and gains",
+    ),
     "reference-pair": ("lab.reference_pair", "train the embedded target, draft and tokenizer anew"),
 }
 

@@ -62,8 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, help="torch threads of every contestant (default: torch's)")
 
 
+def files_of(args: argparse.Namespace) -> ModelFiles:
+    return ModelFiles.of(Settings(target=args.target, draft=args.draft))
+
+
 def pair_of(args: argparse.Namespace) -> Pair:
-    files = ModelFiles.of(Settings(target=args.target, draft=args.draft))
+    files = files_of(args)
     tokenizer = load_tokenizer(files)
     prompts = [tokenize(tokenizer, text) for text in read_prompts(args.prompts, args.prompt_count)]
     return Pair(files, prompts, args.dtype, args.device, args.threads or torch.get_num_threads())

@@ -1,0 +1,123 @@
+"""`python -m lab warm-up`: a draft for a target, made before there is traffic.
+
+Direct Alignment (arXiv 2403.00858): a draft is initialised, from another draft or from the target's own layers; the
+target answers prompts; the draft learns from its answers. The engine answers and its recorder logs, as while it serves,
+and the draft learns by a recipe of the trainer. The result is a model folder, and on request version 1 of a route.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import transformers
+from transformers import AutoTokenizer
+
+from lab import rig
+from lab.warmup.lessons import (
+    EXAM_GAMMA,
+    add_arguments,
+    emitted,
+    from_target,
+    learn,
+    loaded,
+    pad_id,
+    save,
+    say,
+    stored_dtype,
+    taught_and_held_out,
+)
+from lab.warmup.register import opened, register
+from online.artifacts import ArtifactStore
+from online.errors import SlipstreamError
+from online.settings import Settings
+from trainer.distill import Recipe
+from trainer.divergences import DIVERGENCES
+from trainer.gate import GateReport, judge
+
+LAYERS = 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m lab warm-up", description=__doc__)
+    add_arguments(parser, prompt_count=1000)
+    parser.add_argument(
+        "--layers", type=int, help=f"without --draft: so many of the target's own layers (default: {LAYERS})"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the draft")
+    parser.add_argument(
+        "--register", metavar="ROUTE", help="make it version 1 of this route, in SLIPSTREAM_DATABASE_URL"
+    )
+    usual = Recipe()
+    parser.add_argument("--divergence", choices=DIVERGENCES, default=usual.divergence)
+    parser.add_argument("--epochs", type=int, default=usual.epochs)
+    parser.add_argument("--learning-rate", type=float, default=usual.learning_rate)
+    args = parser.parse_args()
+    if args.draft and args.layers:
+        parser.error("a draft begins as --draft, or with --layers of the target: not both")
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            _run(args, Path(folder))
+    except (SlipstreamError, ValueError) as error:
+        sys.exit(f"warm-up: {error}")
+
+
+def _run(args: argparse.Namespace, folder: Path) -> None:
+    settings = Settings()
+    registry = opened(settings, args.register) if args.register else None
+    initial: object = args.draft
+    if not args.draft:
+        target = rig.files_of(args).target
+        initial = {
+            "target_layers": from_target(target, args.layers or LAYERS, folder, AutoTokenizer.from_pretrained(target))
+        }
+        args.draft = str(folder)
+    pair = rig.pair_of(args)
+    lessons, exam = taught_and_held_out(args, pair)
+    say(f"{len(lessons)} answers to learn from, {len(exam)} to judge by")
+
+    module, before = loaded(args.draft), loaded(args.draft)
+    recipe = Recipe(divergence=args.divergence, epochs=args.epochs, learning_rate=args.learning_rate)
+    distilled = learn("learning", module, lessons, recipe)
+    save(module, args.out, stored_dtype(args.draft), pair.tokenizer)
+    report = judge(before, loaded(args.out), exam, gamma=EXAM_GAMMA, pad_id=pad_id(module))
+    figures: dict[str, object] = {
+        "out": str(args.out),
+        "initial": initial,
+        "answers": len(lessons),
+        "answer_tokens": emitted(lessons),
+        "positions": distilled.positions,
+        "train_s": round(distilled.seconds, 1),
+    }
+    if registry:
+        version = register(
+            registry,
+            ArtifactStore(settings.artifacts_path),
+            args.register,
+            lambda into: save(module, into, stored_dtype(args.draft), pair.tokenizer),
+            {**recipe.as_dict(), "initial": initial, "steps": distilled.steps, "positions": distilled.positions},
+            {"answers": len(lessons)},
+            report.as_dict(),
+        )
+        figures.update(route=args.register, version=version.id)
+        say(f"version {version.id} of route {args.register!r}; serve it with SLIPSTREAM_DRAFT={args.out}")
+    _table(report)
+    print(json.dumps({**figures, **_marks(report)}))
+
+
+def _table(report: GateReport) -> None:
+    print(f"\n{'':10} {'tokens a step':>14} {'acceptance':>11}")
+    print(f"{'before':10} {report.active_tokens_per_step:14.3f} {report.active_acceptance:11.3f}")
+    print(f"{'after':10} {report.candidate_tokens_per_step:14.3f} {report.candidate_acceptance:11.3f}")
+    print(f"held-out requests, γ = {report.gamma}: {report.reason}\n")
+
+
+def _marks(report: GateReport) -> dict[str, float]:
+    return {
+        "tokens_per_step_before": round(report.active_tokens_per_step, 3),
+        "tokens_per_step_after": round(report.candidate_tokens_per_step, 3),
+        "acceptance_before": round(report.active_acceptance, 3),
+        "acceptance_after": round(report.candidate_acceptance, 3),
+    }

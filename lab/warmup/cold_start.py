@@ -1,0 +1,149 @@
+"""`python -m lab cold-start`: a route that nobody has asked anything. Which prompts teach its draft most?
+
+Dual Student (arXiv 2309.10058): prompts are grown toward what two students disagree on, the target answers them, both
+learn, and so on. Beside it prompts drawn at random, at the same budget of target tokens: any token; what the students
+would say, unselected; and nothing at all, so that the target writes query and answer itself. No query of real traffic
+is learnt from; held-out ones measure.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+
+from lab import rig
+from lab.warmup.exam import Difference, Marks, difference, examine
+from lab.warmup.lessons import answers, emitted, loaded, pad_id, say
+from lab.warmup.prompts import GROWN, SOURCES, Frame, prompts
+from online.signals import Signal
+from trainer.disagreement import Growth
+from trainer.distill import Recipe, distill
+
+BLUR = 0.1  # by how much the second student differs from the draft at the start, as a share of each tensor's deviation
+STUDENTS = 2
+
+
+@dataclass
+class Run:
+    """One source of prompts, with one seed."""
+
+    source: str
+    seed: int
+    students: list[nn.Module]
+    tokens: int = 0  # of the target, that it has learnt from
+
+    @property
+    def name(self) -> str:
+        return f"{self.source}-{self.seed}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m lab cold-start",
+        description=__doc__,
+        epilog="sources: " + "; ".join(f"{name}: {what}" for name, what in SOURCES.items()),
+    )
+    rig.add_arguments(parser)
+    parser.set_defaults(prompt_count=100)
+    parser.add_argument("--sources", default=",".join(SOURCES), help="what is compared; the first is the reference")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--budget", type=int, default=2500, help="target tokens a round, of every run")
+    parser.add_argument("--asked", type=int, default=96, help="prompts a round, at most")
+    parser.add_argument("--max-tokens", type=int, default=48)
+    parser.add_argument("--epochs", type=int, default=2, help="over what was answered in a round")
+    parser.add_argument("--children", type=int, default=4, help="of which the most disputed one lives on")
+    args = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    pair = rig.pair_of(args)
+    exam = answers(pair, pair.prompts, args.max_tokens, "exam")
+    runs = [
+        Run(source, seed, students(pair.files.draft, seed)[: STUDENTS if source in GROWN else 1])
+        for source in args.sources.split(",")
+        for seed in range(args.seeds)
+    ]
+    before = examine(runs[0].students[0], exam)
+    for number in range(args.rounds):
+        _round(args, pair, runs, number)
+    marks = {run.name: examine(run.students[0], exam) for run in runs}
+    print(json.dumps(_report(args, runs, before, marks, len(exam))))
+
+
+def students(draft: str | Path, seed: int) -> list[nn.Module]:
+    """The draft, and the draft blurred: two that a route could begin with."""
+    first, second = loaded(draft), loaded(draft)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in second.parameters():
+            noise = torch.randn(tensor.shape, generator=generator)
+            tensor.add_(noise * tensor.std(correction=0), alpha=BLUR)
+    return [first, second]
+
+
+def _round(args: argparse.Namespace, pair: rig.Pair, runs: Sequence[Run], number: int) -> None:
+    """Every run asks, all are answered together, every run learns."""
+    growth, frame = Growth(children=args.children), Frame.of(pair.tokenizer)
+    vocab_size = runs[0].students[0].config.vocab_size
+    asked = [
+        prompts(run.source, args.asked, run.students, frame, vocab_size, growth, 1000 * run.seed + number)
+        for run in runs
+    ]
+    # The target writes a query before its answer, where others are given one.
+    tokens = args.max_tokens + growth.pieces * growth.piece_tokens
+    every = [prompt for own in asked for prompt in own]
+    # Sampled: a target that writes its own queries would always write the same one.
+    answered = answers(pair, every, tokens, "", seed=len(every) * number, temperatures=(1.0,))
+    for i, run in enumerate(runs):
+        own = [s for s in answered if int(s.request_id) // args.asked == i]
+        taught = within(own, args.budget)
+        for j, student in enumerate(run.students):
+            recipe = Recipe(epochs=args.epochs, seed=STUDENTS * run.seed + j)
+            told = distill(student, taught, recipe, pad_id(student))
+        run.tokens += emitted(taught)
+        loss = f"loss {told.first_loss:.3f} to {told.last_loss:.3f}"
+        say(f"round {number + 1}, {run.name}: {run.tokens} target tokens, {loss}")
+
+
+def within(signals: Sequence[Signal], budget: int) -> list[Signal]:
+    """The first signals that have `budget` tokens together, the last one cut."""
+    kept: list[Signal] = []
+    for signal in signals:
+        left = budget - emitted(kept)
+        if left <= 0:
+            break
+        kept.append(replace(signal, output_ids=signal.output_ids[:left]))
+    return kept
+
+
+def _report(
+    args: argparse.Namespace, runs: Sequence[Run], before: Marks, marks: dict[str, Marks], requests: int
+) -> dict[str, object]:
+    sources = args.sources.split(",")
+    mean = {s: Marks.mean([marks[run.name] for run in runs if run.source == s]) for s in sources}
+    print(f"\n{'':10} {'target tokens':>13} {'tokens a step':>14} {'acceptance':>11} {'KL':>6}  per seed")
+    print(f"{'before':10} {0:13} {before.row}")
+    for source, own in mean.items():
+        tokens = [run.tokens for run in runs if run.source == source]
+        seeds = [round(float(marks[run.name].tokens_R.mean()), 3) for run in runs if run.source == source]
+        print(f"{source:10} {sum(tokens) // len(tokens):13} {own.row}  {seeds}")
+    against: dict[str, Difference] = {
+        source: difference(mean[source].tokens_R, mean[sources[0]].tokens_R) for source in sources[1:]
+    }
+    for source, found in against.items():
+        print(f"{source} over {sources[0]}: {found} tokens a step")
+    return {
+        "requests": requests,
+        "seeds": args.seeds,
+        "tokens_per_step": {"before": before.step, **{source: own.step for source, own in mean.items()}},
+        "target_tokens": {run.name: run.tokens for run in runs},
+        f"over_{sources[0]}": {source: found.figures for source, found in against.items()},
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""How good drafts are on held-out requests, request by request, so that any two of them can be compared in pairs.
+
+Legend: R requests, N supervised positions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from lab.statistics import Floats
+from lab.warmup.lessons import EXAM_GAMMA, pad_id
+from online.signals import Signal
+from trainer.batches import Lesson, collate
+from trainer.distill import draft_logits
+from trainer.divergences import draft_classes, forward_kl
+from trainer.gate import acceptance, bootstrap_interval, tokens_per_step
+
+TOGETHER = 16
+
+
+@dataclass(frozen=True)
+class Marks:
+    """One draft's, per request."""
+
+    tokens_R: Floats  # expected tokens of a step at γ = EXAM_GAMMA
+    acceptance_R: Floats
+    kl_R: Floats  # nats, KL(p‖q) over the logged tokens and the rest as one
+
+    @property
+    def step(self) -> float:
+        return round(float(self.tokens_R.mean()), 3)
+
+    @property
+    def row(self) -> str:
+        """Of a table: tokens a step, acceptance, KL."""
+        return f"{self.tokens_R.mean():14.3f} {self.acceptance_R.mean():11.3f} {self.kl_R.mean():6.2f}"
+
+    @classmethod
+    def mean(cls, several: Sequence["Marks"]) -> "Marks":
+        """Of drafts that differ in their seed only."""
+        fields = ("tokens_R", "acceptance_R", "kl_R")
+        return cls(*(np.mean([getattr(marks, field) for marks in several], axis=0) for field in fields))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean paired difference and its 95 % bootstrap interval over requests."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
+
+    @property
+    def figures(self) -> list[float]:
+        return [round(value, 4) for value in (self.mean, self.low, self.high)]
+
+
+def difference(ours_R: Floats, theirs_R: Floats) -> Difference:
+    return Difference(float((ours_R - theirs_R).mean()), *bootstrap_interval(ours_R - theirs_R, seed=0))
+
+
+@torch.inference_mode()
+def examine(module: nn.Module, signals: Sequence[Signal]) -> Marks:
+    marks: list[tuple[float, float, float]] = []
+    for at in range(0, len(signals), TOGETHER):
+        lessons = [Lesson.of(signal) for signal in signals[at : at + TOGETHER]]
+        batch = collate(lessons, pad_id(module), next(module.parameters()).device)
+        logits_NV = draft_logits(module, batch)
+        kept_N = acceptance(logits_NV, batch).double().cpu().numpy()
+        kl_N = forward_kl(batch.truth.classes_NC, draft_classes(logits_NV, batch.truth.ids_NK)).double().cpu().numpy()
+        row_N = batch.row_N.cpu().numpy()
+        for row in range(len(lessons)):
+            own = row_N == row
+            marks.append((tokens_per_step(kept_N[own], EXAM_GAMMA), kept_N[own].mean(), kl_N[own].mean()))
+    return Marks(*np.array(marks).T)

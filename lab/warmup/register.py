@@ -1,0 +1,60 @@
+"""A warmed-up draft becomes a route's version 1."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from migrations import upgrade
+from online.artifacts import ArtifactStore
+from online.connections import git_commit
+from online.errors import Conflict, InvalidRequest
+from online.registry import Candidate, Registry
+from online.settings import Settings
+from online.tables import Version, connect
+
+ACTOR = "warm-up"
+
+
+def opened(settings: Settings, route: str) -> Registry:
+    """The registry, its database made or brought up to date where need be; `route` may be registered in.
+
+    Raises:
+        InvalidRequest: the service has no such route.
+        Conflict: the route has a version.
+    """
+    if route not in settings.routes:
+        raise InvalidRequest(f"route {route!r} is not among SLIPSTREAM_ROUTES ({', '.join(settings.routes)})")
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    upgrade(settings.sql_url)
+    registry = Registry(connect(settings.sql_url))
+    registry.ensure_routes((route,))
+    if (active := registry.active(route)) is not None:
+        raise _taken(route, active)
+    return registry
+
+
+def register(
+    registry: Registry,
+    artifacts: ArtifactStore,
+    route: str,
+    write: Callable[[Path], None],
+    recipe: dict[str, Any],
+    window: dict[str, Any],
+    gate: dict[str, Any],
+) -> Version:
+    """Publishes what `write` writes, and makes it the route's first version, active at once.
+
+    Raises:
+        Conflict: another version came first.
+    """
+    digest = artifacts.publish(write)
+    made = Candidate(digest, {"origin": "warm-up", **recipe}, window, gate, git_commit())
+    version = registry.register_first(route, made, ACTOR)
+    if version.sha256 != digest or version.created_by != ACTOR:
+        raise _taken(route, version)
+    return version
+
+
+def _taken(route: str, version: Version) -> Conflict:
+    who = f"version {version.id}, made by {version.created_by}"
+    return Conflict(f"route {route!r} has {who}: a warmed-up draft can only be the first")

@@ -1,0 +1,163 @@
+"""The lab's ways to a draft without traffic at their smallest: they end, and say what they promise."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sqlalchemy import Engine
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lab.bench.contestants import Outcome
+from lab.warmup import align, cold_start, generic, two_stage
+from lab.warmup.prompts import Frame
+from lab.warmup.register import opened, register
+from online.artifacts import ArtifactStore
+from online.errors import Conflict, InvalidRequest
+from online.registry import Registry
+from online.settings import Settings
+from online.tables import connect
+from tests.conftest import copy_into
+from tests.signals import taught
+from tests.tiny import TinyPair
+from trainer.batches import usable
+
+Command = Callable[..., dict[str, Any]]
+
+
+def prompts(path: Path, count: int, what: str) -> str:
+    path.write_text("".join(json.dumps({"prompt": f"def {what}_{i}(value)"}) + "\n" for i in range(count)))
+    return str(path)
+
+
+@pytest.fixture
+def command(
+    pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Command]:
+    """Runs a command's main on the tiny target, and gives the JSON of its last line."""
+    threads = torch.get_num_threads()
+    asked = prompts(tmp_path / "asked.jsonl", 16, "name")
+    held_out = prompts(tmp_path / "held_out.jsonl", 10, "other")
+    monkeypatch.setenv("SLIPSTREAM_DATA_DIR", str(tmp_path / "state"))
+
+    def run(main: Callable[[], None], *options: str) -> dict[str, Any]:
+        given = ["--target", str(pair.target), "--prompts", asked, "--threads", "1", "--max-tokens", "8"]
+        if main is not cold_start.main:
+            given += ["--held-out", held_out]
+        monkeypatch.setattr(sys, "argv", ["lab", *given, *options])
+        main()
+        figures: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return figures
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def test_a_target_gets_its_first_draft_as_version_1(command: Command, tmp_path: Path) -> None:
+    """From its own layers; published, registered with where it came from, active; and only once."""
+    out = tmp_path / "draft"
+    options = ["--layers", "1", "--epochs", "1", "--out", str(out), "--register", "default"]
+    figures = command(align.main, *options)
+    assert figures["initial"] == {"target_layers": [0]}
+    assert (figures["answers"], figures["version"]) == (16, 1)
+    assert AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers == 1
+    assert AutoTokenizer.from_pretrained(out).get_vocab()
+    version = Registry(connect(Settings().sql_url)).active("default")
+    assert version is not None
+    assert version.recipe["origin"] == "warm-up"
+    assert version.recipe["initial"] == {"target_layers": [0]}
+    assert version.gate["requests"] == 10
+    assert ArtifactStore(Settings().artifacts_path).verify(version.sha256)
+    with pytest.raises(SystemExit, match="route 'default' has version 1"):
+        command(align.main, *options)
+
+
+def test_a_draft_is_warmed_up_from_another(command: Command, pair: TinyPair, tmp_path: Path) -> None:
+    """It keeps the shape it came with."""
+    figures = command(align.main, "--draft", str(pair.spoilt), "--epochs", "1", "--out", str(tmp_path / "draft"))
+    assert figures["initial"] == str(pair.spoilt)
+    assert "version" not in figures
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "draft").config.num_hidden_layers == 2
+
+
+def test_a_route_with_a_version_keeps_it(pair: TinyPair, sqlite: Engine, tmp_path: Path) -> None:
+    """Also where the other one came after the route was looked at."""
+    registry, artifacts = Registry(sqlite), ArtifactStore(tmp_path / "artifacts")
+    registry.ensure_routes(("default",))
+    first = register(registry, artifacts, "default", lambda f: copy_into(pair.draft, f), {"epochs": 1}, {}, {})
+    assert first.recipe == {"origin": "warm-up", "epochs": 1}
+    with pytest.raises(Conflict, match="version 1, made by warm-up"):
+        register(registry, artifacts, "default", lambda f: copy_into(pair.spoilt, f), {}, {}, {})
+    assert registry.active("default").id == first.id  # type: ignore[union-attr]
+    assert len(registry.versions("default")) == 1
+
+
+def test_a_route_that_the_service_does_not_have_is_refused(tmp_path: Path) -> None:
+    """Before anything is made."""
+    with pytest.raises(InvalidRequest, match="not among SLIPSTREAM_ROUTES"):
+        opened(Settings(data_dir=tmp_path / "state"), "sql")
+    assert not (tmp_path / "state").exists()
+
+
+def test_cold_starts_spend_the_same_tokens(command: Command, pair: TinyPair) -> None:
+    """Of the target, whatever the prompts come from."""
+    options = ["--draft", str(pair.draft), "--seeds", "2", "--rounds", "2", "--budget", "24", "--asked", "4"]
+    figures = command(cold_start.main, *options, "--epochs", "1", "--children", "2", "--prompt-count", "8")
+    assert set(figures["target_tokens"].values()) == {48}
+    assert set(figures["tokens_per_step"]) == {"before", "random", "sampled", "disagree", "own"}
+    assert set(figures["over_random"]) == {"sampled", "disagree", "own"}
+
+
+def test_a_budget_cuts_the_last_answer(pair: TinyPair) -> None:
+    """What is left of it still teaches."""
+    signals = taught(pair.target, 3, tokens=10)
+    kept = cold_start.within(signals, 14)
+    assert [len(signal.output_ids) for signal in kept] == [10, 4]
+    assert all(usable(signal, 320) for signal in kept)
+    assert np.array_equal(kept[1].output_ids, signals[1].output_ids[:4])
+
+
+def test_a_query_stands_where_the_template_has_it(pair: TinyPair) -> None:
+    """And is made of no special token."""
+    frame = Frame.of(AutoTokenizer.from_pretrained(pair.target))
+    assert (frame.head, frame.tail, frame.never) == ([1], [2], [0, 1, 2, 3])
+
+
+def test_two_stages_take_the_steps_of_one(command: Command, pair: TinyPair, tmp_path: Path) -> None:
+    """All three ways are marked on the held-out requests."""
+    mixed = prompts(tmp_path / "mixed.jsonl", 16, "mixed")
+    figures = command(generic.main, "--draft", str(pair.draft), "--generic", mixed, "--epochs", "1", "--seeds", "1")
+    assert figures["steps"] == 2 * 2
+    assert figures["requests"] == 10
+    assert set(figures["over_one_stage"]) == {"outputs, outputs", "features, outputs"}
+
+
+def test_a_smaller_target_and_its_draft_are_made(command: Command, pair: TinyPair, tmp_path: Path) -> None:
+    """Three models are there, and it is told how far the smaller target is from its teacher."""
+    options = ["--draft", str(pair.draft), "--epochs", "1", "--repetitions", "0"]
+    figures = command(two_stage.main, *options, "--out", str(tmp_path / "out"))
+    assert figures["layers"] == [0]
+    assert figures["kl"]["after"][0] > 0
+    assert set(figures["draft_acceptance"]) == {"teacher", "smaller"}
+    for name in ("target", "draft", "teachers-draft"):
+        assert (tmp_path / "out" / name / "model.safetensors").is_file()
+
+
+def test_speeds_are_told_as_ratios_to_the_plain_teacher() -> None:
+    """Repetition by repetition, so that a slow spell of the machine falls out."""
+    slow = {"teacher": 1.0, "smaller": 0.5}
+    speeds = {
+        (who, case.name): [Outcome(100, spell * slow[who] / (1 + case.drafts), steps=50) for spell in (1.0, 3.0)]
+        for who, case in two_stage.CONTESTANTS
+    }
+    ratios = {name: ratio for name, (ratio, _, _) in two_stage.speed_table(speeds).items()}
+    assert ratios == {
+        "teacher, plain": 1,
+        "teacher, with a draft": 2,
+        "smaller, plain": 2,
+        "smaller, with a draft": 4,
+    }
