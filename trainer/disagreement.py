@@ -1,10 +1,10 @@
 """Prompts from nothing, grown toward what two students disagree on: Dual Student (arXiv 2309.10058).
 
-Where two students that learn from the same target disagree, one of them is wrong about it; that needs no query to the
-target. The paper trains a generator of images by the students' gradients. Tokens have none, so prompts are bred: each
-family of prompts has children, sampled from both students, and the one they disagree on most lives on.
+Where two students of the same target disagree, one of them is wrong about it; to see that takes no query to the target.
+The paper trains a generator of images by the students' gradients. Tokens have none, so prompts are bred: each family of
+prompts has children, and the one whose answer the students disagree on most lives on.
 
-Legend: F families, C children of each, T tokens, V vocabulary.
+Legend: F families, R rows (families by children), T tokens, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -24,6 +24,17 @@ class Growth:
     children: int = 4  # of every family, at every piece; 1: nothing is selected
     pieces: int = 3
     piece_tokens: int = 8
+    answer_tokens: int = 8  # that the students are compared on
+    sampled: bool = False  # what children are made of: samples of the students, or any tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What stands around a query."""
+
+    head: list[int]
+    tail: list[int]
+    never: list[int]  # ids that a query has none of
 
 
 @torch.no_grad()
@@ -49,25 +60,37 @@ def continued(student: nn.Module, ids_RT: Tensor, tokens: int, never: Tensor, ge
 
 
 def grown(
-    students: Sequence[nn.Module], head: Sequence[int], families: int, growth: Growth, never: Sequence[int], seed: int
+    students: Sequence[nn.Module], frame: Frame, families: int, growth: Growth, vocab_size: int, seed: int
 ) -> Tensor:
-    """One prompt of every family, `head` included [F, T]. The same seed and students grow the same prompts."""
+    """One query of every family, from the head on [F, T]. The same seed and students grow the same ones."""
     generator = torch.Generator().manual_seed(seed)
-    never_N = torch.tensor(list(never), dtype=torch.long)
-    ids_FT = torch.tensor(list(head), dtype=torch.long).repeat(families, 1)
+    never_N = torch.tensor(frame.never, dtype=torch.long)
+    allowed_N = torch.tensor(sorted(set(range(vocab_size)) - set(frame.never)))
+    ids_FT = torch.tensor(frame.head, dtype=torch.long).repeat(families, 1)
     for _ in range(growth.pieces):
-        parents_RT = ids_FT.repeat_interleave(growth.children, 0)
-        turn_R = torch.arange(len(parents_RT)) % 2  # children are dealt to the students in turn
-        ids_RT = parents_RT.new_empty(len(parents_RT), parents_RT.shape[1] + growth.piece_tokens)
-        for i, student in enumerate(students):
-            own_R = turn_R == i
-            ids_RT[own_R] = continued(student, parents_RT[own_R], growth.piece_tokens, never_N, generator)
-        ids_FT = ids_RT if growth.children == 1 else _best(students, ids_RT, len(head), growth.children)
+        ids_RT = ids_FT.repeat_interleave(growth.children, 0)
+        if growth.sampled:
+            ids_RT = _dealt(students, ids_RT, growth.piece_tokens, never_N, generator)
+        else:
+            pick_RT = torch.randint(len(allowed_N), (len(ids_RT), growth.piece_tokens), generator=generator)
+            ids_RT = torch.cat([ids_RT, allowed_N[pick_RT]], -1)
+        if growth.children == 1:
+            ids_FT = ids_RT
+            continue
+        asked_RT = torch.cat([ids_RT, torch.tensor(frame.tail, dtype=torch.long).repeat(len(ids_RT), 1)], -1)
+        answered_RT = _dealt(students, asked_RT, growth.answer_tokens, never_N, generator)
+        score_R = disagreement(students, answered_RT, first=asked_RT.shape[1])
+        best_F = score_R.view(families, growth.children).argmax(-1)
+        ids_FT = ids_RT[torch.arange(families) * growth.children + best_F]
     return ids_FT
 
 
-def _best(students: Sequence[nn.Module], ids_RT: Tensor, first: int, children: int) -> Tensor:
-    """The child of every family that the students disagree on most [F, T]."""
-    score_FC = disagreement(students, ids_RT, first).view(-1, children)
-    family_F = torch.arange(len(score_FC))
-    return ids_RT.view(len(score_FC), children, -1)[family_F, score_FC.argmax(-1)]
+def _dealt(
+    students: Sequence[nn.Module], ids_RT: Tensor, tokens: int, never_N: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Rows with `tokens` more, sampled from the students in turn."""
+    turn_R = torch.arange(len(ids_RT)) % len(students)
+    longer_RT = ids_RT.new_empty(len(ids_RT), ids_RT.shape[1] + tokens)
+    for i, student in enumerate(students):
+        longer_RT[turn_R == i] = continued(student, ids_RT[turn_R == i], tokens, never_N, generator)
+    return longer_RT

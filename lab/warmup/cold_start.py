@@ -1,12 +1,12 @@
 """`python -m lab cold-start`: a route that nobody has asked anything. Which prompts teach its draft most?
 
 Dual Student (arXiv 2309.10058): prompts are grown toward what two students disagree on, the target answers them, both
-learn, and so on. Beside it prompts drawn at random, at the same budget of target tokens: any token; what the students
-would say, unselected; and nothing at all, so that the target writes query and answer itself. No query of real traffic
-is learnt from; held-out ones measure.
+learn, and so on. Beside it prompts drawn at random, at the same budget of target tokens. No query of real traffic is
+learnt from; `--prompts` are held out, and measure.
 """
 
 import argparse
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,14 +18,12 @@ from torch import nn
 
 from lab import rig
 from lab.warmup.exam import Difference, Marks, difference, examine
-from lab.warmup.lessons import answers, emitted, loaded, pad_id, say
-from lab.warmup.prompts import GROWN, SOURCES, Frame, prompts
+from lab.warmup.lessons import answers, emitted, loaded, pad_id, save, say, stored_dtype
+from lab.warmup.prompts import SOURCES, STUDENTS, frame_of, prompts
 from online.signals import Signal
-from trainer.disagreement import Growth
 from trainer.distill import Recipe, distill
 
 BLUR = 0.1  # by how much the second student differs from the draft at the start, as a share of each tensor's deviation
-STUDENTS = 2
 
 
 @dataclass
@@ -50,26 +48,29 @@ def main() -> None:
     )
     rig.add_arguments(parser)
     parser.set_defaults(prompt_count=100)
-    parser.add_argument("--sources", default=",".join(SOURCES), help="what is compared; the first is the reference")
+    parser.add_argument("--sources", default="random,disagree,own", help="what is compared; the first is the reference")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--budget", type=int, default=2500, help="target tokens a round, of every run")
     parser.add_argument("--asked", type=int, default=96, help="prompts a round, at most")
-    parser.add_argument("--max-tokens", type=int, default=48)
+    parser.add_argument("--max-tokens", type=int, default=72, help="of an answer (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=2, help="over what was answered in a round")
     parser.add_argument("--children", type=int, default=4, help="of which the most disputed one lives on")
+    parser.add_argument("--out", type=Path, help="folder for a draft of every source and seed")
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     pair = rig.pair_of(args)
     exam = answers(pair, pair.prompts, args.max_tokens, "exam")
     runs = [
-        Run(source, seed, students(pair.files.draft, seed)[: STUDENTS if source in GROWN else 1])
+        Run(source, seed, students(pair.files.draft, seed)[: STUDENTS[source]])
         for source in args.sources.split(",")
         for seed in range(args.seeds)
     ]
     before = examine(runs[0].students[0], exam)
     for number in range(args.rounds):
         _round(args, pair, runs, number)
+    for run in runs if args.out else ():
+        save(copy.deepcopy(run.students[0]), args.out / run.name, stored_dtype(pair.files.draft), pair.tokenizer)
     marks = {run.name: examine(run.students[0], exam) for run in runs}
     print(json.dumps(_report(args, runs, before, marks, len(exam))))
 
@@ -87,22 +88,19 @@ def students(draft: str | Path, seed: int) -> list[nn.Module]:
 
 def _round(args: argparse.Namespace, pair: rig.Pair, runs: Sequence[Run], number: int) -> None:
     """Every run asks, all are answered together, every run learns."""
-    growth, frame = Growth(children=args.children), Frame.of(pair.tokenizer)
-    vocab_size = runs[0].students[0].config.vocab_size
+    frame, vocab_size = frame_of(pair.tokenizer), runs[0].students[0].config.vocab_size
     asked = [
-        prompts(run.source, args.asked, run.students, frame, vocab_size, growth, 1000 * run.seed + number)
+        prompts(run.source, args.asked, run.students, frame, args.children, vocab_size, 1000 * run.seed + number)
         for run in runs
     ]
-    # The target writes a query before its answer, where others are given one.
-    tokens = args.max_tokens + growth.pieces * growth.piece_tokens
     every = [prompt for own in asked for prompt in own]
     # Sampled: a target that writes its own queries would always write the same one.
-    answered = answers(pair, every, tokens, "", seed=len(every) * number, temperatures=(1.0,))
+    answered = answers(pair, every, args.max_tokens, "", seed=len(every) * number, temperatures=(1.0,))
     for i, run in enumerate(runs):
         own = [s for s in answered if int(s.request_id) // args.asked == i]
         taught = within(own, args.budget)
         for j, student in enumerate(run.students):
-            recipe = Recipe(epochs=args.epochs, seed=STUDENTS * run.seed + j)
+            recipe = Recipe(epochs=args.epochs, seed=2 * run.seed + j)
             told = distill(student, taught, recipe, pad_id(student))
         run.tokens += emitted(taught)
         loss = f"loss {told.first_loss:.3f} to {told.last_loss:.3f}"

@@ -1,46 +1,54 @@
 """Prompts that are grown from nothing."""
 
+import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import VOCABULARY, TinyPair
-from trainer.disagreement import Growth, disagreement, grown
+from trainer.disagreement import Frame, Growth, continued, disagreement, grown
 
-HEAD, NEVER = [1], [0, 1, 2, 3]
+FRAME = Frame(head=[1], tail=[2], never=[0, 1, 2, 3])
 
 
 def students(pair: TinyPair) -> list[nn.Module]:
     return [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (pair.draft, pair.target)]
 
 
-def test_the_same_seed_grows_the_same_prompts(pair: TinyPair) -> None:
+@pytest.mark.parametrize("sampled", [False, True])
+def test_the_same_seed_grows_the_same_prompts(pair: TinyPair, sampled: bool) -> None:
     """And another seed others."""
-    first, again, other = (grown(students(pair), HEAD, 6, Growth(), NEVER, seed) for seed in (5, 5, 6))
+    growth = Growth(sampled=sampled)
+    first, again, other = (grown(students(pair), FRAME, 6, growth, VOCABULARY, seed) for seed in (5, 5, 6))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
-def test_grown_prompts_are_of_valid_ids(pair: TinyPair) -> None:
+@pytest.mark.parametrize("sampled", [False, True])
+def test_grown_prompts_are_of_valid_ids(pair: TinyPair, sampled: bool) -> None:
     """They begin with the head, have the length that was asked for, and none of the ids that a query never has."""
-    ids_FT = grown(students(pair), HEAD, 6, Growth(children=3, pieces=2, piece_tokens=5), NEVER, seed=0)
+    growth = Growth(children=3, pieces=2, piece_tokens=5, sampled=sampled)
+    ids_FT = grown(students(pair), FRAME, 6, growth, VOCABULARY, seed=0)
     assert ids_FT.shape == (6, 1 + 2 * 5)
     assert (ids_FT[:, 0] == 1).all()
-    assert not torch.isin(ids_FT[:, 1:], torch.tensor(NEVER)).any()
+    assert not torch.isin(ids_FT[:, 1:], torch.tensor(FRAME.never)).any()
     assert int(ids_FT.max()) < VOCABULARY
 
 
-def test_students_disagree_more_on_what_is_kept_than_on_random_samples(pair: TinyPair) -> None:
-    """Children that are selected beat children that are not, and beat random ids."""
+@pytest.mark.parametrize("sampled", [False, True])
+def test_students_disagree_more_on_answers_to_what_is_kept_than_to_what_is_not_selected(
+    pair: TinyPair, sampled: bool
+) -> None:
+    """Measured on answers that were not sampled for the selection."""
     both = students(pair)
-    selected, unselected = (
-        disagreement(both, grown(both, HEAD, 32, Growth(children), NEVER, seed=0), first=1).mean()
-        for children in (6, 1)
-    )
-    assert selected > 1.2 * unselected
-    generator = torch.Generator().manual_seed(0)
-    bodies = torch.randint(4, VOCABULARY, (32, 24), generator=generator)
-    assert selected > disagreement(both, torch.cat([torch.ones(32, 1, dtype=torch.long), bodies], 1), first=1).mean()
+
+    def disputed(children: int) -> float:
+        ids_FT = grown(both, FRAME, 48, Growth(children, sampled=sampled), VOCABULARY, seed=0)
+        asked_FT = torch.cat([ids_FT, torch.full((48, 1), 2)], 1)
+        answered_FT = continued(both[0], asked_FT, 8, torch.tensor(FRAME.never), torch.Generator().manual_seed(1))
+        return float(disagreement(both, answered_FT, first=asked_FT.shape[1]).mean())
+
+    assert disputed(children=8) > 1.05 * disputed(children=1)
 
 
 def test_a_student_agrees_with_itself(pair: TinyPair) -> None:

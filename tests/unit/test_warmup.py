@@ -12,9 +12,11 @@ import torch
 from sqlalchemy import Engine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from decoder.drafts import LiveDraft
+from decoder.models import load_models
 from lab.bench.contestants import Outcome
 from lab.warmup import align, cold_start, generic, two_stage
-from lab.warmup.prompts import Frame
+from lab.warmup.prompts import SOURCES, frame_of
 from lab.warmup.register import opened, register
 from online.artifacts import ArtifactStore
 from online.errors import Conflict, InvalidRequest
@@ -58,7 +60,7 @@ def command(
 
 
 def test_a_target_gets_its_first_draft_as_version_1(command: Command, tmp_path: Path) -> None:
-    """From its own layers; published, registered with where it came from, active; and only once."""
+    """From its own layers; published, registered with where it came from, fit to be swapped in; and only once."""
     out = tmp_path / "draft"
     options = ["--layers", "1", "--epochs", "1", "--out", str(out), "--register", "default"]
     figures = command(align.main, *options)
@@ -71,7 +73,8 @@ def test_a_target_gets_its_first_draft_as_version_1(command: Command, tmp_path: 
     assert version.recipe["origin"] == "warm-up"
     assert version.recipe["initial"] == {"target_layers": [0]}
     assert version.gate["requests"] == 10
-    assert ArtifactStore(Settings().artifacts_path).verify(version.sha256)
+    (served,) = load_models(out, 1, 2, 32, torch.device("cpu"), "float32")
+    LiveDraft("default", served).stage(ArtifactStore(Settings().artifacts_path).verify(version.sha256))
     with pytest.raises(SystemExit, match="route 'default' has version 1"):
         command(align.main, *options)
 
@@ -106,10 +109,10 @@ def test_a_route_that_the_service_does_not_have_is_refused(tmp_path: Path) -> No
 def test_cold_starts_spend_the_same_tokens(command: Command, pair: TinyPair) -> None:
     """Of the target, whatever the prompts come from."""
     options = ["--draft", str(pair.draft), "--seeds", "2", "--rounds", "2", "--budget", "24", "--asked", "4"]
-    figures = command(cold_start.main, *options, "--epochs", "1", "--children", "2", "--prompt-count", "8")
+    figures = command(cold_start.main, *options, "--epochs", "1", "--sources", ",".join(SOURCES), "--children", "2")
     assert set(figures["target_tokens"].values()) == {48}
-    assert set(figures["tokens_per_step"]) == {"before", "random", "sampled", "disagree", "own"}
-    assert set(figures["over_random"]) == {"sampled", "disagree", "own"}
+    assert set(figures["tokens_per_step"]) == {"before", *SOURCES}
+    assert set(figures["over_random"]) == set(SOURCES) - {"random"}
 
 
 def test_a_budget_cuts_the_last_answer(pair: TinyPair) -> None:
@@ -123,7 +126,7 @@ def test_a_budget_cuts_the_last_answer(pair: TinyPair) -> None:
 
 def test_a_query_stands_where_the_template_has_it(pair: TinyPair) -> None:
     """And is made of no special token."""
-    frame = Frame.of(AutoTokenizer.from_pretrained(pair.target))
+    frame = frame_of(AutoTokenizer.from_pretrained(pair.target))
     assert (frame.head, frame.tail, frame.never) == ([1], [2], [0, 1, 2, 3])
 
 
