@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import transformers
@@ -16,7 +17,9 @@ from transformers import AutoTokenizer
 
 from lab import rig
 from lab.warmup.lessons import (
+    BOTH,
     EXAM_GAMMA,
+    SAMPLED,
     add_arguments,
     emitted,
     from_target,
@@ -28,6 +31,7 @@ from lab.warmup.lessons import (
     stored_dtype,
     taught_and_held_out,
 )
+from lab.warmup.prompts import frame_of
 from lab.warmup.register import opened, register
 from online.artifacts import ArtifactStore
 from online.errors import SlipstreamError
@@ -45,6 +49,7 @@ def main() -> None:
     parser.add_argument(
         "--layers", type=int, help=f"without --draft: so many of the target's own layers (default: {LAYERS})"
     )
+    parser.add_argument("--unprompted", action="store_true", help="the target writes --prompt-count queries itself")
     parser.add_argument("--out", type=Path, required=True, help="folder for the draft")
     parser.add_argument(
         "--register", metavar="ROUTE", help="make it version 1 of this route, in SLIPSTREAM_DATABASE_URL"
@@ -56,6 +61,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.draft and args.layers:
         parser.error("a draft begins as --draft, or with --layers of the target: not both")
+    if args.unprompted and args.prompts:
+        parser.error("--unprompted is for when there are no --prompts")
     transformers.utils.logging.disable_progress_bar()
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -75,7 +82,10 @@ def _run(args: argparse.Namespace, folder: Path) -> None:
         }
         args.draft = str(folder)
     pair = rig.pair_of(args)
-    lessons, exam = taught_and_held_out(args, pair)
+    if args.unprompted:
+        pair = replace(pair, prompts=[frame_of(pair.tokenizer).head] * args.prompt_count)
+    # Greedily it would always write the same query.
+    lessons, exam = taught_and_held_out(args, pair, SAMPLED if args.unprompted else BOTH)
     say(f"{len(lessons)} answers to learn from, {len(exam)} to judge by")
 
     module, before = loaded(args.draft), loaded(args.draft)

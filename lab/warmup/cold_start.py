@@ -18,7 +18,7 @@ from torch import nn
 
 from lab import rig
 from lab.warmup.exam import Difference, Marks, difference, examine
-from lab.warmup.lessons import answers, emitted, loaded, pad_id, save, say, stored_dtype
+from lab.warmup.lessons import SAMPLED, answers, emitted, loaded, pad_id, save, say, stored_dtype
 from lab.warmup.prompts import SOURCES, STUDENTS, frame_of, prompts
 from online.signals import Signal
 from trainer.distill import Recipe, distill
@@ -95,7 +95,7 @@ def _round(args: argparse.Namespace, pair: rig.Pair, runs: Sequence[Run], number
     ]
     every = [prompt for own in asked for prompt in own]
     # Sampled: a target that writes its own queries would always write the same one.
-    answered = answers(pair, every, args.max_tokens, "", seed=len(every) * number, temperatures=(1.0,))
+    answered = answers(pair, every, args.max_tokens, "", seed=len(every) * number, temperatures=SAMPLED)
     for i, run in enumerate(runs):
         own = [s for s in answered if int(s.request_id) // args.asked == i]
         taught = within(own, args.budget)

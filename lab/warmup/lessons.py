@@ -21,6 +21,8 @@ from trainer.initial import spread, thinned
 
 AT_ONCE = 32  # queries answered together
 EXAM_GAMMA = 4
+BOTH = (0.0, 1.0)  # greedy and sampled traffic in turn: both will be drafted for
+SAMPLED = (1.0,)
 Prompts = list[list[int]]
 
 
@@ -39,13 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser, prompt_count: int) -> None:
     parser.add_argument("--max-tokens", type=int, default=96, help="of an answer (default: %(default)s)")
 
 
-def taught_and_held_out(args: argparse.Namespace, pair: rig.Pair) -> tuple[list[Signal], list[Signal]]:
+def taught_and_held_out(
+    args: argparse.Namespace, pair: rig.Pair, temperatures: Sequence[float] = BOTH
+) -> tuple[list[Signal], list[Signal]]:
     """The target's answers: those to learn from, and those to judge by."""
     if args.held_out is None:
-        signals = answers(pair, pair.prompts, args.max_tokens)
+        signals = answers(pair, pair.prompts, args.max_tokens, temperatures=temperatures)
         return [s for s in signals if not held_out(s)], [s for s in signals if held_out(s)]
     judged = tokenized(pair, args.held_out, args.held_out_count)
-    signals = answers(pair, pair.prompts + judged, args.max_tokens)
+    signals = answers(pair, pair.prompts + judged, args.max_tokens, temperatures=temperatures)
     learnt = {f"q{i}" for i in range(len(pair.prompts))}
     return [s for s in signals if s.request_id in learnt], [s for s in signals if s.request_id not in learnt]
 
@@ -61,12 +65,11 @@ def answers(
     max_tokens: int,
     name: str = "q",
     seed: int = 0,
-    temperatures: Sequence[float] = (0.0, 1.0),
+    temperatures: Sequence[float] = BOTH,
 ) -> list[Signal]:
     """What the target said and thought, by the path that the service takes; in the prompts' order.
 
-    Prompts take the temperatures in turn: both kinds of traffic will be drafted for. Answers that teach nothing are
-    left out.
+    Prompts take the temperatures in turn. Answers that teach nothing are left out.
     """
     heat = itertools.cycle(temperatures)
     queries = [

@@ -47,7 +47,9 @@ def command(
     monkeypatch.setenv("SLIPSTREAM_DATA_DIR", str(tmp_path / "state"))
 
     def run(main: Callable[[], None], *options: str) -> dict[str, Any]:
-        given = ["--target", str(pair.target), "--prompts", asked, "--threads", "1", "--max-tokens", "8"]
+        given = ["--target", str(pair.target), "--threads", "1", "--max-tokens", "8"]
+        if "--unprompted" not in options:
+            given += ["--prompts", asked]
         if main is not cold_start.main:
             given += ["--held-out", held_out]
         monkeypatch.setattr(sys, "argv", ["lab", *given, *options])
@@ -85,6 +87,16 @@ def test_a_draft_is_warmed_up_from_another(command: Command, pair: TinyPair, tmp
     assert figures["initial"] == str(pair.spoilt)
     assert "version" not in figures
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "draft").config.num_hidden_layers == 2
+
+
+def test_a_target_that_is_asked_nothing_writes_its_own_queries(
+    command: Command, pair: TinyPair, tmp_path: Path
+) -> None:
+    """Other ones each time, and they are learnt from like answers."""
+    options = ["--draft", str(pair.spoilt), "--epochs", "1", "--unprompted", "--prompt-count", "6"]
+    figures = command(align.main, *options, "--out", str(tmp_path / "draft"))
+    assert figures["answers"] == 6
+    assert figures["answer_tokens"] == figures["positions"] > 0
 
 
 def test_a_route_with_a_version_keeps_it(pair: TinyPair, sqlite: Engine, tmp_path: Path) -> None:
