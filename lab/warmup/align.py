@@ -7,6 +7,7 @@ and the draft learns by a recipe of the trainer. The result is a model folder, a
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from dataclasses import replace
@@ -74,13 +75,7 @@ def main() -> None:
 def _run(args: argparse.Namespace, folder: Path) -> None:
     settings = Settings()
     registry = opened(settings, args.register) if args.register else None
-    initial: object = args.draft
-    if not args.draft:
-        target = rig.files_of(args).target
-        initial = {
-            "target_layers": from_target(target, args.layers or LAYERS, folder, AutoTokenizer.from_pretrained(target))
-        }
-        args.draft = str(folder)
+    initial = _begin(args, folder)
     pair = rig.pair_of(args)
     if args.unprompted:
         pair = replace(pair, prompts=[frame_of(pair.tokenizer).head] * args.prompt_count)
@@ -93,28 +88,27 @@ def _run(args: argparse.Namespace, folder: Path) -> None:
     distilled = learn("learning", module, lessons, recipe)
     save(module, args.out, stored_dtype(args.draft), pair.tokenizer)
     report = judge(before, loaded(args.out), exam, gamma=EXAM_GAMMA, pad_id=pad_id(module))
-    figures: dict[str, object] = {
-        "out": str(args.out),
-        "initial": initial,
-        "answers": len(lessons),
-        "answer_tokens": emitted(lessons),
-        "positions": distilled.positions,
-        "train_s": round(distilled.seconds, 1),
-    }
+    made = {"initial": initial, "answers": len(lessons), "steps": distilled.steps, "positions": distilled.positions}
+    figures = {**made, "answer_tokens": emitted(lessons), "train_s": round(distilled.seconds, 1), "out": str(args.out)}
     if registry:
-        version = register(
-            registry,
-            ArtifactStore(settings.artifacts_path),
-            args.register,
-            lambda into: save(module, into, stored_dtype(args.draft), pair.tokenizer),
-            {**recipe.as_dict(), "initial": initial, "steps": distilled.steps, "positions": distilled.positions},
-            {"answers": len(lessons)},
-            report.as_dict(),
-        )
+        publish = lambda into: shutil.copytree(args.out, into, dirs_exist_ok=True)
+        about = {**recipe.as_dict(), **made}
+        artifacts = ArtifactStore(settings.artifacts_path)
+        version = register(registry, artifacts, args.register, publish, about, report.as_dict())
         figures.update(route=args.register, version=version.id)
         say(f"version {version.id} of route {args.register!r}; serve it with SLIPSTREAM_DRAFT={args.out}")
     _table(report)
     print(json.dumps({**figures, **_marks(report)}))
+
+
+def _begin(args: argparse.Namespace, folder: Path) -> object:
+    """What the draft begins as, for its recipe; `args.draft` is there afterwards."""
+    if args.draft:
+        return str(args.draft)
+    target = rig.files_of(args).target
+    kept = from_target(target, args.layers or LAYERS, folder, AutoTokenizer.from_pretrained(target))
+    args.draft = str(folder)
+    return {"target_layers": kept}
 
 
 def _table(report: GateReport) -> None:

@@ -39,7 +39,6 @@ def register(
     route: str,
     write: Callable[[Path], None],
     recipe: dict[str, Any],
-    window: dict[str, Any],
     gate: dict[str, Any],
 ) -> Version:
     """Publishes what `write` writes, and makes it the route's first version, active at once.
@@ -48,7 +47,7 @@ def register(
         Conflict: another version came first.
     """
     digest = artifacts.publish(write)
-    made = Candidate(digest, {"origin": "warm-up", **recipe}, window, gate, git_commit())
+    made = Candidate(digest, {"origin": "warm-up", **recipe}, {}, gate, git_commit())
     version = registry.register_first(route, made, ACTOR)
     if version.sha256 != digest or version.created_by != ACTOR:
         raise _taken(route, version)

@@ -103,10 +103,10 @@ def test_a_route_with_a_version_keeps_it(pair: TinyPair, sqlite: Engine, tmp_pat
     """Also where the other one came after the route was looked at."""
     registry, artifacts = Registry(sqlite), ArtifactStore(tmp_path / "artifacts")
     registry.ensure_routes(("default",))
-    first = register(registry, artifacts, "default", lambda f: copy_into(pair.draft, f), {"epochs": 1}, {}, {})
+    first = register(registry, artifacts, "default", lambda f: copy_into(pair.draft, f), {"epochs": 1}, {})
     assert first.recipe == {"origin": "warm-up", "epochs": 1}
     with pytest.raises(Conflict, match="version 1, made by warm-up"):
-        register(registry, artifacts, "default", lambda f: copy_into(pair.spoilt, f), {}, {}, {})
+        register(registry, artifacts, "default", lambda f: copy_into(pair.spoilt, f), {}, {})
     assert registry.active("default").id == first.id  # type: ignore[union-attr]
     assert len(registry.versions("default")) == 1
 
