@@ -25,8 +25,8 @@ import transformers
 from torch import nn
 
 from lab import rig
-from lab.distil import answer
 from lab.statistics import Ratio, proportion
+from lab.warmup.lessons import answers
 from online.settings import Settings
 from online.signals import Signal
 from trainer.distill import Recipe, distill
@@ -97,7 +97,7 @@ def main() -> None:
     args = parser.parse_args()
     started, settings = time.monotonic(), Settings()
     pair = rig.pair_of(args)
-    signals = answer(pair, args.max_tokens, gamma=None)
+    signals = answers(pair, pair.prompts, args.max_tokens, gamma=None)
     torch.set_num_threads(pair.threads)
     lessons, exam = signals[: args.lessons], signals[args.lessons :]
     args.gamma = args.gamma or served_gamma(exam, settings.gamma or 1)

@@ -66,14 +66,15 @@ def answers(
     name: str = "q",
     seed: int = 0,
     temperatures: Sequence[float] = BOTH,
+    gamma: int | None = 0,
 ) -> list[Signal]:
     """What the target said and thought, by the path that the service takes; in the prompts' order.
 
-    Prompts take the temperatures in turn. Answers that teach nothing are left out.
+    Prompts take the temperatures in turn. Answers that teach nothing are left out. γ None: the engine's own choice.
     """
     heat = itertools.cycle(temperatures)
     queries = [
-        Query(f"{name}{i}", rig.ROUTE, tuple(prompt), max_tokens, next(heat), seed=seed + i, gamma=0)
+        Query(f"{name}{i}", rig.ROUTE, tuple(prompt), max_tokens, next(heat), seed=seed + i, gamma=gamma)
         for i, prompt in enumerate(prompts)
     ]
     started = time.monotonic()
