@@ -16,7 +16,8 @@ from online.signals import Signal
 from trainer.batches import Lesson, collate
 from trainer.distill import draft_logits
 from trainer.divergences import draft_classes, forward_kl
-from trainer.gate import acceptance, bootstrap_interval, tokens_per_step
+from trainer.gate import bootstrap_interval
+from trainer.marks import acceptance, tokens_per_step
 
 TOGETHER = 16
 
