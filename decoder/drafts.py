@@ -21,6 +21,8 @@ class LiveDraft:
         self.route = route
         self.model = model
         self.canary: LiveDraft | None = None  # room for a candidate on trial, over the same slots
+        self.generic: LiveDraft | None = None  # of a cluster: what drafts for it until its own has proved itself
+        self.follows = False  # the generic draft, having no version of its own
         self.share = 0.0  # of the route's requests that the canary drafts for
         self.version = 0  # 0: the weights it was built with, not registered yet
         self.usable = True  # False after a forward failed: the route is decoded plainly until weights are installed
@@ -28,10 +30,20 @@ class LiveDraft:
         self._failed_at = -math.inf
 
     def assigned(self, query_id: str) -> "LiveDraft":
-        """The draft that a new row keeps to its end: this one or, for a share of the rows, the canary."""
+        """The draft that a new row keeps to its end: this one or, for a share of the rows, the canary.
+
+        The rows of a cluster without a draft of its own that works have the generic one, or that one's canary.
+        """
+        if self.generic is not None and (self.follows or not self.usable):
+            return self.generic.assigned(query_id)
         if not self.share or self.canary is None or not self.canary.usable:
             return self
         return self.canary if fraction(f"{self.canary.version}:{query_id}") < self.share else self
+
+    @property
+    def serving(self) -> int:
+        """The version that new rows are drafted by."""
+        return self.generic.version if self.generic is not None and self.follows else self.version
 
     def fail(self) -> None:
         self.usable, self._failed_at = False, time.monotonic()
@@ -72,7 +84,7 @@ class LiveDraft:
             ArtifactError: the device does not hold what was copied.
         """
         self.usable = self.model.install(staged)
-        self.version = version
+        self.version, self.follows = version, False
         self.acceptance.forget()
         if not self.usable:
             raise ArtifactError(f"version {version}: the device does not hold the weights that were copied")

@@ -8,6 +8,7 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,8 +37,16 @@ class Trace:
 
 
 class Recorder:
-    def __init__(self, buffer: SignalBuffer, model: str, queue_size: int, metrics: ServiceMetrics) -> None:
-        self._buffer = buffer
+    def __init__(
+        self,
+        buffer: SignalBuffer,
+        model: str,
+        queue_size: int,
+        metrics: ServiceMetrics,
+        parts: Mapping[str, str] | None = None,
+    ) -> None:
+        """`parts`: routes whose signals another one learns from, too."""
+        self._buffer, self._parts = buffer, parts or {}
         self._model = model
         self._metrics = metrics
         self._queue: queue.Queue[Trace | None] = queue.Queue(queue_size)
@@ -88,10 +97,16 @@ class Recorder:
         return traces
 
     def _write(self, route: str, traces: list[Trace]) -> None:
-        if time.monotonic() < self._muted_until:
-            self._dropped(route, "redis_down", len(traces))
-            return
-        records = [record for trace in traces if (record := self._encoded(trace)) is not None]
+        learners = [route, self._parts[route]] if route in self._parts else [route]
+        muted = time.monotonic() < self._muted_until
+        records = [] if muted else [record for trace in traces if (record := self._encoded(trace)) is not None]
+        for learner in learners:
+            if time.monotonic() < self._muted_until:
+                self._dropped(learner, "redis_down", len(records) or len(traces))
+            else:
+                self._append(learner, records)
+
+    def _append(self, route: str, records: list[bytes]) -> None:
         try:
             self._buffer.append(route, *records)
         except RedisError as error:

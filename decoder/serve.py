@@ -33,6 +33,7 @@ from decoder.text import HfCodec
 from online.api.app import ApiParts, create_app
 from online.artifacts import ArtifactStore
 from online.canaries import CanaryLedger
+from online.clusters import Clusters
 from online.connections import celery_app, git_commit, signal_buffer
 from online.cycles import CycleLedger
 from online.metrics import ServiceMetrics
@@ -64,7 +65,9 @@ def build(settings: Settings) -> FastAPI:
     database = connect(settings.sql_url)
     registry, ledger = Registry(database), CycleLedger(database)
     buffer = signal_buffer(settings)
-    recorder = Recorder(buffer, fingerprint(target), settings.signal_queue, metrics)
+    parts_of = dict.fromkeys(settings.cluster_routes, settings.default_route)
+    recorder = Recorder(buffer, fingerprint(target), settings.signal_queue, metrics, parts_of)
+    clusters = Clusters.of(settings)
     limits = EngineLimits(
         slots=settings.slots,
         kept_contexts=settings.kept_contexts,
@@ -98,6 +101,8 @@ def build(settings: Settings) -> FastAPI:
         swapper.stop()
         engine.stop()
         recorder.stop()
+        if clusters is not None:
+            clusters.save()
 
     parts = ApiParts(
         settings=settings,
@@ -110,6 +115,7 @@ def build(settings: Settings) -> FastAPI:
         artifacts=ArtifactStore(settings.artifacts_path),
         celery=celery_app(settings),
         metrics=metrics,
+        clusters=clusters,
     )
     return create_app(parts, lifespan)
 
@@ -121,12 +127,14 @@ def _load(
     # One cell more than a context can fill: padding is written there.
     size = settings.slots + settings.kept_contexts, max_context + 1
     (target,) = load_models(files.target, 1, *size, device, settings.dtype)
-    # Each route's draft, and, where candidates are tried first, room for one beside it.
-    count = len(settings.routes) * (2 if settings.canary_share else 1)
+    # Each route's draft and, where candidates are tried first, room for one beside it; but not beside a cluster's.
+    count = len(settings.served_routes) + (len(settings.routes) if settings.canary_share else 0)
     models = iter(load_models(files.draft, count, *size, device, settings.dtype, target.vocab_size))
-    drafts = {route: LiveDraft(route, next(models)) for route in settings.routes}
+    drafts = {route: LiveDraft(route, next(models)) for route in settings.served_routes}
     for draft, room in zip(drafts.values(), models, strict=False):
         draft.canary = LiveDraft(draft.route, room)
+    for route in settings.cluster_routes:
+        drafts[route].generic, drafts[route].follows = drafts[settings.default_route], True
     return HfCodec(tokenizer, files.name, target.vocab_size), target, drafts
 
 

@@ -17,7 +17,7 @@ from decoder.install import Installer
 from online.errors import ArtifactError, Conflict, SlipstreamError
 from online.messages import Loaded, SpeculationStats
 from online.metrics import ServiceMetrics
-from online.registry import Candidate, Registry
+from online.registry import GENERIC, Candidate, Registry, is_generic
 from online.rollout import Regression, RolloutGuard
 from online.tables import Version
 
@@ -43,6 +43,7 @@ class Swapper:
         self._metrics, self._poll_s = metrics, poll_s
         self._finished: queue.SimpleQueue[tuple[str, SpeculationStats, float]] = queue.SimpleQueue()
         self._errors: dict[str, tuple[int, str, float]] = {}  # route → version, why, when to try again
+        self._followed: dict[str, int] = {}  # cluster → the generic draft's version that it was last seen with
         self._wake, self._stopping = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="swapper", daemon=True)
 
@@ -64,7 +65,7 @@ class Swapper:
     def loaded(self) -> dict[str, Loaded]:
         return {
             route: Loaded(
-                draft.version, self._errors[route][1] if route in self._errors else "", self._canaries.seen(route)
+                draft.serving, self._errors[route][1] if route in self._errors else "", self._canaries.seen(route)
             )
             for route, draft in self._drafts.items()
         }
@@ -89,17 +90,36 @@ class Swapper:
         """Registers first drafts where there are none; swaps where another version is active than is loaded."""
         active = self._registry.active_versions()
         for route, draft in self._drafts.items():
-            version = active.get(route) or self._register_first(route)
+            version = active.get(route) or self._register_first(draft)
             self._metrics.active_version.labels(route).set(version.id)
+            if draft.generic is not None and is_generic(version):
+                self._follow(draft, draft.generic)
+                continue
             # A draft that failed while it served is loaded anew, but not twice a second.
             if draft.version == version.id and (draft.usable or draft.failed_within(RETRY_S)):
                 self._errors.pop(route, None)
+                draft.follows = False
             elif not self._failed_lately(route, version.id):
                 self._swap(draft, version)
 
-    def _register_first(self, route: str) -> Version:
-        self._registry.ensure_routes((route,))
-        return self._registry.register_first(route, self._first_draft(), "decoder")
+    def _register_first(self, draft: LiveDraft) -> Version:
+        self._registry.ensure_routes((draft.route,))
+        if draft.generic is None:
+            return self._registry.register_first(draft.route, self._first_draft(), "decoder")
+        stood_for = self._registry.active(draft.generic.route)
+        assert stood_for is not None, "the default route comes before its clusters"
+        generic = Candidate(stood_for.sha256, {"origin": GENERIC}, {}, {}, stood_for.git_commit)
+        return self._registry.register_first(draft.route, generic, "decoder", stood_for.id)
+
+    def _follow(self, draft: LiveDraft, generic: LiveDraft) -> None:
+        """The cluster has no draft of its own: nothing is loaded, its rows are the generic draft's."""
+        draft.follows = True
+        self._errors.pop(draft.route, None)
+        if self._followed.get(draft.route) == generic.version:
+            return
+        self._followed[draft.route] = generic.version
+        self._guard.started(draft.route, generic.version, watched=False)
+        self._metrics.loaded_version.labels(draft.route).set(generic.version)
 
     def _failed_lately(self, route: str, version: int) -> bool:
         failed = self._errors.get(route)
@@ -114,6 +134,7 @@ class Swapper:
             log.error("route %s stays on version %d: %s", draft.route, draft.version, error)
             return
         self._errors.pop(draft.route, None)
+        self._followed.pop(draft.route, None)
         newest = self._registry.activations(draft.route, limit=1)[0]
         self._guard.started(draft.route, version.id, watched=newest.kind in ("promotion", "manual"))
         self._metrics.swaps.labels(draft.route, "done").inc()
@@ -133,14 +154,20 @@ class Swapper:
             if len(stats.versions) != 1:
                 continue  # A request that two versions served says nothing about either.
             version, rate = stats.versions[0][2], stats.acceptance_rate
-            self._canaries.observe(route, version, rate, arrived_s)
-            if rate is not None and (regression := self._guard.observe(route, version, rate)) is not None:
-                self._roll_back(regression)
+            for name in self._concerned(route):
+                self._canaries.observe(name, version, rate, arrived_s)
+                if rate is not None and (regression := self._guard.observe(name, version, rate)) is not None:
+                    self._roll_back(regression)
         if self._canaries.decide():
             self._wake.set()
         for route in self._drafts:
             if (live := self._guard.live(route)) is not None:
                 self._metrics.acceptance.labels(route).set(live)
+
+    def _concerned(self, route: str) -> list[str]:
+        """A cluster's requests also tell of the generic draft, where that one served them."""
+        draft = self._drafts.get(route)
+        return [route, *([draft.generic.route] if draft is not None and draft.generic is not None else [])]
 
     def _roll_back(self, found: Regression) -> None:
         if self._registry.route(found.route).frozen:

@@ -23,6 +23,7 @@ from online.registry import (
     record,
     require_route,
     running_canary,
+    serving_version,
 )
 from online.tables import Cycle, Version, now, transaction
 
@@ -154,7 +155,7 @@ class CycleLedger:
             )
             if promote and route.frozen:
                 cycle.state, cycle.error = "held", "the route is frozen"
-            elif promote and (newest is None or newest.to_version != parent.id):
+            elif promote and ((serving := serving_version(session, cycle.route)) is None or serving.id != parent.id):
                 cycle.state, cycle.error = "held", f"the active version is no longer {parent.id}"
             elif promote and (canary := running_canary(session, cycle.route)) is not None:
                 cycle.state, cycle.error = "held", f"version {canary.version} is a canary on this route"

@@ -10,6 +10,10 @@ from sqlalchemy.orm import Session
 from online.errors import Conflict, NotFound
 from online.tables import Activation, Audit, Canary, Route, Version, now, transaction
 
+# Origin of a version that stands for another route's draft, whichever that is: its parent is of that route. While such
+# a one is active on a route, the route has nothing of its own.
+GENERIC = "generic draft"
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -64,14 +68,14 @@ class Registry:
             require_route(session, route)
             return list(session.scalars(select(Version).where(Version.route == route).order_by(Version.id.desc())))
 
-    def register_first(self, route: str, candidate: Candidate, actor: str) -> Version:
+    def register_first(self, route: str, candidate: Candidate, actor: str, parent_id: int | None = None) -> Version:
         """The route's first draft, active at once. A route that has one keeps it."""
         try:
             with transaction(self._engine, writes=True) as session:
                 require_route(session, route)
                 if (newest := newest_activation(session, route)) is not None:
                     return _require_version(session, newest.to_version)
-                version = add_version(session, route, candidate, actor, parent_id=None, cycle_id=None)
+                version = add_version(session, route, candidate, actor, parent_id=parent_id, cycle_id=None)
                 add_activation(session, route, newest, version.id, "initial", actor, "first draft of this route")
                 return version
         except IntegrityError:
@@ -82,6 +86,11 @@ class Registry:
     def active(self, route: str) -> Version | None:
         with transaction(self._engine, writes=False) as session:
             return active_version(session, route)
+
+    def serving(self, route: str) -> Version | None:
+        """What drafts for the route: its active version or, where that is generic, the one that it stands for."""
+        with transaction(self._engine, writes=False) as session:
+            return serving_version(session, route)
 
     def active_versions(self) -> dict[str, Version]:
         """The active version of every route, in one query: decoders ask this twice a second."""
@@ -180,6 +189,17 @@ def newest_activation(session: Session, route: str) -> Activation | None:
 def active_version(session: Session, route: str) -> Version | None:
     newest = newest_activation(session, route)
     return _require_version(session, newest.to_version) if newest else None
+
+
+def is_generic(version: Version) -> bool:
+    return version.recipe.get("origin") == GENERIC
+
+
+def serving_version(session: Session, route: str) -> Version | None:
+    version = active_version(session, route)
+    if version is None or version.parent_id is None or not is_generic(version):
+        return version
+    return active_version(session, _require_version(session, version.parent_id).route)
 
 
 def add_version(

@@ -61,6 +61,9 @@ class Settings(BaseSettings):
     # Signals
     routes: CommaSeparated = Field(("default",), description="routes, each with a draft, a buffer and a history")
     closed_routes: CommaSeparated = Field((), description="routes whose requests are never logged")
+    learnt_routes: int = Field(
+        0, ge=0, le=8, description="clusters of the default route's prompts that get a draft each, at most; 0: none"
+    )
     signal_top_k: int = Field(32, ge=1, le=256, description="target log-probabilities kept per position")
     signal_queue: int = Field(256, ge=1, description="finished requests waiting to be written; more are dropped")
     buffer_signals: int = Field(20_000, ge=1, description="signals kept per route")
@@ -145,6 +148,12 @@ class Settings(BaseSettings):
             raise ValueError("routes: at least one is needed")
         if unknown := set(self.closed_routes) - set(self.routes):
             raise ValueError(f"closed_routes: {sorted(unknown)} are not among routes")
+        if taken := set(self.cluster_routes) & set(self.routes):
+            raise ValueError(f"learnt_routes: {sorted(taken)} would be clusters' names, but are among routes")
+        if self.learnt_routes and not _NAME.match(self.cluster_routes[-1]):
+            raise ValueError(f"learnt_routes: {self.cluster_routes[-1]!r} is too long a name for a route")
+        if self.learnt_routes and self.default_route in self.closed_routes:
+            raise ValueError("learnt_routes: the default route is among closed_routes, so nothing would be learnt")
         if self.canary_requests < self.guard_requests:
             raise ValueError("canary_requests is below guard_requests: no canary would ever be compared")
         if self.cycle_max_signals < self.cycle_min_signals:
@@ -166,6 +175,15 @@ class Settings(BaseSettings):
     @property
     def default_route(self) -> str:
         return self.routes[0]
+
+    @property
+    def cluster_routes(self) -> tuple[str, ...]:
+        """Parts of the default route that nobody can ask for: prompts are sorted into them."""
+        return tuple(f"{self.default_route}-c{number}" for number in range(1, self.learnt_routes + 1))
+
+    @property
+    def served_routes(self) -> tuple[str, ...]:
+        return self.routes + self.cluster_routes
 
     @property
     def bind_host(self) -> str:

@@ -72,7 +72,7 @@ def run(shop: Workshop, lease: Lease, still_wanted: Callable[[], None] = lambda:
         LeaseLost: another worker has taken the cycle over.
     """
     route = shop.ledger.cycle(lease.cycle_id).route
-    parent = shop.registry.active(route)
+    parent = shop.registry.serving(route)
     window = _claim(shop, route)
     if parent is None or not window:
         return shop.ledger.finish(lease, "empty", {"reason": "no draft yet" if parent is None else "no signals"}).state
@@ -95,7 +95,7 @@ def run(shop: Workshop, lease: Lease, still_wanted: Callable[[], None] = lambda:
     if not chosen.lessons:
         state = shop.ledger.finish(lease, "empty", {"reason": "no usable signals", "window": span}).state
     else:
-        state = _learn(shop, lease, parent, module, chosen, span, still_wanted)
+        state = _learn(shop, lease, route, parent, module, chosen, span, still_wanted)
     shop.buffer.keep(route, window, shop.settings.kept_signals)
     # Ack after register: a crash repeats a cycle, it never loses signals.
     shop.buffer.acknowledge(route, [entry.id for entry in window])
@@ -105,6 +105,7 @@ def run(shop: Workshop, lease: Lease, still_wanted: Callable[[], None] = lambda:
 def _learn(
     shop: Workshop,
     lease: Lease,
+    route: str,
     parent: Version,
     module: nn.Module,
     chosen: Curriculum,
@@ -147,7 +148,9 @@ def _learn(
         "last_loss": distilled.last_loss,
         "train_s": round(distilled.seconds, 2),
     }
-    cycle = shop.ledger.conclude(lease, parent, made, report.promote, figures, settings.canary_share)
+    # There is no room for a second draft beside a cluster's: the gate decides, and the guard watches.
+    share = 0.0 if route in settings.cluster_routes else settings.canary_share
+    cycle = shop.ledger.conclude(lease, parent, made, report.promote, figures, share)
     log.info("cycle %d: %s, %s (%.1f s of training)", lease.cycle_id, cycle.state, report.reason, distilled.seconds)
     return cycle.state
 

@@ -13,11 +13,12 @@ from online.api.schemas import Text
 from online.artifacts import ArtifactStore
 from online.buffer import SignalBuffer
 from online.canaries import CanaryLedger, Outcome
+from online.clusters import Clusters
 from online.connections import CYCLE_TASK
 from online.cycles import CycleLedger
 from online.errors import Unavailable
 from online.messages import EngineClient, Loaded
-from online.registry import Registry
+from online.registry import Registry, is_generic
 from online.settings import Settings
 from online.tables import Base, Canary, Route
 
@@ -44,6 +45,7 @@ class Admin:
     buffer: SignalBuffer
     artifacts: ArtifactStore
     celery: Celery
+    clusters: Clusters | None
 
     def route(self, route: Route) -> Json:
         """What should serve the route, what does, and what is on its way."""
@@ -59,6 +61,9 @@ class Admin:
             "load_error": loaded.error if loaded else "",
             "unfinished_cycle": row(unfinished) if unfinished else None,
             "canary": {**row(canary), "seen": self._seen(canary, loaded)} if canary else None,
+            "cluster_of": self.settings.default_route if route.name in self.settings.cluster_routes else None,
+            "cluster_requests": self.clusters.size(route.name) if self.clusters else None,
+            "generic": active is not None and is_generic(active),
             "buffer": self._buffer(route.name),
         }
 

@@ -23,6 +23,7 @@ from online.api.job import ClientGone
 from online.artifacts import ArtifactStore
 from online.buffer import SignalBuffer
 from online.canaries import CanaryLedger
+from online.clusters import Clusters
 from online.cycles import CycleLedger
 from online.errors import InvalidRequest, NotFound, SlipstreamError
 from online.messages import EngineClient, TextCodec
@@ -47,6 +48,7 @@ class ApiParts:
     artifacts: ArtifactStore
     celery: Celery
     metrics: ServiceMetrics
+    clusters: Clusters | None = None  # of the default route, where they are learnt
 
 
 def create_app(
@@ -55,7 +57,8 @@ def create_app(
     app = FastAPI(title="Slipstream", version=_version(), lifespan=lifespan)
     generation = requires(parts.settings.generation_keys, "a generation key")
     admins = requires(parts.settings.admin_keys, "an admin key")
-    app.include_router(generate.router(generate.Generator(parts.settings, parts.engine, parts.codec), generation))
+    generator = generate.Generator(parts.settings, parts.engine, parts.codec, parts.clusters)
+    app.include_router(generate.router(generator, generation))
     operator = admin.Admin(
         parts.settings,
         parts.engine,
@@ -65,6 +68,7 @@ def create_app(
         parts.buffer,
         parts.artifacts,
         parts.celery,
+        parts.clusters,
     )
     app.include_router(admin.router(operator, admins))
     _add_models(app, parts, generation)
@@ -136,7 +140,7 @@ def _refresh(parts: ApiParts) -> None:
     except SlipstreamError as error:
         log.warning("metrics: %s", error)
     try:
-        for route in parts.settings.routes:
+        for route in parts.settings.served_routes:
             depth = parts.buffer.depth(route)
             parts.metrics.buffer_signals.labels(route).set(depth.signals)
             parts.metrics.buffer_bytes.labels(route).set(depth.bytes)

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from online.api import shapes
 from online.api.job import ClientGone, Job, unless_gone
 from online.api.schemas import ChatBody, CompletionBody, GenerationBody
+from online.clusters import Clusters
 from online.errors import InvalidRequest, NotFound, SlipstreamError
 from online.messages import EngineClient, Lenience, Query, TextCodec
 from online.settings import Settings
@@ -37,12 +38,14 @@ class Generation:
         return {"with_logprobs": with_logprobs, "with_ids": bool(self.body.return_token_ids)}
 
     def metrics(self, answers: Sequence[shapes.Answer]) -> dict[str, Any] | None:
-        return shapes.speculation_metrics(answers, self.gamma, self.queries[0].lenience)
+        return shapes.speculation_metrics(answers, self.gamma, self.queries[0].lenience, self.queries[0].route)
 
 
 class Generator:
-    def __init__(self, settings: Settings, engine: EngineClient, codec: TextCodec) -> None:
-        self._settings, self._engine, self._codec = settings, engine, codec
+    def __init__(
+        self, settings: Settings, engine: EngineClient, codec: TextCodec, clusters: Clusters | None = None
+    ) -> None:
+        self._settings, self._engine, self._codec, self._clusters = settings, engine, codec, clusters
 
     # ── from bodies to queries ──
 
@@ -117,11 +120,12 @@ class Generator:
         caller: str,
     ) -> list[Query]:
         seed = secrets.randbits(63) if body.seed is None else body.seed % 2**64
-        lenience = self._lenience(body)
+        lenience, asked = self._lenience(body), self._route(body.metadata)
+        routes = [asked or self._cluster(prompt, body.store is not False) for prompt in prompts]
         return [
             Query(
                 id=f"{request_id}-{index}-{copy}",
-                route=self._route(body.metadata),
+                route=routes[index],
                 prompt_ids=tuple(prompt),
                 max_tokens=max_tokens,
                 temperature=1.0 if body.temperature is None else body.temperature,
@@ -141,13 +145,17 @@ class Generator:
             for copy in range(body.n or 1)
         ]
 
-    def _route(self, metadata: dict[str, str] | None) -> str:
-        route = (metadata or {}).get("route", self._settings.default_route)
-        if route not in self._settings.routes:
+    def _route(self, metadata: dict[str, str] | None) -> str | None:
+        """The route that was asked for. Clusters can't be: what is in one is for the prompts to say."""
+        route = (metadata or {}).get("route")
+        if route is not None and route not in self._settings.routes:
             raise InvalidRequest(
                 f"no route named {route!r}; there are: {', '.join(self._settings.routes)}", param="metadata.route"
             )
         return route
+
+    def _cluster(self, prompt: list[int], learn: bool) -> str:
+        return self._clusters.route(prompt, learn=learn) if self._clusters else self._settings.default_route
 
     def _lenience(self, body: GenerationBody) -> Lenience | None:
         asked = body.speculation.lenience if body.speculation else None

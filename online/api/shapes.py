@@ -89,7 +89,7 @@ def usage(prompt_tokens: int, answers: Sequence[Answer]) -> Json:
     }
 
 
-def speculation_metrics(answers: Sequence[Answer], gamma: int, lenience: Lenience | None) -> Json | None:
+def speculation_metrics(answers: Sequence[Answer], gamma: int, lenience: Lenience | None, route: str) -> Json | None:
     """vLLM's per-request acceptance metrics, and ours: Σ min(p, q), and the draft version of every token range.
 
     As in vLLM they describe one sequence, so there are none for several; but whether exactness was given up is told.
@@ -111,6 +111,7 @@ def speculation_metrics(answers: Sequence[Answer], gamma: int, lenience: Lenienc
             "acceptance_rate": stats.acceptance_rate,
             "tokens_per_target_forward": tokens / stats.steps if stats.steps else None,
             "draft_versions": [{"start": s, "end": e, "version": v} for s, e, v in stats.versions],
+            "route": route,
             **rule,
         }
     }

@@ -97,7 +97,7 @@ def serve(settings: Settings) -> Iterator[Served]:
         served = Served(
             url, settings, app, registry, ArtifactStore(settings.artifacts_path), signal_buffer(settings), http
         )
-        until(lambda: _first_drafts_loaded(http, len(settings.routes)), 20)
+        until(lambda: _first_drafts_loaded(http, len(settings.served_routes)), 20)
         yield served
     server.should_exit = True
     thread.join(20)

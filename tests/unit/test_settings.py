@@ -49,6 +49,10 @@ def test_children_get_the_settings_of_their_parent(monkeypatch: pytest.MonkeyPat
         ({"admin_keys": "plain"}, "name:sha256"),
         ({"gamma": 17}, "less than or equal to 16"),
         ({"dtype": "int8"}, "pattern"),
+        ({"learnt_routes": 9}, "less than or equal to 8"),
+        ({"routes": "a,a-c2", "learnt_routes": 2}, r"learnt_routes: \['a-c2'\] would be clusters' names"),
+        ({"routes": "a" * 61, "learnt_routes": 1}, "too long a name"),
+        ({"closed_routes": "default", "learnt_routes": 1}, "nothing would be learnt"),
     ],
 )
 def test_settings_that_contradict_are_refused(given: dict[str, object], said: str) -> None:
@@ -63,6 +67,14 @@ def test_the_server_is_open_to_others_only_with_keys() -> None:
     assert Settings().bind_host == "127.0.0.1"
     assert Settings(**keys).bind_host == "0.0.0.0"  # type: ignore[arg-type]
     assert Settings(host="10.0.0.1").bind_host == "10.0.0.1"
+
+
+def test_clusters_are_routes_beside_the_declared_ones() -> None:
+    """Of the default route alone, and none unless they are asked for."""
+    assert Settings().served_routes == ("default",)
+    learnt = Settings(routes=("a", "b"), learnt_routes=2)
+    assert learnt.cluster_routes == ("a-c1", "a-c2")
+    assert learnt.served_routes == ("a", "b", "a-c1", "a-c2")
 
 
 def test_every_setting_is_described() -> None:
