@@ -45,6 +45,10 @@ class LiveDraft:
         """The version that new rows are drafted by."""
         return self.generic.version if self.generic is not None and self.follows else self.version
 
+    def follow(self, generic: "LiveDraft") -> None:
+        """Leaves new rows to another route's draft."""
+        self.generic, self.follows = generic, True
+
     def fail(self) -> None:
         self.usable, self._failed_at = False, time.monotonic()
 

@@ -134,7 +134,7 @@ def _load(
     for draft, room in zip(drafts.values(), models, strict=False):
         draft.canary = LiveDraft(draft.route, room)
     for route in settings.cluster_routes:
-        drafts[route].generic, drafts[route].follows = drafts[settings.default_route], True
+        drafts[route].follow(drafts[settings.default_route])
     return HfCodec(tokenizer, files.name, target.vocab_size), target, drafts
 
 

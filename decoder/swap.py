@@ -113,7 +113,7 @@ class Swapper:
 
     def _follow(self, draft: LiveDraft, generic: LiveDraft) -> None:
         """The cluster has no draft of its own: nothing is loaded, its rows are the generic draft's."""
-        draft.follows = True
+        draft.follow(generic)
         self._errors.pop(draft.route, None)
         if self._followed.get(draft.route) == generic.version:
             return

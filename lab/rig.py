@@ -172,22 +172,27 @@ def rig(
     kept_contexts: int | None = None,
     routes: Sequence[str] = (ROUTE,),
     buffer: SignalBuffer | None = None,
+    clusters: Sequence[str] = (),
 ) -> Iterator[Rig]:
     """An engine that is up and has timed its models.
 
     `draft` is a folder or hub id, and every route begins with it; γ at most is the service's own; signals stay in
-    memory unless a `buffer` is given.
+    memory unless a `buffer` is given. `clusters` are routes that are parts of the first one.
     """
     settings, device = Settings(), device_of(pair.device)
     stay_on_one_core()
     metrics = ServiceMetrics(pair.files.name)
     buffer = buffer or MemoryBuffer(Bounds(10**6, 2**34, 7 * 86400))
-    recorder = Recorder(buffer, "lab", 4096, metrics)
+    recorder = Recorder(buffer, "lab", 4096, metrics, dict.fromkeys(clusters, routes[0]))
     max_context = max(map(len, pair.prompts)) + max_tokens
     kept = settings.kept_contexts if kept_contexts is None else kept_contexts
     size = slots + kept, max_context + 1
     (target,) = load_models(pair.files.target, 1, *size, device, pair.dtype)
-    models = load_models(draft, len(routes), *size, device, pair.dtype, target.vocab_size)
+    served = (*routes, *clusters)
+    models = load_models(draft, len(served), *size, device, pair.dtype, target.vocab_size)
+    drafts = {route: LiveDraft(route, model) for route, model in zip(served, models, strict=True)}
+    for route in clusters:
+        drafts[route].follow(drafts[routes[0]])
     limits = EngineLimits(
         slots=slots,
         kept_contexts=kept,
@@ -200,7 +205,7 @@ def rig(
     )
     engine = Engine(
         target,
-        {route: LiveDraft(route, model) for route, model in zip(routes, models, strict=True)},
+        drafts,
         pair.tokenizer.backend_tokenizer,
         end_ids(pair.files.target),
         limits,

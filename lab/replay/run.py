@@ -101,7 +101,7 @@ class ArmRun:
         signals = {s.request_id: s for s in service.newest(LIVE, len(chunk))}
         both = [signals[one.name] for one in chunk if one.name in signals]
         frozen = service.judge(service.first_draft, both)
-        live = service.judge(service.shop.artifacts.path(version.sha256), both)
+        live = service.judge_live(both)
         rows = [_row(answer) for answer in answers]
         at = self.log.served + len(rows)
         told = {
@@ -116,15 +116,14 @@ class ArmRun:
         self._learn(service, at)
 
     def _learn(self, service: Service, at: int) -> None:
-        cycle = service.look()
-        if cycle is None:
-            return
-        report = cycle.report
-        told = report.get("gate", report).get("reason", "")
-        self.log.add("cycle", at, state=cycle.state, train_s=report.get("train_s", 0.0), reason=told)
-        self._tell(at, f"cycle {cycle.id} {cycle.state}: {told}")
-        if cycle.state == "promoted":
-            self.log.add("swap", at, version=service.active.id, domains=self._curves(service))
+        for cycle in (cycles := service.look()):
+            report = cycle.report
+            told = report.get("gate", report).get("reason", "")
+            train_s = report.get("train_s", 0.0)
+            self.log.add("cycle", at, route=cycle.route, state=cycle.state, train_s=train_s, reason=told)
+            self._tell(at, f"cycle {cycle.id} of {cycle.route} {cycle.state}: {told}")
+        if made := [cycle.report["version"] for cycle in cycles if cycle.state == "promoted"]:
+            self.log.add("swap", at, version=max(made), domains=self._curves(service))
 
     def _close(self, service: Service, domain: str, at: int) -> None:
         """A domain's segment has ended: its held-out queries are decoded, and timed."""
@@ -154,10 +153,10 @@ class ArmRun:
         self._say(f"{at:6d}/{self._config.queries}  {what}")
 
     def _curves(self, service: Service) -> dict[str, dict[str, float]]:
-        """The active draft's expected τ and acceptance on every domain's held-out queries."""
+        """The active drafts' expected τ and acceptance on every domain's held-out queries."""
         found = {}
         for domain, signals in self._held_out(service).items():
-            tokens, acceptance = service.judge(service.shop.artifacts.path(service.active.sha256), signals)
+            tokens, acceptance = service.judge_live(signals)
             found[domain] = {"tau": float(tokens.mean()), "acceptance": float(acceptance.mean())}
         return found
 

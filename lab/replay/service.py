@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +21,7 @@ from lab import rig
 from lab.replay.config import Replay
 from lab.replay.streams import Asked
 from migrations import upgrade
+from online.clusters import Clusters
 from online.embedded import start_server
 from online.messages import Query
 from online.registry import Registry
@@ -36,8 +38,11 @@ LATEST = "99999999999999-0"
 
 
 class Service:
-    def __init__(self, shop: Workshop, serving: rig.Rig, swapper: Swapper, config: Replay) -> None:
+    def __init__(
+        self, shop: Workshop, serving: rig.Rig, swapper: Swapper, config: Replay, clusters: Clusters | None
+    ) -> None:
         self.shop, self._serving, self._swapper, self._config = shop, serving, swapper, config
+        self._clusters = clusters
 
     @property
     def registry(self) -> Registry:
@@ -60,7 +65,7 @@ class Service:
         queries = [
             Query(
                 id=one.name,
-                route=route,
+                route=self._sorted(route, one.prompt_ids, learn=store),
                 prompt_ids=one.prompt_ids,
                 max_tokens=self._config.max_tokens,
                 temperature=one.temperature,
@@ -78,13 +83,18 @@ class Service:
             self._settle(route, written + len(answers))
         return answers
 
-    def look(self) -> Cycle | None:
-        """What the trainer's clock does: a cycle, if it is time for one; then what it promoted is swapped in."""
+    def look(self) -> list[Cycle]:
+        """What the trainer's clock does: a cycle where it is time for one; then what it promoted is swapped in."""
+        settings = self.shop.settings
+        found = [self._look(route) for route in (LIVE, *settings.cluster_routes)]
+        return [cycle for cycle in found if cycle is not None]
+
+    def _look(self, route: str) -> Cycle | None:
         shop = self.shop
-        demand = look(shop.buffer, shop.ledger, shop.registry, LIVE, shop.settings)
+        demand = look(shop.buffer, shop.ledger, shop.registry, route, shop.settings)
         if not demand.due:
             return None
-        requested, _ = shop.ledger.request(LIVE, "replay", demand.reason)
+        requested, _ = shop.ledger.request(route, "replay", demand.reason)
         lease = shop.ledger.take(requested.id, shop.settings.lease_s)
         assert lease is not None, "nobody else works here"
 
@@ -110,6 +120,22 @@ class Service:
 
         return self._serving.between_steps(look)
 
+    def judge_live(self, signals: Sequence[Signal]) -> tuple[Floats, Floats]:
+        """The same of the drafts that are live: of each signal, the one that its prompt gets."""
+        routes = [self._sorted(LIVE, signal.prompt_ids.tolist(), learn=False) for signal in signals]
+        tokens, acceptance = np.zeros(len(signals)), np.zeros(len(signals))
+        for route in set(routes):
+            version = self.registry.serving(route)
+            assert version is not None, "the swapper registers a first draft"
+            own = [i for i, its in enumerate(routes) if its == route]
+            draft = self.shop.artifacts.path(version.sha256)
+            tokens[own], acceptance[own] = self.judge(draft, [signals[i] for i in own])
+        return tokens, acceptance
+
+    def _sorted(self, route: str, prompt_ids: Sequence[int], *, learn: bool) -> str:
+        """The live route's prompts go to their clusters, where there are any."""
+        return self._clusters.route(prompt_ids, learn=learn) if self._clusters and route == LIVE else route
+
     def newest(self, route: str, count: int) -> list[Signal]:
         """The route's last signals, oldest first."""
         return [decode(entry.record) for entry in self.shop.buffer.before(route, LATEST, count)][::-1]
@@ -128,7 +154,7 @@ class Service:
 @contextmanager
 def serve(config: Replay, settings: Settings, folder: Path) -> Iterator[Service]:
     """A service that keeps all it knows in `folder`, and finds it again there."""
-    server, url = start_server(folder / "redis", max_bytes=2 * settings.buffer_bytes + 2**28)
+    server, url = start_server(folder / "redis", max_bytes=(2 + settings.learnt_routes) * settings.buffer_bytes + 2**28)
     try:
         settings = settings.model_copy(update={"data_dir": folder, "redis_url": url, "routes": (LIVE,)})
         upgrade(settings.sql_url)
@@ -136,13 +162,21 @@ def serve(config: Replay, settings: Settings, folder: Path) -> Iterator[Service]
         files = ModelFiles.of(settings)
         pair = rig.Pair(files, [[0] * config.longest_prompt], config.dtype, settings.device, torch.get_num_threads())
         own = {"gamma": config.gamma, "max_tokens": config.max_tokens, "kept_contexts": 0}
-        with rig.rig(pair, files.draft, config.at_once, routes=(LIVE, FROZEN), buffer=shop.buffer, **own) as serving:
+        routes, clusters = (LIVE, FROZEN), settings.cluster_routes
+        with rig.rig(
+            pair, files.draft, config.at_once, routes=routes, clusters=clusters, buffer=shop.buffer, **own
+        ) as serving:
             engine = serving.engine
-            drafts = {LIVE: engine.batch.drafts[LIVE]}
+            drafts = {route: engine.batch.drafts[route] for route in settings.served_routes}
             installer = Installer(engine.between_steps, shop.artifacts, lambda: fingerprint(engine.batch.target))  # type: ignore[arg-type]
             swapper = follower(settings, connect(settings.sql_url), engine, drafts, installer, serving.metrics)
             swapper.sync()
-            yield Service(shop, serving, swapper, config)
+            sorting = Clusters.of(settings)
+            try:
+                yield Service(shop, serving, swapper, config, sorting)
+            finally:
+                if sorting is not None:
+                    sorting.save()
     finally:
         server.terminate()
         server.wait(10)

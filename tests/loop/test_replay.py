@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lab.replay import main
-from lab.replay.config import Domain, Replay, Segment, preset, read, segments
+from lab.replay.config import Arm, Domain, Replay, Segment, preset, read, segments
 from lab.replay.figures import stretches
 from lab.replay.run import ArmRun
 from tests.tiny import TinyPair
@@ -98,6 +98,22 @@ def test_a_stopped_replay_goes_on_where_it_was(pair: TinyPair, tmp_path: Path) -
     assert len(log.of("exam", at=0)) == 2
     versions = [event["version"] for event in log.of("swap")]
     assert versions == sorted(versions)
+
+
+def test_an_arm_may_learn_routes(pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clusters learn beside the live route, and every prompt is judged by the draft that it gets."""
+    monkeypatch.setattr("online.router.POOL", 40)
+    arm = Arm(name="clusters", settings={"learnt_routes": 2, "cycle_min_signals": 24})
+    config = read(toml(tmp_path, pair, queries=80)).model_copy(update={"wall_queries": 0, "arms": [arm]})
+    mixed = Segment(queries=160, mix={"low": 1.0, "high": 1.0})
+    config = config.model_copy(update={"segments": [mixed]})
+    log = ArmRun(config, arm, 1, tmp_path / "arm", lambda line: None).go()
+    assert log.served == 160
+    routes = {event["route"] for event in log.of("cycle")}
+    assert {"live"} < routes <= {"live", "live-c1", "live-c2"}
+    assert all(len(event["live_tau"]) == len(event["rows"]) for event in log.of("served"))
+    first, last = log.of("first")[0]["domains"], log.of("swap")[-1]["domains"]
+    assert all(last[domain]["tau"] > first[domain]["tau"] for domain in ("low", "high"))
 
 
 def test_another_configuration_is_not_mixed_in(pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
