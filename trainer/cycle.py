@@ -26,7 +26,7 @@ from online.buffer import Entry, SignalBuffer, id_order
 from online.connections import git_commit, signal_buffer
 from online.cycles import CycleLedger, Lease, LeaseLost
 from online.errors import SignalError, SlipstreamError
-from online.registry import Candidate, Registry
+from online.registry import Candidate, Registry, is_generic
 from online.settings import Settings
 from online.signals import Signal, decode
 from online.tables import Version, connect
@@ -148,8 +148,8 @@ def _learn(
         "last_loss": distilled.last_loss,
         "train_s": round(distilled.seconds, 2),
     }
-    # There is no room for a second draft beside a cluster's: the gate decides, and the guard watches.
-    share = 0.0 if route in settings.cluster_routes else settings.canary_share
+    # A route that began with a generic draft is a cluster. There is no room for a second draft beside a cluster's.
+    share = 0.0 if is_generic(shop.registry.versions(route)[-1]) else settings.canary_share
     cycle = shop.ledger.conclude(lease, parent, made, report.promote, figures, share)
     log.info("cycle %d: %s, %s (%.1f s of training)", lease.cycle_id, cycle.state, report.reason, distilled.seconds)
     return cycle.state

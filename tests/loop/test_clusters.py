@@ -19,7 +19,7 @@ CLUSTER = "default-c1"
 @pytest.fixture
 def clustered(sqlite_loop: Loop) -> Loop:
     """A default route with one cluster, as a decoder registers them; candidates go on trial where there is room."""
-    sqlite_loop.settings = sqlite_loop.settings.model_copy(update={"learnt_routes": 1, "canary_share": 0.2})
+    sqlite_loop.settings = sqlite_loop.settings.model_copy(update={"canary_share": 0.2})
     sqlite_loop.registry.ensure_routes((CLUSTER,))
     generic = active(sqlite_loop, "default")
     stands_for = Candidate(generic.sha256, {"origin": GENERIC}, {}, {}, "test")
