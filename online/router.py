@@ -11,6 +11,7 @@ Legend: D hashed features, N clusters, P strangers or other prompts, T tokens.
 import io
 import math
 import zipfile
+import zlib
 from collections import deque
 from collections.abc import Sequence
 
@@ -127,6 +128,7 @@ class Router:
             file,
             numbers=np.array([FORMAT, self.prompts, self._seen, *self.sizes]),
             having_D=self._having_D,
+            rarity_D=self._rarity_D,
             centroid_ND=self._centroid_ND,
             usual_N2=self._usual_N2,
             met_P=np.array([at for at, _ in self._strangers], np.int64),
@@ -149,12 +151,11 @@ class Router:
                 version, router.prompts, router._seen, *router.sizes = kept["numbers"].tolist()
                 if version != FORMAT:
                     raise ValueError(f"a router's state of version {version}, where {FORMAT} is read")
-                router._having_D = kept["having_D"]
+                router._having_D, router._rarity_D = kept["having_D"], kept["rarity_D"]
                 router._centroid_ND, router._usual_N2 = kept["centroid_ND"], kept["usual_N2"]
                 router._strangers.extend(zip(kept["met_P"].tolist(), kept["stranger_PD"], strict=True))
-        except (OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"not the state of a router: {error}") from error
-        router._weigh()
         return router
 
 

@@ -26,6 +26,13 @@ def stream(kinds: int, count: int, seed: int = 0) -> Iterator[tuple[int, list[in
         yield kind, prompt(kind, rng)
 
 
+def damaged() -> bytes:
+    """A state with a byte of its arrays turned over."""
+    state = bytearray(trained(count=50).to_bytes())
+    state[len(state) // 2] ^= 0xFF
+    return bytes(state)
+
+
 def trained(most: int = 4, kinds: int = 2, count: int = 700) -> Router:
     made = Router(most)
     for _, ids in stream(kinds, count):
@@ -109,7 +116,7 @@ def test_a_router_goes_on_where_it_was_kept(count: int) -> None:
     assert [other.assign(ids) for ids in rest] == [one.assign(ids) for ids in rest]
 
 
-@pytest.mark.parametrize("state", [b"", b"junk", b"PK\x03\x04", Router(2).to_bytes()[:-40]])
+@pytest.mark.parametrize("state", [b"", b"junk", b"PK\x03\x04", Router(2).to_bytes()[:-40], damaged()])
 def test_what_is_no_state_is_refused(state: bytes) -> None:
     """Whatever it is, by the same error."""
     with pytest.raises(ValueError, match="not the state of a router"):
