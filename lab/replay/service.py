@@ -120,7 +120,7 @@ class Service:
 
         return self._serving.between_steps(look)
 
-    def judge_live(self, signals: Sequence[Signal]) -> tuple[Floats, Floats]:
+    def judge_live(self, signals: Sequence[Signal]) -> Marks:
         """The same of the drafts that are live: of each signal, the one that its prompt gets."""
         routes = [self._sorted(LIVE, signal.prompt_ids.tolist(), learn=False) for signal in signals]
         tokens, acceptance = np.zeros(len(signals)), np.zeros(len(signals))
@@ -130,7 +130,7 @@ class Service:
             own = [i for i, its in enumerate(routes) if its == route]
             draft = self.shop.artifacts.path(version.sha256)
             tokens[own], acceptance[own] = self.judge(draft, [signals[i] for i in own])
-        return tokens, acceptance
+        return Marks(tokens, acceptance)
 
     def _sorted(self, route: str, prompt_ids: Sequence[int], *, learn: bool) -> str:
         """The live route's prompts go to their clusters, where there are any."""
