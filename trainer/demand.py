@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from online.buffer import SignalBuffer
-from online.cycles import CycleLedger
+from online.cycles import UNFINISHED, CycleLedger
 from online.errors import SignalError
 from online.registry import Registry
 from online.settings import Settings
@@ -26,7 +26,7 @@ FEWEST = 16  # but never fewer: there has to be something to learn and something
 SLACK, ALARM = 0.5, 8.0  # of the CUSUM, in standard deviations: a fall of one deviation is noticed after 16 requests
 LOOKED_AT = 400  # new signals that the detector reads, at most
 REFERENCE = 50  # first signals that stand for what is usual, where no gate has said it
-FINISHED = ("promoted", "held", "rejected", "empty", "failed")
+BETTER = ("promoted", "canary", "held")  # ends of cycles whose candidate passed the gate
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,8 @@ def look(buffer: SignalBuffer, ledger: CycleLedger, registry: Registry, route: s
 
 def rest(past: Sequence[Cycle], usual: int, worth_gain: float) -> int:
     """New signals that the next cycle waits for. `past`: cycles of the route, newest first."""
-    finished = [cycle for cycle in past if cycle.state in FINISHED]
-    gains = [gain(cycle) if cycle.state in ("promoted", "held") else 0.0 for cycle in finished]
+    finished = [cycle for cycle in past if cycle.state not in UNFINISHED]
+    gains = [gain(cycle) if cycle.state in BETTER else 0.0 for cycle in finished]
     if gains and gains[0] >= STEEP_GAIN:
         return early(usual)
     worthless = next((i for i, gained in enumerate(gains) if gained >= worth_gain), len(gains))

@@ -20,6 +20,7 @@ def test_a_route_that_gains_little_rests_longer_each_time() -> None:
     small, worth = cycle("rejected", 0.001), cycle("promoted", 0.05)
     assert rest([], 200, 0.01) == 200
     assert rest([worth, small, small], 200, 0.01) == 200
+    assert rest([cycle("canary", 0.05), small, small], 200, 0.01) == 200
     assert rest([small, worth], 200, 0.01) == 400
     assert rest([small, cycle("promoted", 0.005), worth], 200, 0.01) == 800
     assert rest([small] * 8, 200, 0.01) == 3200
@@ -28,6 +29,7 @@ def test_a_route_that_gains_little_rests_longer_each_time() -> None:
 def test_a_route_that_gains_much_goes_on_early() -> None:
     """A quarter of the signals, but never too few to be examined on."""
     assert rest([cycle("promoted", 0.3)], 200, 0.01) == 50
+    assert rest([cycle("canary", 0.3)], 200, 0.01) == 50
     assert rest([cycle("promoted", 0.3)], 40, 0.01) == 16
     assert rest([cycle("promoted", 0.3)], 8, 0.01) == 8
 
