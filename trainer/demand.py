@@ -59,8 +59,9 @@ def look(buffer: SignalBuffer, ledger: CycleLedger, registry: Registry, route: s
 def rest(past: Sequence[Cycle], usual: int, worth_gain: float) -> int:
     """New signals that the next cycle waits for. `past`: cycles of the route, newest first."""
     finished = [cycle for cycle in past if cycle.state not in UNFINISHED]
-    gains = [gain(cycle) if cycle.state in BETTER else 0.0 for cycle in finished]
-    if gains and gains[0] >= STEEP_GAIN:
+    # Also of a candidate that was refused for want of proof: what it seemed to gain is what another cycle may.
+    gains = [gain(cycle) for cycle in finished]
+    if gains and gains[0] >= STEEP_GAIN and finished[0].state in BETTER:
         return early(usual)
     worthless = next((i for i, gained in enumerate(gains) if gained >= worth_gain), len(gains))
     return usual * min(LONGEST_REST, int(2**worthless))
