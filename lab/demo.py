@@ -30,7 +30,7 @@ from online.stack import Stack
 # plain steps are faster a request compares nothing, so fewer have to.
 DEMO_SETTINGS: Mapping[str, Any] = {
     "port": 0,
-    "cycle_min_signals": 100,
+    "cycle_min_signals": 150,
     "tick_s": 1.0,
     "poll_s": 0.2,
     "routes": "demo",
@@ -276,7 +276,7 @@ def main() -> None:
         "--temperature", type=float, default=1.0, help="of the sampled half of the queries; the other half is greedy"
     )
     parser.add_argument("--clients", type=int, default=8, help="requests under way at a time")
-    parser.add_argument("--rate", type=float, default=5.0, help="queries of traffic a second, at most")
+    parser.add_argument("--rate", type=float, default=4.0, help="queries of traffic a second, at most")
     parser.add_argument(
         "--package", default="", help="installed package to take code from; default: the largest unseen"
     )
