@@ -122,7 +122,7 @@ def draw(config: Replay, arms: Mapping[str, Logs], path: Path) -> Path:
     for part in stretches(config):
         name = part.domains[0] if len(part.domains) == 1 else "mixed"
         panels[0].annotate(name, ((part.start + part.end) / 2, 1.01), xycoords=("data", "axes fraction"), ha="center")
-    figure.suptitle(f"mean over {len(config.seeds)} seeds; dashed: a draft is swapped in (first seed)", fontsize=10)
+    figure.suptitle(f"seeds: {len(config.seeds)}; dashed: a draft is swapped in (first seed)", fontsize=10)
     figure.savefig(path, dpi=120)
     return path
 
