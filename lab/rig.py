@@ -77,16 +77,27 @@ def read_prompts(path: Path | None, count: int) -> list[str]:
     """Raises ValueError, naming the line, where the file does not hold prompts."""
     if path is None:
         return traffic.package_prompts(traffic.shifted_package(), count, held_out=True, seed=1)
-    lines = path.read_text().rstrip("\n").split("\n")  # prompts may hold other ends of lines
+    found = prompts_in(path)
+    return found[:: max(1, len(found) // count)][:count]  # all over the file, which may be in some order
+
+
+def prompts_in(path: Path) -> list[str]:
+    """Every "prompt" of a JSON-lines file.
+
+    Raises:
+        ValueError: it can't be read, or a line holds no prompt (it is named).
+    """
+    try:
+        lines = path.read_text().rstrip("\n").split("\n")  # prompts may hold other ends of lines
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
     prompts = []
-    for number in range(0, len(lines), max(1, len(lines) // count)):  # all over the file, which may be in some order
+    for number, line in enumerate(lines, 1):
         try:
-            prompts.append(str(json.loads(lines[number])["prompt"]))
+            prompts.append(str(json.loads(line)["prompt"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{path}, line {number + 1}: not a JSON object with a "prompt": {error}') from error
-    if not prompts:
-        raise ValueError(f"{path} holds no prompts")
-    return prompts[:count]
+            raise ValueError(f'{path}, line {number}: not a JSON object with a "prompt": {error}') from error
+    return prompts
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

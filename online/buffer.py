@@ -24,6 +24,7 @@ GROUP = "trainer"
 # window that an interrupted cycle left behind.
 CONSUMER = "cycle"
 ALL = 2**31
+LATEST = "99999999999999-0"  # an entry id behind every real one
 
 _APPEND = """
 local function trim(total)

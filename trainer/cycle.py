@@ -33,10 +33,10 @@ from online.signals import Signal, decode
 from online.tables import Version, connect
 from trainer.batches import usable
 from trainer.choice import choose
-from trainer.curriculum import Bounds, Curriculum, curriculum
+from trainer.curriculum import Bounds, Curriculum, Exam, curriculum
 from trainer.distill import Recipe, distill
 from trainer.exits import EXIT_LEASE_LOST, EXIT_REPORTED
-from trainer.gate import judge
+from trainer.gate import GateReport, judge
 from trainer.marks import served_gamma
 
 log = logging.getLogger("slipstream.trainer")
@@ -124,18 +124,7 @@ def _learn(
     distilled = distill(module, chosen.lessons, recipe, pad_id, still_wanted)
     train_s = time.monotonic() - started
     digest = shop.artifacts.publish(lambda folder: _save(module, parent, shop, folder))
-    # Judged as it would be served: rounded to its stored precision, read back from disk.
-    active, candidate = _load(shop, parent), _load_artifact(shop, digest)
-    report = judge(
-        active,
-        candidate,
-        chosen.exam.new,
-        chosen.exam.earlier,
-        gamma=gamma,
-        pad_id=pad_id,
-        tolerance=settings.forgetting_tolerance,
-        seed=lease.cycle_id,
-    )
+    report = _judged(shop, parent, digest, chosen.exam, gamma, pad_id, lease.cycle_id)
     still_wanted()
     made = Candidate(
         digest,
@@ -156,6 +145,13 @@ def _learn(
     cycle = shop.ledger.conclude(lease, parent, made, report.promote, figures, share)
     log.info("cycle %d: %s, %s (%.1f s of training)", lease.cycle_id, cycle.state, report.reason, train_s)
     return cycle.state
+
+
+def _judged(shop: Workshop, parent: Version, digest: str, exam: Exam, gamma: int, pad_id: int, seed: int) -> GateReport:
+    """The candidate as it would be served: rounded to its stored precision, read back from disk."""
+    active, candidate = _load(shop, parent), _load_artifact(shop, digest)
+    tolerance = shop.settings.forgetting_tolerance
+    return judge(active, candidate, exam.new, exam.earlier, gamma=gamma, pad_id=pad_id, tolerance=tolerance, seed=seed)
 
 
 def _claim(shop: Workshop, route: str) -> list[Entry]:

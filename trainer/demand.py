@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from online.buffer import SignalBuffer
+from online.buffer import LATEST, SignalBuffer
 from online.cycles import UNFINISHED, CycleLedger
 from online.errors import SignalError
 from online.registry import Registry
@@ -106,7 +106,7 @@ def fall(acceptances: Sequence[float], promised: float | None) -> str:
 def _acceptances(buffer: SignalBuffer, route: str, waiting: int) -> list[float]:
     """Of the new signals, oldest first."""
     found = []
-    for entry in reversed(buffer.before(route, "99999999999999-0", min(waiting, LOOKED_AT))):
+    for entry in reversed(buffer.before(route, LATEST, min(waiting, LOOKED_AT))):
         try:
             rate = decode(entry.record).acceptance
         except SignalError:

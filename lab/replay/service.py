@@ -21,6 +21,7 @@ from lab import rig
 from lab.replay.config import Replay
 from lab.replay.streams import Asked
 from migrations import upgrade
+from online.buffer import LATEST
 from online.clusters import Clusters
 from online.embedded import start_server
 from online.messages import Query
@@ -34,7 +35,6 @@ from trainer.marks import Marks, evaluate
 
 LIVE, FROZEN = "live", "frozen"  # the route that learns, and one that keeps the first draft, for exams
 SETTLE_S = 30.0
-LATEST = "99999999999999-0"
 
 
 class Service:

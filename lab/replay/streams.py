@@ -1,6 +1,5 @@
 """What is asked, in which order: domains of prompts, and the segments in which they follow one another."""
 
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lab import traffic
 from lab.replay.config import Domain, Segment
-from lab.rig import tokenize
+from lab.rig import prompts_in, tokenize
 
 POOL = 20_000  # prompts of a domain that a stream draws from, at most
 
@@ -37,19 +36,7 @@ def prompts(source: str, *, held_out: bool) -> list[str]:
         return traffic.package_prompts(rest, 2000, held_out=held_out, seed=1 if held_out else 2)
     if kind == "hub":
         return _hub_prompts(*rest.split(":"))
-    try:
-        lines = Path(source).read_text().rstrip("\n").split("\n")  # prompts may hold other ends of lines
-    except OSError as error:
-        raise ValueError(f"{source} can't be read: {error}") from error
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append(str(json.loads(line)["prompt"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{source}, line {number}: not a JSON object with a "prompt": {error}') from error
-    if not found:
-        raise ValueError(f"{source} holds no prompts")
-    return found
+    return prompts_in(Path(source))
 
 
 def _hub_prompts(name: str, split: str = "train", field: str = "prompt") -> list[str]:

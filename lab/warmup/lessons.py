@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from lab import rig
+from online.buffer import LATEST
 from online.messages import Query
 from online.signals import Signal, decode
 from trainer.batches import held_out, usable
@@ -85,7 +86,7 @@ def answers(
             say(f"answered {done} of {len(queries)}, {time.monotonic() - started:.0f} s")
         serving.between_steps(lambda: None)  # The step that ended the last answers has handed them to the recorder.
         serving.recorder.stop(60)
-        records = [entry.record for entry in serving.buffer.before(rig.ROUTE, "99999999999999-0", len(queries))]
+        records = [entry.record for entry in serving.buffer.before(rig.ROUTE, LATEST, len(queries))]
         vocab_size = serving.engine.batch.target.vocab_size
     torch.set_num_threads(pair.threads)  # The engine's thread has ended: its cores are free for what learns.
     by_name = {signal.request_id: signal for signal in map(decode, records) if usable(signal, vocab_size)}
