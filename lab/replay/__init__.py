@@ -7,8 +7,12 @@ is kept in --out: a run that was stopped goes on where it was.
 
 import argparse
 import json
+import multiprocessing
+import os
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +46,9 @@ def main() -> None:
     )
     parser.add_argument("--held-out", type=int, help="held-out queries of a domain, each sampled and greedy")
     parser.add_argument("--no-wall", action="store_true", help="leave the comparison of tokens per second out")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at once, which share the cores; tokens/s are timed after all"
+    )
     parser.add_argument("--out", type=Path, help="folder of logs, drafts and report (default: .slipstream/replay/NAME)")
     args = parser.parse_args()
     args.out = args.out or Path(".slipstream", "replay", args.preset or args.config.stem)
@@ -58,18 +65,18 @@ def replay(args: argparse.Namespace) -> dict[str, Any]:
     import transformers
 
     from lab.replay import report
-    from lab.replay.run import ArmRun
 
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     started, config = time.monotonic(), _config(args)
     args.out.mkdir(parents=True, exist_ok=True)
     _same_as_before(config, args.out / "replay.json")
 
+    # All arms of a seed before the next seed: what is there early can be compared.
+    runs = [(arm, seed) for seed in config.seeds for arm in config.arms]
+    _go_all(config, runs, min(args.jobs, len(runs)), args.out, started)
     arms: dict[str, dict[int, Any]] = {arm.name: {} for arm in config.arms}
-    for seed in config.seeds:  # all arms of a seed before the next seed: what is there early can be compared
-        for arm in config.arms:
-            told = partial(_say, started, f"{arm.name} {seed}")
-            arms[arm.name][seed] = ArmRun(config, arm, seed, args.out / f"{arm.name}-{seed}", told).go()
+    for arm, seed in runs:
+        arms[arm.name][seed] = _arm_run(config, arm, seed, args.out, started).time()
     found = report.figures(config, arms)
     found["seconds"] = round(time.monotonic() - started, 1)
     title = f"replay: {args.preset or args.config}"
@@ -80,6 +87,36 @@ def replay(args: argparse.Namespace) -> dict[str, Any]:
     told = f"{found['cycles']} cycles, {found['swaps']} swaps, {found['train_s']:.0f} s of training"
     print(f"\n{told}; {found['report']}")
     return rounded(found)
+
+
+def _arm_run(config: Any, arm: Any, seed: int, out: Path, started: float) -> Any:
+    from lab.replay.run import ArmRun
+
+    return ArmRun(config, arm, seed, out / f"{arm.name}-{seed}", partial(_say, started, f"{arm.name} {seed}"))
+
+
+def _go_all(config: Any, runs: Sequence[tuple[Any, int]], jobs: int, out: Path, started: float) -> None:
+    if jobs == 1:
+        for run in runs:
+            _go(config, *run, out, started)
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    # Not forked: this process has torch's threads, and a child would have their locks without them.
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _use_threads, (threads,)) as pool:
+        for done in [pool.submit(_go, config, *run, out, started) for run in runs]:
+            done.result()
+
+
+def _use_threads(count: int) -> None:
+    import torch
+    import transformers
+
+    torch.set_num_threads(count)
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _go(config: Any, arm: Any, seed: int, out: Path, started: float) -> None:
+    _arm_run(config, arm, seed, out, started).go()
 
 
 def _say(started: float, who: str, line: str) -> None:

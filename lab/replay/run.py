@@ -69,7 +69,7 @@ class ArmRun:
         }
 
     def go(self) -> Log:
-        """Runs what the log does not tell of yet."""
+        """Runs what the log does not tell of yet, but for the comparison of tokens per second."""
         if self.log.of("end"):
             return self.log
         with serve(self._config, self._settings, self._folder) as service:
@@ -90,6 +90,25 @@ class ArmRun:
                     self._close(service, domain, end)
                 at = end
         self.log.add("end", at)
+        return self.log
+
+    def time(self) -> Log:
+        """Compares tokens per second, for every exam of the stream with the drafts that were live then.
+
+        Apart from the rest and after it: whatever else the machine does meanwhile would be measured with it.
+        """
+        exams = [event for event in self.log.of("exam") if event["at"]]
+        left = [exam for exam in exams if not self.log.of("wall", domain=exam["domain"], at=exam["at"])]
+        if not left or not self._config.wall_queries:
+            return self.log
+        with serve(self._config, self._settings, self._folder) as service:
+            for exam in left:
+                at, domain = exam["at"], exam["domain"]
+                service.put(exam["versions"])
+                found = compare_speeds(service, self._exams[domain], self._config)
+                self.log.add("wall", at, domain=domain, **found)
+                ratio, low, high = found["1"]["ratios"]["live_frozen"]
+                self._tell(at, f"{domain}: tokens/s × {ratio} ({low} to {high})")
         return self.log
 
     # ── what happens ──
@@ -126,18 +145,14 @@ class ArmRun:
             self.log.add("swap", at, version=max(made), domains=self._curves(service))
 
     def _close(self, service: Service, domain: str, at: int) -> None:
-        """A domain's segment has ended: its held-out queries are decoded, and timed."""
+        """A domain's segment has ended: its held-out queries are decoded."""
         if not self.log.of("exam", domain=domain, at=at):
             self._examine(service, domain, at, LIVE, store=False)
-        if self._config.wall_queries and not self.log.of("wall", domain=domain, at=at):
-            found = compare_speeds(service, self._exams[domain], self._config)
-            self.log.add("wall", at, domain=domain, **found)
-            ratio, low, high = found["1"]["ratios"]["live_frozen"]
-            self._tell(at, f"{domain}: tokens/s × {ratio} ({low} to {high})")
 
     def _examine(self, service: Service, domain: str, at: int, route: str, store: bool) -> None:
         answers = service.answer(self._exams[domain], route=route, gamma=self._config.gamma, store=store)
-        self.log.add("exam", at, domain=domain, rows=[_row(answer) for answer in answers])
+        rows = [_row(answer) for answer in answers]
+        self.log.add("exam", at, domain=domain, rows=rows, versions=service.versions())
         tokens, steps = sum(len(a.ids) for a in answers), sum(a.stats.steps for a in answers)
         self._tell(at, f"{domain}: {len(answers)} held-out queries, τ {tokens / steps:.2f}")
 

@@ -5,7 +5,7 @@ would have started one, on the engine's own thread, so that a replay is the same
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,6 +53,18 @@ class Service:
         version = self.registry.active(LIVE)
         assert version is not None, "the swapper registers a first draft"
         return version
+
+    def versions(self) -> dict[str, int]:
+        """The active version of every route that learns."""
+        return {route: version.id for route, version in self.registry.active_versions().items() if route != FROZEN}
+
+    def put(self, versions: Mapping[str, int]) -> None:
+        """Makes these the active versions again."""
+        active = self.versions()
+        for route, version in versions.items():
+            if active[route] != version:
+                self.registry.activate(route, version, "manual", "replay", "drafts of an earlier time are measured")
+        self._swapper.sync()
 
     @property
     def first_draft(self) -> Path:
