@@ -20,7 +20,8 @@ from online.signals import decode
 from online.tables import Cycle
 
 LONGEST_REST = 16  # times the usual number of new signals
-EARLY_SHARE = 4  # after a shift or a steep gain, one in so many of the usual number is enough
+SHIFT_SHARE = 4  # after a shift, one in so many of the usual number is enough: what is gained is easily proven
+STEEP_SHARE = 2  # after a steep gain, one in so many
 STEEP_GAIN = 0.1  # of a cycle, in tokens per step: the next one will gain, too
 FEWEST = 16  # but never fewer: there has to be something to learn and something to be examined on
 SLACK, ALARM = 0.5, 8.0  # of the CUSUM, in standard deviations: a fall of one deviation is noticed after 16 requests
@@ -45,7 +46,7 @@ class Demand:
 
 def look(buffer: SignalBuffer, ledger: CycleLedger, registry: Registry, route: str, settings: Settings) -> Demand:
     """Reads what it takes to say whether a cycle of `route` is worth its cost now."""
-    least = early(settings.cycle_min_signals)
+    least = early(settings.cycle_min_signals, SHIFT_SHARE)
     usual = rest(ledger.cycles(route, limit=8), settings.cycle_min_signals, settings.worth_gain)
     waiting = buffer.new_signals(route, usual)
     if waiting >= usual or waiting < least:
@@ -62,13 +63,13 @@ def rest(past: Sequence[Cycle], usual: int, worth_gain: float) -> int:
     # Also of a candidate that was refused for want of proof: what it seemed to gain is what another cycle may.
     gains = [gain(cycle) for cycle in finished]
     if gains and gains[0] >= STEEP_GAIN and finished[0].state in BETTER:
-        return early(usual)
+        return early(usual, STEEP_SHARE)
     worthless = next((i for i, gained in enumerate(gains) if gained >= worth_gain), len(gains))
     return usual * min(LONGEST_REST, int(2**worthless))
 
 
-def early(usual: int) -> int:
-    return min(usual, max(FEWEST, usual // EARLY_SHARE))
+def early(usual: int, share: int) -> int:
+    return min(usual, max(FEWEST, usual // share))
 
 
 def gain(cycle: Cycle) -> float:

@@ -33,7 +33,7 @@ class Recipe:
     selected_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # AdaSPEC: those positions with the most to gain
     rehearsal: Annotated[float, Field(ge=0)] = 0.5  # weight of what the draft could do before, on its own samples
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
-    epochs: Annotated[int, Field(ge=1)] = 4
+    epochs: Annotated[int, Field(ge=1)] = 8
     batch_signals: Annotated[int, Field(ge=1)] = 8
     warmup_steps: Annotated[int, Field(ge=0)] = 4
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

@@ -29,10 +29,10 @@ def test_a_route_that_gains_little_rests_longer_each_time() -> None:
 
 def test_a_route_that_gains_much_goes_on_early() -> None:
     """A quarter of the signals, but never too few to be examined on."""
-    assert rest([cycle("promoted", 0.3)], 200, 0.01) == 50
-    assert rest([cycle("canary", 0.3)], 200, 0.01) == 50
+    assert rest([cycle("promoted", 0.3)], 200, 0.01) == 100
+    assert rest([cycle("canary", 0.3)], 200, 0.01) == 100
     assert rest([cycle("rejected", 0.3)], 200, 0.01) == 200
-    assert rest([cycle("promoted", 0.3)], 40, 0.01) == 16
+    assert rest([cycle("promoted", 0.3)], 30, 0.01) == 16
     assert rest([cycle("promoted", 0.3)], 8, 0.01) == 8
 
 
