@@ -16,7 +16,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -127,7 +127,8 @@ def _drafts(
     yield "active", load()
     for name, rate in (("learnt", 1.0), ("learnt gently", 0.25)):
         module = load()
-        recipe = Recipe(learning_rate=rate * settings.learning_rate, epochs=settings.epochs)
+        recipe = Recipe.of(settings.recipe)
+        recipe = replace(recipe, learning_rate=rate * recipe.learning_rate)
         distill(module, lessons, recipe, int(module.config.pad_token_id or 0))
         yield name, module
     for i in range(args.noisy):

@@ -1,5 +1,6 @@
 """From the logs of a replay to its figures: per domain what was gained, per shift how fast, and what was forgotten."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +70,7 @@ def _domain(config: Replay, domain: str, end: int, logs: Logs) -> dict[str, Any]
             name: float(np.median([wall[at_once]["tokens_per_s"][name] for wall in walls]))
             for name in walls[0][at_once]["tokens_per_s"]
         }
-    figures |= {"queries_to_recover": _median(_recoveries(config, domain, logs))}
+    figures |= {"queries_to_recover": _median(recoveries(config, domain, logs))}
     figures |= {"forgetting": _median(_forgetting(config, domain, logs))}
     return figures
 
@@ -86,16 +87,22 @@ def _curve(log: Log, domain: str, upto: int) -> list[tuple[int, float]]:
     return [(0, first), *((e["at"], e["domains"][domain]["tau"]) for e in log.of("swap") if e["at"] <= upto)]
 
 
-def _recoveries(config: Replay, domain: str, logs: Logs) -> Iterator[float]:
-    """Queries after each beginning of the domain until its expected τ has 90 % of what it ends with."""
+def recoveries(config: Replay, domain: str, logs: Logs) -> Iterator[float]:
+    """Queries after each beginning of the domain until its expected τ has 90 % of its plateau; infinite if never.
+
+    The plateau is the best that the seed reaches by the end of the domain's last segment.
+    """
+    parts = [part for part in stretches(config) if part.domains == (domain,)]
     for log in logs.values():
-        for part in stretches(config):
-            if part.domains != (domain,):
-                continue
-            curve = _curve(log, domain, part.end)
-            plateau = max(tau for at, tau in curve if at > part.start or at == curve[-1][0])
-            reached = next(at for at, tau in curve if tau >= RECOVERED * plateau)
-            yield max(0.0, reached - part.start)
+        for part in parts:
+            curve = _curve(log, domain, parts[-1].end)
+            enough = RECOVERED * max(tau for _, tau in curve)
+            standing = [tau for at, tau in curve if at <= part.start][-1]
+            if standing >= enough:
+                yield 0.0
+            else:
+                reached = (at for at, tau in curve if part.start < at <= part.end and tau >= enough)
+                yield next(reached, math.inf) - part.start
 
 
 def _forgetting(config: Replay, domain: str, logs: Logs) -> Iterator[float]:
@@ -112,8 +119,10 @@ def _forgetting(config: Replay, domain: str, logs: Logs) -> Iterator[float]:
 
 
 def _median(values: Iterator[float]) -> float | None:
+    """None where there are none, or where it is infinite."""
     found = list(values)
-    return float(np.median(found)) if found else None
+    middle = float(np.median(found)) if found else math.inf
+    return middle if math.isfinite(middle) else None
 
 
 def live(logs: Logs, what: str) -> tuple[list[int], Floats, Floats]:

@@ -1,10 +1,6 @@
 """The lab's ways to a draft without traffic at their smallest: they end, and say what they promise."""
 
-import json
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,39 +22,8 @@ from online.tables import connect
 from tests.conftest import copy_into
 from tests.signals import taught
 from tests.tiny import TinyPair
+from tests.unit.conftest import Command, prompts
 from trainer.batches import usable
-
-Command = Callable[..., dict[str, Any]]
-
-
-def prompts(path: Path, count: int, what: str) -> str:
-    path.write_text("".join(json.dumps({"prompt": f"def {what}_{i}(value)"}) + "\n" for i in range(count)))
-    return str(path)
-
-
-@pytest.fixture
-def command(
-    pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Command]:
-    """Runs a command's main on the tiny target, and gives the JSON of its last line."""
-    threads = torch.get_num_threads()
-    asked = prompts(tmp_path / "asked.jsonl", 16, "name")
-    held_out = prompts(tmp_path / "held_out.jsonl", 10, "other")
-    monkeypatch.setenv("SLIPSTREAM_DATA_DIR", str(tmp_path / "state"))
-
-    def run(main: Callable[[], None], *options: str) -> dict[str, Any]:
-        given = ["--target", str(pair.target), "--threads", "1", "--max-tokens", "8"]
-        if "--unprompted" not in options:
-            given += ["--prompts", asked]
-        if main is not cold_start.main:
-            given += ["--held-out", held_out]
-        monkeypatch.setattr(sys, "argv", ["lab", *given, *options])
-        main()
-        figures: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
-        return figures
-
-    yield run
-    torch.set_num_threads(threads)
 
 
 def test_a_target_gets_its_first_draft_as_version_1(command: Command, tmp_path: Path) -> None:
