@@ -21,10 +21,9 @@ from trainer.distill import Recipe, distill
 from trainer.gate import bootstrap_interval
 from trainer.marks import evaluate
 
-# The configured recipe, and others. What lost everywhere it was measured (LOG.md) is not tried anew on every route.
+# The configured recipe, and others that cost as much. What lost everywhere it was measured (LOG.md) is not tried anew.
 CANDIDATES: tuple[Mapping[str, Any], ...] = (
     {},
-    {"branch_tokens": 4},
     {"divergence": "kl+acceptance"},
     {"follow_temperature": True},
 )

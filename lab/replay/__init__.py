@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+MAY_CHANGE = ("seeds", "arms", "wall_queries", "wall_turns")  # from one run in a folder to the next
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"  # a folder of models and data beside the checkout
 
 
@@ -153,11 +154,16 @@ def _arm(text: str) -> Any:
 
 
 def _same_as_before(config: Any, path: Path) -> None:
-    """A folder holds one replay: going on with another configuration would mix two."""
-    told = json.dumps(config.model_dump(), indent=1)
-    if path.exists() and path.read_text() != told:
-        raise ValueError(f"{path.parent} holds a replay of another configuration; choose another --out")
-    path.write_text(told)
+    """A folder holds one replay: going on with another configuration would mix two. Seeds and arms may be added."""
+    told = config.model_dump()
+    if path.exists():
+        before = json.loads(path.read_text())
+        arms = {arm["name"]: arm for arm in before.get("arms", ())}
+        same = all(arms.get(arm["name"], arm) == arm for arm in told["arms"])
+        if not same or any(before.get(key) != value for key, value in told.items() if key not in MAY_CHANGE):
+            raise ValueError(f"{path.parent} holds a replay of another configuration; choose another --out")
+        told["arms"] += [arm for name, arm in arms.items() if name not in {arm["name"] for arm in told["arms"]}]
+    path.write_text(json.dumps(told, indent=1))
 
 
 def rounded(value: Any) -> Any:

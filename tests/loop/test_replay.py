@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.replay import main
+from lab.replay import _same_as_before, main
 from lab.replay.config import Arm, Domain, Replay, Segment, preset, read, segments
 from lab.replay.figures import stretches
 from lab.replay.run import ArmRun
@@ -116,13 +116,17 @@ def test_an_arm_may_learn_routes(pair: TinyPair, tmp_path: Path, monkeypatch: py
     assert all(last[domain]["tau"] > first[domain]["tau"] for domain in ("low", "high"))
 
 
-def test_another_configuration_is_not_mixed_in(pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder holds one replay."""
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "replay.json").write_text("{}")
-    monkeypatch.setattr("sys.argv", ["replay", "--config", str(toml(tmp_path, pair)), "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit, match="holds a replay of another configuration"):
-        main()
+def test_another_configuration_is_not_mixed_in(pair: TinyPair, tmp_path: Path) -> None:
+    """A folder holds one replay, to which seeds and arms may be added; an arm's settings stay what they were."""
+    config, path = read(toml(tmp_path, pair)), tmp_path / "replay.json"
+    before = config.model_copy(update={"arms": [Arm(name="loop"), Arm(name="other", settings={"worth_gain": 0})]})
+    _same_as_before(before, path)
+    _same_as_before(config.model_copy(update={"seeds": [1, 2], "wall_queries": 0}), path)
+    assert [arm["name"] for arm in json.loads(path.read_text())["arms"]] == ["loop", "other"]
+    changed = Arm(name="other", settings={"worth_gain": 1})
+    for change in ({"gamma": 3}, {"arms": [changed]}):
+        with pytest.raises(ValueError, match="holds a replay of another configuration"):
+            _same_as_before(config.model_copy(update=change), path)
 
 
 @pytest.mark.parametrize(
