@@ -133,6 +133,15 @@ def live(logs: Logs, what: str) -> tuple[list[int], Floats, Floats]:
     return [event["at"] for event in served[0][:shortest]], values.mean(0), values
 
 
+def cost(config: Replay, logs: Logs) -> list[float]:
+    """Seconds of training in each tenth of the stream, mean over seeds: what rests costs nothing."""
+    found = np.zeros(10)
+    for log in logs.values():
+        for event in log.of("cycle"):
+            found[min(9, 10 * (event["at"] - 1) // config.queries)] += event["train_s"] / len(logs)
+    return [round(float(seconds), 1) for seconds in found]
+
+
 def compared(a: Logs, b: Logs, domain: str, at: int, held_out: int) -> list[float]:
     """τ of arm `a` ÷ arm `b` on a domain's held-out queries, [value, low, high]."""
     ours, theirs = (_exam(side, domain, at, held_out).reshape(-1, 4).T for side in (a, b))

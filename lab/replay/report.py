@@ -9,7 +9,7 @@ from typing import Any
 
 from lab.charts import FIRST, LEARNT, LIVE
 from lab.replay.config import Replay
-from lab.replay.figures import Logs, compared, live, stretches, summarise
+from lab.replay.figures import Logs, compared, cost, live, stretches, summarise
 
 COLOURS = (LIVE, "#c2571a", "#7b3fb5", "#0f8b8d", "#b23a6f")
 SMOOTH = 3  # looks that a point of a live curve averages over
@@ -47,6 +47,7 @@ def figures(config: Replay, arms: Mapping[str, Logs]) -> dict[str, Any]:
         }
         for name in others
     }
+    found["train_s_by_tenth"] = cost(config, arms[first])
     cycles = [event for log in arms[first].values() for event in log.of("cycle")]
     found["cycles"], found["train_s"] = len(cycles), sum(event["train_s"] for event in cycles)
     found["swaps"] = sum(event["state"] == "promoted" for event in cycles)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lab.replay.config import Domain, Replay, Segment
-from lab.replay.figures import recoveries
+from lab.replay.figures import cost, recoveries
 from lab.replay.run import Log
 
 DOMAINS = {name: Domain(traffic="x", held_out="y") for name in ("a", "b")}
@@ -47,3 +47,12 @@ def test_what_comes_too_late_is_no_recovery(tmp_path: Path) -> None:
     """A segment that saw no swap has not recovered to what a later one of the domain reaches."""
     logs = {1: log(tmp_path, a={0: 1.0, 250: 2.0}, b={0: 1.0})}
     assert list(recoveries(replay("a", "b", "a"), "a", logs)) == [math.inf, 50.0]
+
+
+def test_cost_is_told_along_the_stream(tmp_path: Path) -> None:
+    """By tenths, over the seeds."""
+    logs = {seed: Log(tmp_path / f"{seed}.jsonl") for seed in (1, 2)}
+    logs[1].add("cycle", 20, train_s=4.0)
+    logs[2].add("cycle", 21, train_s=8.0)
+    logs[2].add("cycle", 200, train_s=2.0)
+    assert cost(replay("a", "b"), logs) == [2.0, 4.0, 0, 0, 0, 0, 0, 0, 0, 1.0]
