@@ -8,7 +8,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -99,16 +99,17 @@ class Recorder:
     def _write(self, route: str, traces: list[Trace]) -> None:
         learners = [route, self._parts[route]] if route in self._parts else [route]
         muted = time.monotonic() < self._muted_until
-        records = [] if muted else [record for trace in traces if (record := self._encoded(trace)) is not None]
+        encoded = [] if muted else [(self._encoded(trace), trace.acceptance) for trace in traces]
+        records = [(record, acceptance) for record, acceptance in encoded if record is not None]
         for learner in learners:
             if time.monotonic() < self._muted_until:
                 self._dropped(learner, "redis_down", len(records) or len(traces))
             else:
                 self._append(learner, records)
 
-    def _append(self, route: str, records: list[bytes]) -> None:
+    def _append(self, route: str, records: Sequence[tuple[bytes, float | None]]) -> None:
         try:
-            self._buffer.append(route, *records)
+            self._buffer.append(route, *(r for r, _ in records), acceptances=[acceptance for _, acceptance in records])
         except RedisError as error:
             self._muted_until = time.monotonic() + RETRY_S
             self._dropped(route, "redis_down", len(records))
@@ -117,7 +118,7 @@ class Recorder:
             self._dropped(route, "error", len(records))
             log.exception("%d signals of %s dropped", len(records), route)
         else:
-            for record in records:
+            for record, _ in records:
                 self._metrics.signal_written(route, len(record))
 
     def _encoded(self, trace: Trace) -> bytes | None:

@@ -3,17 +3,20 @@
 Keys, all of them (the braces keep a route's keys on one node of a cluster):
 
     slipstream:{ROUTE}:signals   stream; one entry per request, field `s`; consumer group `trainer`
+    slipstream:{ROUTE}:index     stream; the same entry ids, field `a`: the request's acceptance, empty where unknown
     slipstream:{ROUTE}:bytes     integer; bytes of all records in the stream
     slipstream:{ROUTE}:kept      hash; entry id → record: a sample of all that was ever acknowledged, within retention
 
 Acknowledged entries stay until the bounds push them out, oldest first. What a later cycle replays is the kept sample:
 the newest of what is older would be the traffic of yesterday, and a draft would forget that of last week.
+
+The index is what the trainer's clock reads every few seconds: records are hundreds of times as large.
 """
 
 import hashlib
 import itertools
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -35,16 +38,17 @@ local function trim(total)
     local over = total > tonumber(ARGV[2]) or redis.call('XLEN', KEYS[1]) > tonumber(ARGV[1])
     if not over and tonumber(string.match(head[1], '^%d+')) >= oldest_ms then return end
     redis.call('XDEL', KEYS[1], head[1])
+    redis.call('XDEL', KEYS[3], head[1])
     total = redis.call('DECRBY', KEYS[2], #head[2][2])
   end
 end
-for i = 4, #ARGV do
-  redis.call('XADD', KEYS[1], '*', 's', ARGV[i])
+for i = 4, #ARGV, 2 do
+  local id = redis.call('XADD', KEYS[1], '*', 's', ARGV[i])
+  redis.call('XADD', KEYS[3], id, 'a', ARGV[i + 1])
   redis.call('INCRBY', KEYS[2], #ARGV[i])
 end
 trim(tonumber(redis.call('GET', KEYS[2]) or '0'))
 """
-_COUNT_AFTER = "return #redis.call('XRANGE', KEYS[1], '(' .. ARGV[1], '+', 'COUNT', ARGV[2])"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +77,8 @@ def id_order(entry_id: str) -> tuple[int, int]:
 
 
 class SignalBuffer(Protocol):
-    def append(self, route: str, *records: bytes) -> None:
-        """Adds records in one go, and trims the route to its bounds, oldest first."""
+    def append(self, route: str, *records: bytes, acceptances: Sequence[float | None] = ()) -> None:
+        """Adds records in one go, each with its request's acceptance; trims the route to its bounds, oldest first."""
 
     def claim(self, route: str, limit: int) -> list[Entry]:
         """The window of the next cycle: what an interrupted cycle left pending, else up to `limit` new entries."""
@@ -93,8 +97,8 @@ class SignalBuffer(Protocol):
     def kept(self, route: str) -> list[Entry]:
         """The kept sample, oldest first."""
 
-    def new_signals(self, route: str, at_most: int) -> int:
-        """Entries that no cycle has claimed yet, counted up to `at_most`."""
+    def unclaimed(self, route: str, at_most: int) -> list[float | None]:
+        """Acceptances of the first `at_most` entries that no cycle has claimed yet, oldest first."""
 
     def trim(self, route: str) -> None: ...
 
@@ -106,10 +110,11 @@ class RedisBuffer:
         self._redis = client
         self._bounds = (bounds.signals, bounds.bytes, bounds.retention_s * 1000)
         self._append = client.register_script(_APPEND)
-        self._count_after = client.register_script(_COUNT_AFTER)
 
-    def append(self, route: str, *records: bytes) -> None:
-        self._append(keys=_keys(route), args=[*self._bounds, *records])
+    def append(self, route: str, *records: bytes, acceptances: Sequence[float | None] = ()) -> None:
+        told = ["" if acceptance is None else repr(acceptance) for acceptance in acceptances]
+        pairs = itertools.zip_longest(records, told, fillvalue="")
+        self._append(keys=_keys(route), args=[*self._bounds, *itertools.chain.from_iterable(pairs)])
 
     def trim(self, route: str) -> None:
         self.append(route)
@@ -149,17 +154,17 @@ class RedisBuffer:
         chosen = _sample(entries.keys(), len(entries), self._bounds[2])
         return [Entry(name, entries[name]) for name in sorted(chosen, key=id_order)]
 
-    def new_signals(self, route: str, at_most: int) -> int:
-        # `lag` of XINFO GROUPS would do, but Redis 6 does not have it and trimming makes it nil.
+    def unclaimed(self, route: str, at_most: int) -> list[float | None]:
         last = "0-0"
         if self._redis.exists(_keys(route)[0]):
             for group in self._redis.xinfo_groups(_keys(route)[0]):
                 if _text(group["name"]) == GROUP:
                     last = _text(group["last-delivered-id"])
-        return int(self._count_after(keys=_keys(route)[:1], args=[last, at_most]))
+        rows = self._redis.xrange(_keys(route)[2], min=f"({last}", max="+", count=at_most)
+        return [float(fields[b"a"]) if fields[b"a"] else None for _, fields in cast(list[Any], rows)]
 
     def depth(self, route: str) -> Depth:
-        stream, counter = _keys(route)
+        stream, counter, _ = _keys(route)
         return Depth(self._redis.xlen(stream), int(cast(bytes, self._redis.get(counter)) or 0))
 
     def _ensure_group(self, route: str) -> None:
@@ -176,7 +181,7 @@ class RedisBuffer:
 
 
 def _keys(route: str) -> list[str]:
-    return [f"slipstream:{{{route}}}:signals", f"slipstream:{{{route}}}:bytes"]
+    return [f"slipstream:{{{route}}}:{what}" for what in ("signals", "bytes", "index")]
 
 
 def _kept_key(route: str) -> str:
@@ -205,16 +210,18 @@ class MemoryBuffer:
 
     bounds: Bounds
     _entries: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    _acceptances: dict[str, dict[str, float | None]] = field(default_factory=dict)
     _bytes: dict[str, int] = field(default_factory=dict)
     _delivered: dict[str, str] = field(default_factory=dict)
     _pending: dict[str, dict[str, None]] = field(default_factory=dict)
     _kept: dict[str, dict[str, bytes]] = field(default_factory=dict)
     _sequence: "itertools.count[int]" = field(default_factory=itertools.count)
 
-    def append(self, route: str, *records: bytes) -> None:
-        for record in records:
+    def append(self, route: str, *records: bytes, acceptances: Sequence[float | None] = ()) -> None:
+        for record, acceptance in itertools.zip_longest(records, acceptances):
             entry_id = f"{time.time_ns() // 1_000_000}-{next(self._sequence)}"
             self._entries.setdefault(route, {})[entry_id] = record
+            self._acceptances.setdefault(route, {})[entry_id] = acceptance
             self._bytes[route] = self._bytes.get(route, 0) + len(record)
         self.trim(route)
 
@@ -227,6 +234,7 @@ class MemoryBuffer:
             over = depth.signals > self.bounds.signals or depth.bytes > self.bounds.bytes
             if not over and id_order(head)[0] >= oldest_ms:
                 return
+            del self._acceptances[route][head]
             self._bytes[route] -= len(entries.pop(head))
 
     def claim(self, route: str, limit: int) -> list[Entry]:
@@ -256,8 +264,8 @@ class MemoryBuffer:
         chosen = _sample(entries, len(entries), self.bounds.retention_s * 1000)
         return [Entry(name, entries[name]) for name in sorted(chosen, key=id_order)]
 
-    def new_signals(self, route: str, at_most: int) -> int:
-        return min(at_most, len(self._new(route)))
+    def unclaimed(self, route: str, at_most: int) -> list[float | None]:
+        return [self._acceptances[route][entry.id] for entry in self._new(route)[:at_most]]
 
     def depth(self, route: str) -> Depth:
         entries = self._entries.get(route, {})

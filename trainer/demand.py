@@ -11,12 +11,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from online.buffer import LATEST, SignalBuffer
+from online.buffer import SignalBuffer
 from online.cycles import UNFINISHED, CycleLedger
-from online.errors import SignalError
 from online.registry import Registry
 from online.settings import Settings
-from online.signals import decode
 from online.tables import Cycle
 
 LONGEST_REST = 16  # times the usual number of new signals
@@ -48,12 +46,13 @@ def look(buffer: SignalBuffer, ledger: CycleLedger, registry: Registry, route: s
     """Reads what it takes to say whether a cycle of `route` is worth its cost now."""
     least = early(settings.cycle_min_signals, SHIFT_SHARE)
     usual = rest(ledger.cycles(route, limit=8), settings.cycle_min_signals, settings.worth_gain)
-    waiting = buffer.new_signals(route, usual)
+    unclaimed = buffer.unclaimed(route, usual)
+    waiting = len(unclaimed)
     if waiting >= usual or waiting < least:
         return Demand(waiting >= usual, waiting, usual)
     version = registry.active(route)
     promised = version.gate.get("candidate_acceptance") if version and version.gate else None
-    shift = fall(_acceptances(buffer, route, waiting), promised)
+    shift = fall([rate for rate in unclaimed[-LOOKED_AT:] if rate is not None], promised)
     return Demand(bool(shift), waiting, least if shift else usual, shift)
 
 
@@ -102,16 +101,3 @@ def fall(acceptances: Sequence[float], promised: float | None) -> str:
             recent = seen[max(0, i - FEWEST) :]
             return f"a shift: acceptance fell from {promised:.3f} to {sum(recent) / len(recent):.3f}"
     return ""
-
-
-def _acceptances(buffer: SignalBuffer, route: str, waiting: int) -> list[float]:
-    """Of the new signals, oldest first."""
-    found = []
-    for entry in reversed(buffer.before(route, LATEST, min(waiting, LOOKED_AT))):
-        try:
-            rate = decode(entry.record).acceptance
-        except SignalError:
-            continue  # the cycle will count it
-        if rate is not None:
-            found.append(rate)
-    return found

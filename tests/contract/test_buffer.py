@@ -136,15 +136,18 @@ def test_older_entries_are_found_newest_first(make: Make) -> None:
     assert len(buffer.before("r", NEWEST, 100)) == 5
 
 
-def test_new_signals_are_those_nobody_claimed(make: Make) -> None:
-    """Counted up to a limit, before and after the first claim."""
-    buffer = make()
-    assert buffer.new_signals("r", 10) == 0
-    for i in range(5):
-        buffer.append("r", b"%d" % i)
-    assert (buffer.new_signals("r", 10), buffer.new_signals("r", 3)) == (5, 3)
-    buffer.claim("r", 2)
-    assert buffer.new_signals("r", 10) == 3
+def test_unclaimed_entries_are_told_by_their_acceptances(make: Make) -> None:
+    """Oldest first, up to a limit, before and after the first claim; what is trimmed is gone from there, too."""
+    buffer = make(signals=6)
+    assert buffer.unclaimed("r", 10) == []
+    buffer.append("r", b"0", b"1", b"2", acceptances=[0.5, None, 0.25])
+    buffer.append("r", b"3", b"4")
+    assert buffer.unclaimed("r", 10) == [0.5, None, 0.25, None, None]
+    assert buffer.unclaimed("r", 2) == [0.5, None]
+    buffer.claim("r", 1)
+    assert buffer.unclaimed("r", 10) == [None, 0.25, None, None]
+    buffer.append("r", *(b"%d" % i for i in range(5, 9)), acceptances=[0.1] * 4)
+    assert buffer.unclaimed("r", 10) == [None, None, *[0.1] * 4]
 
 
 def test_routes_do_not_see_each_other(make: Make) -> None:

@@ -72,7 +72,7 @@ class Workplace:
         active = self.registry.active("other")
         assert active is not None
         weights = self.artifacts.verify(active.sha256).joinpath("model.safetensors").read_bytes()
-        waiting = self.buffer.new_signals("other", 1000)
+        waiting = len(self.buffer.unclaimed("other", 1000))
         return active.id, active.sha256, weights, self.buffer.depth("other"), waiting, self.ledger.cycles("other")
 
 

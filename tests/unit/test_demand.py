@@ -4,10 +4,7 @@ import random
 
 import pytest
 
-from online.buffer import Bounds, MemoryBuffer
-from online.signals import encode
 from online.tables import Cycle
-from tests.signals import signal
 from trainer.demand import fall, gain, rest
 
 
@@ -68,13 +65,3 @@ def test_too_few_requests_are_no_shift() -> None:
     """Fifteen bad ones may be chance."""
     assert fall([0.0] * 15, 0.5) == ""
     assert fall([0.5] * 40, None) == ""
-
-
-def test_new_signals_are_read_in_their_order() -> None:
-    """Oldest first; junk is passed over, and so is what compared nothing."""
-    from trainer.demand import _acceptances
-
-    buffer = MemoryBuffer(Bounds(100, 2**20, 3600))
-    for record in (encode(signal(acceptance=0.8)), b"junk", encode(signal()), encode(signal(acceptance=0.2))):
-        buffer.append("r", record)
-    assert _acceptances(buffer, "r", 4) == [0.8, 0.2]
