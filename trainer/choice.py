@@ -50,13 +50,14 @@ def choose(
     gamma: int,
     pad_id: int,
     still_wanted: Callable[[], None] = lambda: None,
+    former: nn.Module | None = None,
 ) -> dict[str, Any]:
     """For the new version: `choice`, what is changed in `base`, and where it was looked for now, what was `tried`."""
     inherited = parent.recipe.get("choice")
     promised = parent.gate.get("candidate_acceptance")
     if isinstance(inherited, Mapping) and not shifted(module, lessons, promised, gamma, pad_id):
         return {"choice": dict(inherited)}
-    choice, tried = search(module, lessons, base, gamma, pad_id, still_wanted)
+    choice, tried = search(module, lessons, base, gamma, pad_id, still_wanted, former)
     return {"choice": choice, "tried": [asdict(one) for one in tried]}
 
 
@@ -75,6 +76,7 @@ def search(
     gamma: int,
     pad_id: int,
     still_wanted: Callable[[], None] = lambda: None,
+    former: nn.Module | None = None,
 ) -> tuple[dict[str, Any], tuple[Tried, ...]]:
     """The change to `base` that learns more from these lessons, if one does, and everything that was tried.
 
@@ -92,7 +94,7 @@ def search(
         marked = []
         for change in (usual, *left):
             learnt = copy.deepcopy(module)
-            distill(learnt, pupils[:count], replace(base, **change), pad_id, still_wanted)
+            distill(learnt, pupils[:count], replace(base, **change), pad_id, still_wanted, former)
             marked.append(evaluate(learnt, judges, gamma, pad_id).tokens_R)
             tried.append(Tried(dict(change), min(count, len(pupils)), float(marked[-1].mean())))
         if len(left) == 1:

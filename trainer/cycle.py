@@ -118,10 +118,11 @@ def _learn(
     recipe, found = Recipe.of({**settings.recipe, "seed": lease.cycle_id}), {}
     pad_id = int(module.config.pad_token_id or 0)  # type: ignore[union-attr, arg-type]
     gamma = served_gamma(chosen.exam.new, settings.gamma or 1)
+    former = _first(shop, route)
     if settings.search_recipe:
-        found = choose(module, chosen.lessons, recipe, parent, gamma, pad_id, still_wanted)
+        found = choose(module, chosen.lessons, recipe, parent, gamma, pad_id, still_wanted, former)
         recipe = replace(recipe, **found["choice"])
-    distilled = distill(module, chosen.lessons, recipe, pad_id, still_wanted)
+    distilled = distill(module, chosen.lessons, recipe, pad_id, still_wanted, former)
     train_s = time.monotonic() - started
     digest = shop.artifacts.publish(lambda folder: _save(module, parent, shop, folder))
     report = _judged(shop, parent, digest, chosen.exam, gamma, pad_id, lease.cycle_id)
@@ -182,6 +183,14 @@ def _readable(entries: Sequence[Entry], vocab_size: int) -> tuple[list[Signal], 
             log.warning("signal %s left out: %s", entry.id, error)
     kept = [signal for signal in signals if usable(signal, vocab_size)]
     return kept, len(entries) - len(kept)
+
+
+def _first(shop: Workshop, route: str) -> nn.Module:
+    """The draft that the route began with. Held to its parent alone, each version would forget a little more of it."""
+    oldest = shop.registry.versions(route)[-1]
+    if is_generic(oldest):  # a cluster's: it stands for what the default route happened to run then
+        oldest = shop.registry.versions(shop.settings.default_route)[-1]
+    return _load(shop, oldest)
 
 
 def _load(shop: Workshop, version: Version) -> nn.Module:

@@ -31,7 +31,7 @@ class Recipe:
     branch_weight: Annotated[float, Field(ge=0)] = 0.1  # of a position on one; on the emitted path it is 1
     follow_temperature: bool = False  # compare at the request's temperature instead of at 1
     selected_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # AdaSPEC: those positions with the most to gain
-    rehearsal: Annotated[float, Field(ge=0)] = 0.5  # weight of what the draft could do before, on its own samples
+    rehearsal: Annotated[float, Field(ge=0)] = 0.5  # weight of what a former draft could do, on its own samples
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     epochs: Annotated[int, Field(ge=1)] = 8
     batch_signals: Annotated[int, Field(ge=1)] = 8
@@ -98,15 +98,19 @@ def distill(
     recipe: Recipe,
     pad_id: int,
     still_wanted: Callable[[], None] = lambda: None,
+    former: nn.Module | None = None,
 ) -> Distilled:
-    """Trains `module` (float32) in place. `still_wanted` is called at every step and may raise to end it."""
+    """Trains `module` (float32) in place. `still_wanted` is called at every step and may raise to end it.
+
+    `former` is the draft whose knowledge is rehearsed; by default what `module` is now.
+    """
     started = time.monotonic()
     lessons = [Lesson.of(signal, recipe.branch_tokens if takes_branches(module) else 0) for signal in signals]
     reference = None
     if recipe.selected_share < 1:
         reference = copy.deepcopy(module)
         _train(reference, lessons, recipe, pad_id, still_wanted)
-    rehearsal = Rehearsal(module, lessons, recipe.seed) if recipe.rehearsal else None
+    rehearsal = Rehearsal(former or copy.deepcopy(module), lessons, recipe.seed) if recipe.rehearsal else None
     told, positions = _train(module, lessons, recipe, pad_id, still_wanted, reference, rehearsal)
     edge = max(1, len(told) // 10)
     first, last = float(np.mean(told[:edge])), float(np.mean(told[-edge:]))

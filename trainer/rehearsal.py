@@ -1,13 +1,12 @@
 """Rehearsal: what a draft could do before, so that learning one kind of traffic does not unlearn the others.
 
 A draft knows more than its route's signals show: what it was pretrained on comes back when the traffic shifts. Nothing
-of that is at hand, but the draft itself is: it writes samples of its own, and while it learns it is held to its former
-distribution on them (pseudo-rehearsal, Robins 1995). No data is kept for it, and no target asked.
+of that is at hand, but the draft of that time is: it writes samples of its own, and a later one that learns is held to
+its distribution on them (pseudo-rehearsal, Robins 1995). No data is kept for it, and no target asked.
 
 Legend: R sequences, T tokens, B sequences of a step, V vocabulary.
 """
 
-import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,14 +20,14 @@ PER_STEP = 2  # of them, rehearsed beside every batch of lessons
 
 
 class Rehearsal:
-    """A draft as it is now, and what it writes. `loss` is how far a later state of it has moved."""
+    """A former draft, which stays as it is, and what it writes. `loss` is how far a later one has moved from it."""
 
-    def __init__(self, module: nn.Module, lessons: Sequence[Lesson], seed: int) -> None:
-        self._former = copy.deepcopy(module).eval().requires_grad_(False)
+    def __init__(self, former: nn.Module, lessons: Sequence[Lesson], seed: int) -> None:
+        self._former = former.eval().requires_grad_(False)
         self._rng = np.random.default_rng(seed)
         # As prompts begin, so that the draft goes on as in the traffic that it knows.
         starts = [int(lesson.ids_T[0]) for lesson in lessons]
-        first_R1 = torch.tensor(self._rng.choice(starts, SEQUENCES), device=next(module.parameters()).device)[:, None]
+        first_R1 = torch.tensor(self._rng.choice(starts, SEQUENCES), device=next(former.parameters()).device)[:, None]
         self._ids_RT = write(self._former, first_R1, TOKENS, seed)
 
     def loss(self, module: nn.Module) -> Tensor:
