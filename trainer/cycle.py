@@ -26,7 +26,7 @@ from online.artifacts import ArtifactStore
 from online.buffer import Entry, SignalBuffer, id_order
 from online.connections import git_commit, signal_buffer
 from online.cycles import CycleLedger, Lease, LeaseLost
-from online.errors import SignalError, SlipstreamError
+from online.errors import ArtifactError, SignalError, SlipstreamError
 from online.registry import Candidate, Registry, is_generic
 from online.settings import Settings
 from online.signals import Signal, decode
@@ -185,12 +185,19 @@ def _readable(entries: Sequence[Entry], vocab_size: int) -> tuple[list[Signal], 
     return kept, len(entries) - len(kept)
 
 
-def _first(shop: Workshop, route: str) -> nn.Module:
-    """The draft that the route began with. Held to its parent alone, each version would forget a little more of it."""
+def _first(shop: Workshop, route: str) -> nn.Module | None:
+    """The draft that the route began with; None if its artifact is gone, which is no reason not to learn.
+
+    Held to its parent alone, each version would forget a little more of it.
+    """
     oldest = shop.registry.versions(route)[-1]
     if is_generic(oldest):  # a cluster's: it stands for what the default route happened to run then
         oldest = shop.registry.versions(shop.settings.default_route)[-1]
-    return _load(shop, oldest)
+    try:
+        return _load(shop, oldest)
+    except ArtifactError as error:
+        log.warning("the parent is rehearsed, not the first draft: %s", error)
+        return None
 
 
 def _load(shop: Workshop, version: Version) -> nn.Module:

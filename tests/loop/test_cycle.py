@@ -1,15 +1,21 @@
 """Training cycles by a real worker process: one window, one version, whatever is killed or delivered twice."""
 
+import shutil
 import time
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from online.canaries import CanaryLedger
+from online.registry import Candidate, add_version
 from online.signals import Signal
-from online.tables import connect
+from online.tables import connect, transaction
+from tests.conftest import copy_into
 from tests.loop.conftest import Loop, kill, until
 from tests.signals import taught
 from tests.tiny import TinyPair
+from trainer.cycle import Workshop, _first
 
 MANY = "99999999999999-0"
 
@@ -191,3 +197,20 @@ def test_beat_starts_cycles_by_itself_and_rests_when_nothing_is_new(sqlite_loop:
         assert (cycle.actor, cycle.state) == ("beat", "promoted")
         time.sleep(2)
         assert len(sqlite_loop.ledger.cycles("default")) == 1
+
+
+def test_the_first_draft_is_what_every_version_rehearses(sqlite_loop: Loop, pair: TinyPair) -> None:
+    """Not the parent; where its artifact is gone, that is no reason not to learn."""
+    loop, shop = sqlite_loop, Workshop.of(sqlite_loop.settings)
+    first = loop.registry.active("default")
+    assert first is not None
+    digest = loop.artifacts.publish(lambda folder: copy_into(pair.target, folder))
+    made = Candidate(digest, {}, {}, {}, "test")
+    with transaction(connect(loop.settings.sql_url), writes=True) as session:
+        add_version(session, "default", made, "test", parent_id=first.id, cycle_id=None)
+    found = _first(shop, "default")
+    assert found is not None
+    weights = AutoModelForCausalLM.from_pretrained(loop.artifacts.path(first.sha256)).state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in found.state_dict().items())
+    shutil.rmtree(loop.artifacts.path(first.sha256))
+    assert _first(shop, "default") is None
