@@ -8,6 +8,7 @@ COMMANDS = {
     "bench": ("lab.bench", "measure this engine beside transformers, under load, with swaps, with the recorder"),
     "replay": ("lab.replay", "replay real queries through the whole loop, and compare ways to learn"),
     "gate": ("lab.gate", "how often the gate is wrong, on real signals"),
+    "recipes": ("lab.recipes", "what recipes learn from the same answers: divergences, branches, selection"),
     "truncation": ("lab.truncation", "how much of a distribution has to be logged: gain kept and bytes, by k"),
     "gkd": ("lab.gkd", "learning from logged distributions, beside TRL's trainer that runs the target"),
     "warm-up": (

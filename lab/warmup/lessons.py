@@ -43,14 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser, prompt_count: int) -> None:
 
 
 def taught_and_held_out(
-    args: argparse.Namespace, pair: rig.Pair, temperatures: Sequence[float] = BOTH
+    args: argparse.Namespace, pair: rig.Pair, temperatures: Sequence[float] = BOTH, gamma: int = 0
 ) -> tuple[list[Signal], list[Signal]]:
     """The target's answers: those to learn from, and those to judge by."""
     if args.held_out is None:
-        signals = answers(pair, pair.prompts, args.max_tokens, temperatures=temperatures)
+        signals = answers(pair, pair.prompts, args.max_tokens, temperatures=temperatures, gamma=gamma)
         return [s for s in signals if not held_out(s)], [s for s in signals if held_out(s)]
     judged = tokenized(pair, args.held_out, args.held_out_count)
-    signals = answers(pair, pair.prompts + judged, args.max_tokens, temperatures=temperatures)
+    signals = answers(pair, pair.prompts + judged, args.max_tokens, temperatures=temperatures, gamma=gamma)
     learnt = {f"q{i}" for i in range(len(pair.prompts))}
     return [s for s in signals if s.request_id in learnt], [s for s in signals if s.request_id not in learnt]
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lab import gate, truncation
+from lab import truncation
 from lab.statistics import Floats
 from lab.truncation import draws_for, gain_kept, sampled, truncated, whole_distribution
 from lab.warmup.exam import Marks
@@ -74,11 +74,3 @@ def test_the_command_ends_with_its_figures(command: Command, pair: TinyPair) -> 
     assert drawn.endswith("draws")
     assert figures["rows"]["whole"]["gain_kept"] in ([1, 1, 1], [])
     assert figures["rows"]["top 2"]["bytes"] == 10
-
-
-def test_the_gate_s_study_ends_with_its_figures(command: Command, pair: TinyPair) -> None:
-    """Shares of draws, of candidates that learn by the service's recipe."""
-    options = ["--draft", str(pair.spoilt), "--lessons", "6", "--noisy", "2", "--draws", "4"]
-    figures = command(gate.main, *options, held_out="")
-    assert 0 <= figures["false_promotion"] <= 1
-    assert figures["answers"] == 10
