@@ -3,14 +3,17 @@
 Pure: a route's readable signals in, lists of them out.
 
 A request is held out by the hash of its id, in every cycle, so what is examined was never trained on. The exam has two
-strata: NEW is the traffic that the candidate would serve, EARLIER what it must not forget. No client has more than its
-share of the lessons or of a stratum while there are others, so one that floods a window can neither teach the draft its
-own text alone nor be the judge of it. Where nobody says who asks, every request counts as a client of its own: nobody
-is left out there, and the flood is the gate's to stop.
+strata: NEW is the traffic that the candidate would serve, EARLIER what it must not forget. What came after the active
+draft's own window is new, whichever cycle claimed it: of a cycle that was refused for want of proof, the next one has
+the proof.
+
+No client has more than its share of the lessons or of a stratum while there are others, so one that floods a window can
+neither teach the draft its own text alone nor be the judge of it. Where nobody says who asks, every request counts as a
+client of its own: nobody is left out there, and the flood is the gate's to stop.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from online.signals import Signal
@@ -41,15 +44,21 @@ class Curriculum:
     left_out: dict[str, int]  # signals that were beyond their client's share, of the lessons and of the exam
 
 
-def curriculum(window: Sequence[Signal], older: Sequence[Signal], bounds: Bounds) -> Curriculum:
-    """`window` is oldest first, as it was claimed; `older` a sample in no order. Only the newest target's are used."""
+def curriculum(
+    window: Sequence[Signal], older: Sequence[Signal], bounds: Bounds, recent: Collection[str] = ()
+) -> Curriculum:
+    """`window` is oldest first, as it was claimed; `older` a sample in no order. Only the newest target's are used.
+
+    `recent`: ids of older requests that came after the active draft's own window.
+    """
     target = window[-1].model if window else ""
     new, old = ([s for s in side if s.model == target] for side in (reversed(window), older))
     share = bounds.client_share, bounds.fewest
     replayed, _ = fair([s for s in old if not held_out(s)], *share, bounds.replay)
     lessons, unlearnt = fair([*(s for s in new if not held_out(s)), *replayed], *share)
-    fresh, unasked = fair([s for s in new if held_out(s)], *share, bounds.exam)
-    known, _ = fair([s for s in old if held_out(s)], *share, bounds.exam)
+    since = [s for s in old if held_out(s) and s.request_id in recent]
+    fresh, unasked = fair([*(s for s in new if held_out(s)), *since], *share, bounds.exam)
+    known, _ = fair([s for s in old if held_out(s) and s.request_id not in recent], *share, bounds.exam)
     if len(fresh) < MIN_REQUESTS:
         fresh, _ = fair([*fresh, *known], *share, min(MIN_REQUESTS, bounds.exam))
         asked = {signal.request_id for signal in fresh}

@@ -26,7 +26,7 @@ from online.artifacts import ArtifactStore
 from online.buffer import Entry, SignalBuffer, id_order
 from online.connections import git_commit, signal_buffer
 from online.cycles import CycleLedger, Lease, LeaseLost
-from online.errors import ArtifactError, SignalError, SlipstreamError
+from online.errors import SignalError, SlipstreamError
 from online.registry import Candidate, Registry, is_generic
 from online.settings import Settings
 from online.signals import Signal, decode
@@ -38,6 +38,7 @@ from trainer.distill import Recipe, distill
 from trainer.exits import EXIT_LEASE_LOST, EXIT_REPORTED
 from trainer.gate import GateReport, judge
 from trainer.marks import served_gamma
+from trainer.weights import Weights
 
 log = logging.getLogger("slipstream.trainer")
 
@@ -65,6 +66,10 @@ class Workshop:
             ArtifactStore(settings.artifacts_path),
         )
 
+    @property
+    def weights(self) -> Weights:
+        return Weights(self.settings, self.registry, self.artifacts)
+
 
 def run(shop: Workshop, lease: Lease, still_wanted: Callable[[], None] = lambda: None) -> str:
     """Works a leased cycle to its end and returns its state.
@@ -79,12 +84,14 @@ def run(shop: Workshop, lease: Lease, still_wanted: Callable[[], None] = lambda:
         return shop.ledger.finish(lease, "empty", {"reason": "no draft yet" if parent is None else "no signals"}).state
     shop.ledger.set_window(lease, window[0].id, window[-1].id)
 
-    module = _load(shop, parent)
+    module = shop.weights.load(parent)
     vocab_size = module.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     new, unreadable = _readable(window, vocab_size)
-    old, _ = _readable(_earlier(shop, route, window), vocab_size)
+    earlier = _earlier(shop, route, window)
+    old, _ = _readable(earlier, vocab_size)
+    recent, _ = _readable(_after(earlier, parent.window.get("last")), vocab_size)
     bounds = Bounds(shop.settings.replay_signals, shop.settings.held_out_signals, shop.settings.client_share)
-    chosen = curriculum(new, old, bounds)
+    chosen = curriculum(new, old, bounds, {signal.request_id for signal in recent})
     span = {
         "first": window[0].id,
         "last": window[-1].id,
@@ -118,13 +125,13 @@ def _learn(
     recipe, found = Recipe.of({**settings.recipe, "seed": lease.cycle_id}), {}
     pad_id = int(module.config.pad_token_id or 0)  # type: ignore[union-attr, arg-type]
     gamma = served_gamma(chosen.exam.new, settings.gamma or 1)
-    former = _first(shop, route)
+    former = shop.weights.first(route)  # Held to their parents alone, versions would forget a little more each time.
     if settings.search_recipe:
         found = choose(module, chosen.lessons, recipe, parent, gamma, pad_id, still_wanted, former)
         recipe = replace(recipe, **found["choice"])
     distilled = distill(module, chosen.lessons, recipe, pad_id, still_wanted, former)
     train_s = time.monotonic() - started
-    digest = shop.artifacts.publish(lambda folder: _save(module, parent, shop, folder))
+    digest = shop.artifacts.publish(lambda folder: shop.weights.save(module, parent, folder))
     report = _judged(shop, parent, digest, chosen.exam, gamma, pad_id, lease.cycle_id)
     still_wanted()
     made = Candidate(
@@ -150,7 +157,7 @@ def _learn(
 
 def _judged(shop: Workshop, parent: Version, digest: str, exam: Exam, gamma: int, pad_id: int, seed: int) -> GateReport:
     """The candidate as it would be served: rounded to its stored precision, read back from disk."""
-    active, candidate = _load(shop, parent), _load_artifact(shop, digest)
+    active, candidate = shop.weights.load(parent), shop.weights.read(digest)
     tolerance = shop.settings.forgetting_tolerance
     return judge(active, candidate, exam.new, exam.earlier, gamma=gamma, pad_id=pad_id, tolerance=tolerance, seed=seed)
 
@@ -173,6 +180,11 @@ def _earlier(shop: Workshop, route: str, window: Sequence[Entry]) -> list[Entry]
     return sorted(kept, key=lambda entry: hashlib.sha256(entry.record).digest())
 
 
+def _after(entries: Sequence[Entry], last: str | None) -> list[Entry]:
+    """Those that came after the last one of a version's window; all of them where it was not made from signals."""
+    return [entry for entry in entries if last is None or id_order(entry.id) > id_order(last)]
+
+
 def _readable(entries: Sequence[Entry], vocab_size: int) -> tuple[list[Signal], int]:
     """Signals that teach something, and how many records could not be used."""
     signals = []
@@ -183,38 +195,6 @@ def _readable(entries: Sequence[Entry], vocab_size: int) -> tuple[list[Signal], 
             log.warning("signal %s left out: %s", entry.id, error)
     kept = [signal for signal in signals if usable(signal, vocab_size)]
     return kept, len(entries) - len(kept)
-
-
-def _first(shop: Workshop, route: str) -> nn.Module | None:
-    """The draft that the route began with; None if its artifact is gone, which is no reason not to learn.
-
-    Held to its parent alone, each version would forget a little more of it.
-    """
-    oldest = shop.registry.versions(route)[-1]
-    if is_generic(oldest):  # a cluster's: it stands for what the default route happened to run then
-        oldest = shop.registry.versions(shop.settings.default_route)[-1]
-    try:
-        return _load(shop, oldest)
-    except ArtifactError as error:
-        log.warning("the parent is rehearsed, not the first draft: %s", error)
-        return None
-
-
-def _load(shop: Workshop, version: Version) -> nn.Module:
-    return _load_artifact(shop, version.sha256)
-
-
-def _load_artifact(shop: Workshop, digest: str) -> nn.Module:
-    folder = shop.artifacts.verify(digest)
-    module: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return module.to(shop.settings.trainer_device)
-
-
-def _save(module: nn.Module, parent: Version, shop: Workshop, folder: Path) -> None:
-    """In the parent's stored precision, so that every version of a route is one kind of file."""
-    stored = transformers.AutoConfig.from_pretrained(shop.artifacts.path(parent.sha256)).dtype or torch.float32
-    # Under the names that the decoder's live module has, which for some families are not those of their first files.
-    module.to(stored).save_pretrained(folder, max_shard_size="1TB", save_original_format=False)  # type: ignore[operator]
 
 
 class Heart:

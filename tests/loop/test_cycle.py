@@ -15,7 +15,7 @@ from tests.conftest import copy_into
 from tests.loop.conftest import Loop, kill, until
 from tests.signals import taught
 from tests.tiny import TinyPair
-from trainer.cycle import Workshop, _first
+from trainer.cycle import Workshop
 
 MANY = "99999999999999-0"
 
@@ -208,9 +208,9 @@ def test_the_first_draft_is_what_every_version_rehearses(sqlite_loop: Loop, pair
     made = Candidate(digest, {}, {}, {}, "test")
     with transaction(connect(loop.settings.sql_url), writes=True) as session:
         add_version(session, "default", made, "test", parent_id=first.id, cycle_id=None)
-    found = _first(shop, "default")
+    found = shop.weights.first("default")
     assert found is not None
     weights = AutoModelForCausalLM.from_pretrained(loop.artifacts.path(first.sha256)).state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in found.state_dict().items())
     shutil.rmtree(loop.artifacts.path(first.sha256))
-    assert _first(shop, "default") is None
+    assert shop.weights.first("default") is None

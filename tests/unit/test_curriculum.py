@@ -67,6 +67,18 @@ def test_a_window_of_few_held_out_requests_borrows_older_ones() -> None:
     assert len(set(ids(both(exam)))) == len(both(exam))
 
 
+def test_what_came_since_the_active_draft_is_new() -> None:
+    """Held-out requests of refused cycles speak for the next candidate; to learn from, they are like any older ones."""
+    window, older = requests(50, "w"), [*requests(100, "r"), *requests(100, "o")]
+    recent = {s.request_id for s in older if s.request_id[0] == "r"}
+    plain, found = curriculum(window, older, BOUNDS), curriculum(window, older, BOUNDS, recent)
+    assert found.lessons == plain.lessons
+    assert ids(found.exam.new) == ids(
+        [*(s for s in reversed(window) if held_out(s)), *(s for s in older[:100] if held_out(s))]
+    )
+    assert ids(found.exam.earlier) == ids([s for s in older[100:] if held_out(s)])
+
+
 def test_a_flood_has_no_more_than_its_share() -> None:
     """Of the lessons and of both strata; what it loses is its oldest, and is counted."""
     window = requests(500, "flood", "f") + requests(100, "base", "b")
