@@ -129,7 +129,7 @@ def make_loop(database_url: str, redis_url: str, pair: TinyPair, folder: Path) -
         lease_s=2,
         tick_s=0.5,
         cycle_min_signals=50,
-        recipe={"learning_rate": 3e-3},
+        recipe={"learning_rate": 3e-3, "epochs": 4},
         search_recipe=False,
         trainer_threads=2,
         canary_share=0,  # a candidate that passes the gate is active when its cycle ends

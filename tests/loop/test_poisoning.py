@@ -24,7 +24,7 @@ from trainer.marks import evaluate
 BASE, FLOOD = (4, 150), (150, 300)
 UNGUARDED = {
     "client_share": 1.0, "forgetting_tolerance": 1.0, "replay_signals": 0,
-    "recipe": {"learning_rate": 3e-3, "rehearsal": 0},
+    "recipe": {"learning_rate": 3e-3, "epochs": 4, "rehearsal": 0},
 }  # fmt: skip
 
 
@@ -32,7 +32,7 @@ class Workplace:
     """Cycles in this process, over two routes that begin with the same draft."""
 
     def __init__(self, pair: TinyPair, folder: Path, **more: object) -> None:
-        own = {"recipe": {"learning_rate": 3e-3}, "search_recipe": False, "canary_share": 0, **more}
+        own = {"recipe": {"learning_rate": 3e-3, "epochs": 4}, "search_recipe": False, "canary_share": 0, **more}
         settings = Settings(data_dir=folder, routes="default,other", **own)  # type: ignore[arg-type]
         database = connect(settings.sql_url)
         self.registry, self.ledger = Registry(database), CycleLedger(database)
