@@ -5,7 +5,7 @@ Pure: a route's readable signals in, lists of them out.
 A request is held out by the hash of its id, in every cycle, so what is examined was never trained on. The exam has two
 strata: NEW is the traffic that the candidate would serve, EARLIER what it must not forget. What came after the active
 draft's own window is new, whichever cycle claimed it: of a cycle that was refused for want of proof, the next one has
-the proof.
+the proof. It is earlier traffic all the same, which the candidate must not forget.
 
 No client has more than its share of the lessons or of a stratum while there are others, so one that floods a window can
 neither teach the draft its own text alone nor be the judge of it. Where nobody says who asks, every request counts as a
@@ -31,7 +31,7 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Exam:
-    """Newest first; no request is in both."""
+    """Newest first. Only requests that came since the active draft's own window are in both."""
 
     new: list[Signal]
     earlier: list[Signal]
@@ -58,11 +58,13 @@ def curriculum(
     lessons, unlearnt = fair([*(s for s in new if not held_out(s)), *replayed], *share)
     since = [s for s in old if held_out(s) and s.request_id in recent]
     fresh, unasked = fair([*(s for s in new if held_out(s)), *since], *share, bounds.exam)
-    known, _ = fair([s for s in old if held_out(s) and s.request_id not in recent], *share, bounds.exam)
+    known, _ = fair([s for s in old if held_out(s)], *share, bounds.exam)
     if len(fresh) < MIN_REQUESTS:
-        fresh, _ = fair([*fresh, *known], *share, min(MIN_REQUESTS, bounds.exam))
         asked = {signal.request_id for signal in fresh}
-        known, _ = fair([s for s in known if s.request_id not in asked], *share)
+        others = [s for s in known if s.request_id not in asked]
+        fresh, _ = fair([*fresh, *others], *share, min(MIN_REQUESTS, bounds.exam))
+        asked = {signal.request_id for signal in fresh}
+        known, _ = fair([s for s in known if s.request_id not in asked or s.request_id in recent], *share)
     return Curriculum(lessons, Exam(fresh, known), {"lessons": unlearnt, "exam": unasked})
 
 

@@ -31,7 +31,8 @@ UNGUARDED = {
 class Workplace:
     """Cycles in this process, over two routes that begin with the same draft."""
 
-    def __init__(self, pair: TinyPair, folder: Path, **more: object) -> None:
+    def __init__(self, pair: TinyPair, folder: Path, past: Sequence[Signal], **more: object) -> None:
+        """`past`: signals that earlier cycles have used, the last of them to make the drafts that are active."""
         own = {"recipe": {"learning_rate": 3e-3, "epochs": 4}, "search_recipe": False, "canary_share": 0, **more}
         settings = Settings(data_dir=folder, routes="default,other", **own)  # type: ignore[arg-type]
         database = connect(settings.sql_url)
@@ -40,18 +41,19 @@ class Workplace:
         self.shop = cycle.Workshop(settings, self.registry, self.ledger, self.buffer, self.artifacts)
         self.registry.ensure_routes(settings.routes)
         digest = self.artifacts.publish(lambda into: copy_into(pair.draft, into))
+        window = {"last": self._past(past)}
         for route in settings.routes:
-            self.registry.register_first(route, Candidate(digest, {}, {}, {}, "test"), "test")
+            self.registry.register_first(route, Candidate(digest, {}, window, {}, "test"), "test")
 
     def feed(self, signals: Sequence[Signal], route: str = "default") -> None:
         self.buffer.append(route, *map(encode, signals))
 
-    def past(self, signals: Sequence[Signal]) -> None:
-        """Signals that an earlier cycle has used."""
+    def _past(self, signals: Sequence[Signal]) -> str:
         self.feed(signals)
         used = self.buffer.claim("default", 10_000)
         self.buffer.keep("default", used, 1000)
         self.buffer.acknowledge("default", [entry.id for entry in used])
+        return used[-1].id
 
     def cycle(self) -> Cycle:
         wanted, _ = self.ledger.request("default", "test")
@@ -103,8 +105,7 @@ def test_a_client_that_floods_a_window_does_not_spoil_the_draft_for_others(
     sqlite: object, pair: TinyPair, tmp_path: Path, past: list[Signal], measured: list[Signal]
 ) -> None:
     """The base traffic keeps its tokens per step within the tolerance; the other route is as it was."""
-    work = Workplace(pair, tmp_path)
-    work.past(past)
+    work = Workplace(pair, tmp_path, past)
     work.feed(flooded(pair, client="flooder"))
     work.feed(taught(pair.target, 10, name="other"), "other")
     before, other = work.tokens_per_step(measured), work.other()
@@ -118,8 +119,7 @@ def test_a_flood_of_nobodys_is_stopped_by_what_would_be_forgotten(
     sqlite: object, pair: TinyPair, tmp_path: Path, past: list[Signal], measured: list[Signal]
 ) -> None:
     """Better on the new traffic, most of which is the flood; refused for the earlier."""
-    work = Workplace(pair, tmp_path, replay_signals=0)
-    work.past(past)
+    work = Workplace(pair, tmp_path, past, replay_signals=0)
     work.feed(flooded(pair, client=""))
     before = work.tokens_per_step(measured)
     done = work.cycle()
@@ -132,8 +132,7 @@ def test_without_either_guard_the_flood_would_spoil_it(
     sqlite: object, pair: TinyPair, tmp_path: Path, past: list[Signal], measured: list[Signal]
 ) -> None:
     """The flood of these tests does harm: what they show is not that it is harmless."""
-    work = Workplace(pair, tmp_path, **UNGUARDED)
-    work.past(past)
+    work = Workplace(pair, tmp_path, past, **UNGUARDED)
     work.feed(flooded(pair, client="flooder"))
     before = work.tokens_per_step(measured)
     assert work.cycle().state == "promoted"
