@@ -81,11 +81,18 @@ class Gkd:
 
     def __call__(self, name: str, count: int, judged: Sequence[Signal]) -> Trained:
         """`count` steps from the first draft."""
-        import datasets
         from trl.experimental.gkd import GKDConfig, GKDTrainer
 
+        class Counting(GKDTrainer):  # type: ignore[misc]
+            """Positions of answers that it makes itself are not known before."""
+
+            positions = 0
+
+            def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *more: Any, **named: Any) -> Any:
+                self.positions += int((inputs["labels"][:, 1:] != -100).sum())
+                return super().compute_loss(model, inputs, *more, **named)
+
         module, recipe = loaded(self._pair.files.draft), self._recipe
-        counted = Counted()
         optimizer = torch.optim.AdamW(module.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: factor(at, recipe.warmup_steps, count))
         tokenizer = self._pair.tokenizer
@@ -110,37 +117,28 @@ class Gkd:
                 logging_strategy="no",
                 disable_tqdm=True,
             )
-            trainer = GKDTrainer(
+            trainer = Counting(
                 model=module,
                 teacher_model=loaded(self._pair.files.target),
                 args=settings,
                 data_collator=Collator(pad_id(module)),
-                train_dataset=datasets.Dataset.from_list([_row(signal) for signal in self._taught]),
+                train_dataset=self._dataset(),
                 processing_class=tokenizer,
                 optimizers=(optimizer, schedule),
             )
-            _count(trainer, counted)
             print(f"{name}: {count} steps", flush=True)
             started = time.monotonic()
             trainer.train()
             seconds = time.monotonic() - started
         module.eval()
-        return Trained(name, seconds, counted.positions, examine(module, judged))
+        return Trained(name, seconds, trainer.positions, examine(module, judged))
 
+    def _dataset(self) -> Any:
+        from datasets import Dataset
+        from datasets.table import InMemoryTable
 
-class Counted:
-    positions = 0
-
-
-def _count(trainer: Any, counted: Counted) -> None:
-    """How many positions the trainer learns from: those of answers that it makes itself are not known before."""
-    compute = trainer.compute_loss
-
-    def counting(model: nn.Module, inputs: dict[str, Tensor], *more: Any, **named: Any) -> Any:
-        counted.positions += int((inputs["labels"][:, 1:] != -100).sum())
-        return compute(model, inputs, *more, **named)
-
-    trainer.compute_loss = counting
+        # With a name of its own: the one that would be made for it pickles what some versions of pyarrow can't.
+        return Dataset(InMemoryTable.from_pylist([_row(signal) for signal in self._taught]), fingerprint="lessons")
 
 
 def _row(signal: Signal) -> dict[str, list[int]]:

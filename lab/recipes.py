@@ -44,14 +44,14 @@ class Row:
     seconds: float  # of training, mean over seeds
     marks: list[Marks]  # by seed
 
-    def tokens(self, of: Sequence[bool]) -> np.ndarray:
-        """Tokens per step of those requests, of all seeds."""
-        return np.concatenate([marks.tokens_R[np.array(of)] for marks in self.marks])
+    @property
+    def tokens(self) -> np.ndarray:
+        """Tokens per step of every request, seed after seed."""
+        return np.concatenate([marks.tokens_R for marks in self.marks])
 
     def over(self, other: "Row") -> Ratio:
-        ours, theirs = (row.tokens([True] * len(row.marks[0].tokens_R)) for row in (self, other))
-        ones = np.ones(len(ours))
-        return paired_ratio((theirs, ones), (ours, ones))
+        ones = np.ones(len(self.tokens))
+        return paired_ratio((other.tokens, ones), (self.tokens, ones))
 
 
 def main() -> None:
@@ -105,31 +105,28 @@ def _name(change: dict[str, Any]) -> str:
 
 
 def _report(first: Marks, rows: Sequence[Row], judged: Sequence[Signal]) -> dict[str, object]:
-    sampled = [signal.temperature > 0 for signal in judged]
-    greedy = [not each for each in sampled]
+    sampled_R = np.array([signal.temperature > 0 for signal in judged])
     print(f"\n{'recipe':34} {'seconds':>8} {'sampled τ':>10} {'greedy τ':>9} {'acceptance':>11}  ratio of τ (95 %)")
-    print(_line("first draft", None, Row({}, 0, [first]), sampled, greedy, ""))
+    print(f"{'first draft':34} {'':8} {_line(first, sampled_R)}")
     told = []
     for row in rows:
-        ratio = row.over(rows[0])
+        marks, ratio = Marks.mean(row.marks), row.over(rows[0])
         share = "" if row is rows[0] else f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
-        print(_line(_name(row.change), row.seconds, row, sampled, greedy, share))
+        print(f"{_name(row.change):34} {row.seconds:8.1f} {_line(marks, sampled_R)}  {share}")
         told.append(
             {
                 "recipe": row.change,
                 "seconds": round(row.seconds, 1),
-                "tokens_per_step": Marks.mean(row.marks).step,
+                "tokens_per_step": marks.step,
                 "over_first_recipe": [round(value, 4) for value in (ratio.value, ratio.low, ratio.high)],
             }
         )
     return {"first_draft": first.step, "recipes": told}
 
 
-def _line(name: str, seconds: float | None, row: Row, sampled: list[bool], greedy: list[bool], ratio: str) -> str:
-    each = [f"{row.tokens(of).mean():.3f}" if any(of) else "-" for of in (sampled, greedy)]
-    accepted = np.mean([marks.acceptance_R.mean() for marks in row.marks])
-    took = "" if seconds is None else f"{seconds:.1f}"
-    return f"{name:34} {took:>8} {each[0]:>10} {each[1]:>9} {accepted:11.3f}  {ratio}"
+def _line(marks: Marks, sampled_R: np.ndarray) -> str:
+    tokens = [marks.tokens_R[of_R].mean() if of_R.any() else np.nan for of_R in (sampled_R, ~sampled_R)]
+    return f"{tokens[0]:10.3f} {tokens[1]:9.3f} {marks.acceptance_R.mean():11.3f}"
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -76,12 +77,12 @@ def _variants(
     def top(k: int) -> list[Signal]:
         return [truncated(signal, logp, k) for signal, logp in zip(taught, whole, strict=True)]
 
-    yield "whole", 2.0 * vocab_size, lambda: top(vocab_size)
+    yield "whole", 2.0 * vocab_size, partial(top, vocab_size)
     for k in args.top_k:
-        yield f"top {k}", k * entry + 2.0, lambda k=k: top(k)  # type: ignore[misc]
+        yield f"top {k}", k * entry + 2.0, partial(top, k)
     for distinct in args.sampled:
         draws = draws_for(whole, distinct)
-        yield f"{draws} draws", float(distinct * entry), lambda draws=draws: sampled(taught, whole, draws)  # type: ignore[misc]
+        yield f"{draws} draws", float(distinct * entry), partial(sampled, taught, whole, draws)
 
 
 @torch.inference_mode()

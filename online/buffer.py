@@ -78,7 +78,10 @@ def id_order(entry_id: str) -> tuple[int, int]:
 
 class SignalBuffer(Protocol):
     def append(self, route: str, *records: bytes, acceptances: Sequence[float | None] = ()) -> None:
-        """Adds records in one go, each with its request's acceptance; trims the route to its bounds, oldest first."""
+        """Adds records in one go, and trims the route to its bounds, oldest first.
+
+        `acceptances`: of each record's request; empty where none is known.
+        """
 
     def claim(self, route: str, limit: int) -> list[Entry]:
         """The window of the next cycle: what an interrupted cycle left pending, else up to `limit` new entries."""
@@ -112,9 +115,9 @@ class RedisBuffer:
         self._append = client.register_script(_APPEND)
 
     def append(self, route: str, *records: bytes, acceptances: Sequence[float | None] = ()) -> None:
-        told = ["" if acceptance is None else repr(acceptance) for acceptance in acceptances]
-        pairs = itertools.zip_longest(records, told, fillvalue="")
-        self._append(keys=_keys(route), args=[*self._bounds, *itertools.chain.from_iterable(pairs)])
+        told = ["" if acceptance is None else repr(acceptance) for acceptance in acceptances or [None] * len(records)]
+        pairs = [part for pair in zip(records, told, strict=True) for part in pair]
+        self._append(keys=_keys(route), args=[*self._bounds, *pairs])
 
     def trim(self, route: str) -> None:
         self.append(route)
@@ -218,7 +221,7 @@ class MemoryBuffer:
     _sequence: "itertools.count[int]" = field(default_factory=itertools.count)
 
     def append(self, route: str, *records: bytes, acceptances: Sequence[float | None] = ()) -> None:
-        for record, acceptance in itertools.zip_longest(records, acceptances):
+        for record, acceptance in zip(records, acceptances or [None] * len(records), strict=True):
             entry_id = f"{time.time_ns() // 1_000_000}-{next(self._sequence)}"
             self._entries.setdefault(route, {})[entry_id] = record
             self._acceptances.setdefault(route, {})[entry_id] = acceptance

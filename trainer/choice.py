@@ -80,7 +80,7 @@ def search(
 ) -> tuple[dict[str, Any], tuple[Tried, ...]]:
     """The change to `base` that learns more from these lessons, if one does, and everything that was tried.
 
-    `module` stays as it is. Costs about as much as two passes of `base` over the lessons.
+    `module` stays as it is. Costs a little less than training by `base` on all the lessons.
     """
     judges = [s for s in lessons if _judges(s)]
     pupils = [s for s in lessons if not _judges(s)]

@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,18 +86,16 @@ def run(shop: Workshop, lease: Lease, still_wanted: Callable[[], None] = lambda:
 
     module = shop.weights.load(parent)
     vocab_size = module.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-    new, unreadable = _readable(window, vocab_size)
-    earlier = _earlier(shop, route, window)
-    old, _ = _readable(earlier, vocab_size)
-    recent, _ = _readable(_after(earlier, parent.window.get("last")), vocab_size)
+    new = list(_readable(window, vocab_size).values())
+    old = _readable(_earlier(shop, route, window), vocab_size)
     bounds = Bounds(shop.settings.replay_signals, shop.settings.held_out_signals, shop.settings.client_share)
-    chosen = curriculum(new, old, bounds, {signal.request_id for signal in recent})
+    chosen = curriculum(new, list(old.values()), bounds, _after(old, parent.window.get("last")))
     span = {
         "first": window[0].id,
         "last": window[-1].id,
         "signals": len(new),
         "trained_on": len(chosen.lessons),
-        "unreadable": unreadable,
+        "unreadable": len(window) - len(new),
         "left_out": chosen.left_out,
     }
     if not chosen.lessons:
@@ -125,7 +123,8 @@ def _learn(
     recipe, found = Recipe.of({**settings.recipe, "seed": lease.cycle_id}), {}
     pad_id = int(module.config.pad_token_id or 0)  # type: ignore[union-attr, arg-type]
     gamma = served_gamma(chosen.exam.new, settings.gamma or 1)
-    former = shop.weights.first(route)  # Held to their parents alone, versions would forget a little more each time.
+    # Held to their parents alone, versions would forget a little more each time.
+    former = shop.weights.first(route) if recipe.rehearsal else None
     if settings.search_recipe:
         found = choose(module, chosen.lessons, recipe, parent, gamma, pad_id, still_wanted, former)
         recipe = replace(recipe, **found["choice"])
@@ -180,21 +179,23 @@ def _earlier(shop: Workshop, route: str, window: Sequence[Entry]) -> list[Entry]
     return sorted(kept, key=lambda entry: hashlib.sha256(entry.record).digest())
 
 
-def _after(entries: Sequence[Entry], last: str | None) -> list[Entry]:
-    """Those that came after the last one of a version's window; all of them where it was not made from signals."""
-    return [entry for entry in entries if last is None or id_order(entry.id) > id_order(last)]
+def _after(signals: Mapping[str, Signal], last: str | None) -> set[str]:
+    """Requests that came after the last entry of a version's window; all where it was not made from signals."""
+    return {s.request_id for entry, s in signals.items() if last is None or id_order(entry) > id_order(last)}
 
 
-def _readable(entries: Sequence[Entry], vocab_size: int) -> tuple[list[Signal], int]:
-    """Signals that teach something, and how many records could not be used."""
-    signals = []
+def _readable(entries: Sequence[Entry], vocab_size: int) -> dict[str, Signal]:
+    """By entry id, in order: signals that teach something."""
+    signals = {}
     for entry in entries:
         try:
-            signals.append(decode(entry.record))
+            signal = decode(entry.record)
         except SignalError as error:
             log.warning("signal %s left out: %s", entry.id, error)
-    kept = [signal for signal in signals if usable(signal, vocab_size)]
-    return kept, len(entries) - len(kept)
+            continue
+        if usable(signal, vocab_size):
+            signals[entry.id] = signal
+    return signals
 
 
 class Heart:

@@ -52,6 +52,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="folder of logs, drafts and report (default: .slipstream/replay/NAME)")
     args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error("--jobs: at least 1")
     args.out = args.out or Path(".slipstream", "replay", args.preset or args.config.stem)
     try:
         figures = replay(args)

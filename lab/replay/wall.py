@@ -25,7 +25,7 @@ def compare_speeds(service: Service, asked: Sequence[Asked], config: Replay) -> 
     mixed = [one for pair in zip(asked[: len(asked) // 2], asked[len(asked) // 2 :], strict=True) for one in pair]
     for at_once in sorted({1, config.at_once}):
         drafted = {name: route for name, route in ROUTES.items() if name != "plain"}
-        tried = mixed[: config.wall_queries // 2]
+        tried = mixed[: max(1, config.wall_queries // 2)]
         best = {"plain": 0} | {name: _best_gamma(service, route, tried, at_once) for name, route in drafted.items()}
         speeds: dict[str, list[float]] = {name: [] for name in ROUTES}
         for turn in range(config.wall_turns):
