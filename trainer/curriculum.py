@@ -12,10 +12,12 @@ neither teach the draft its own text alone nor be the judge of it. Where nobody 
 client of its own: nobody is left out there, and the flood is the gate's to stop.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from online.buffer import Entry
 from online.signals import Signal
 from trainer.batches import held_out
 from trainer.gate import MIN_REQUESTS
@@ -66,6 +68,17 @@ def curriculum(
         asked = {signal.request_id for signal in fresh}
         known, _ = fair([s for s in known if s.request_id not in asked or s.request_id in recent], *share)
     return Curriculum(lessons, Exam(fresh, known), {"lessons": unlearnt, "exam": unasked})
+
+
+def drawn(kept: Sequence[Entry], window: Sequence[Entry]) -> list[Entry]:
+    """A route's kept sample without what is in the window, in an order of this window's own.
+
+    Replay takes the first of them. Were they the same ones in every cycle, those would be learnt by heart and the rest
+    forgotten; tried again, a cycle has the same.
+    """
+    inside = {entry.id for entry in window}
+    others = [entry for entry in kept if entry.id not in inside]
+    return sorted(others, key=lambda entry: hashlib.sha256(f"{window[0].id} {entry.id}".encode()).digest())
 
 
 def fair(

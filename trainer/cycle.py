@@ -7,7 +7,6 @@ whether or not Redis hears the acknowledgement.
 """
 
 import argparse
-import hashlib
 import logging
 import os
 import sys
@@ -33,7 +32,7 @@ from online.signals import Signal, decode
 from online.tables import Version, connect
 from trainer.batches import usable
 from trainer.choice import choose
-from trainer.curriculum import Bounds, Curriculum, Exam, curriculum
+from trainer.curriculum import Bounds, Curriculum, Exam, curriculum, drawn
 from trainer.distill import Recipe, distill
 from trainer.exits import EXIT_LEASE_LOST, EXIT_REPORTED
 from trainer.gate import GateReport, judge
@@ -87,7 +86,7 @@ def run(shop: Workshop, lease: Lease, still_wanted: Callable[[], None] = lambda:
     module = shop.weights.load(parent)
     vocab_size = module.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     new = list(_readable(window, vocab_size).values())
-    old = _readable(_earlier(shop, route, window), vocab_size)
+    old = _readable(drawn(shop.buffer.kept(route), window), vocab_size)
     bounds = Bounds(shop.settings.replay_signals, shop.settings.held_out_signals, shop.settings.client_share)
     chosen = curriculum(new, list(old.values()), bounds, _after(old, parent.window.get("last")))
     span = {
@@ -170,13 +169,6 @@ def _claim(shop: Workshop, route: str) -> list[Entry]:
         shop.buffer.acknowledge(route, [e.id for e in stale])
         return entries[len(stale) :] or _claim(shop, route)
     return entries
-
-
-def _earlier(shop: Workshop, route: str, window: Sequence[Entry]) -> list[Entry]:
-    """The route's kept sample without what is in the window, in no order: any part of it is a sample, too."""
-    inside = {entry.id for entry in window}
-    kept = [entry for entry in shop.buffer.kept(route) if entry.id not in inside]
-    return sorted(kept, key=lambda entry: hashlib.sha256(entry.record).digest())
 
 
 def _after(signals: Mapping[str, Signal], last: str | None) -> set[str]:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
+from online.buffer import Entry
 from online.signals import Signal
 from tests.signals import signal
 from trainer.batches import held_out
-from trainer.curriculum import Bounds, Exam, curriculum, fair
+from trainer.curriculum import Bounds, Exam, curriculum, drawn, fair
 from trainer.gate import MIN_REQUESTS
 
 BOUNDS = Bounds(replay=400, exam=200, client_share=0.5, fewest=0)
@@ -140,3 +141,14 @@ def test_one_who_hardly_asks_does_not_silence_the_rest() -> None:
     asked = requests(100, "a", "often") + requests(2, "b", "rarely")
     assert clients(fair(asked, 0.5, 48)[0]) == {"often": 48, "rarely": 2}
     assert clients(fair(asked, 0.5)[0]) == {"often": 2, "rarely": 2}
+
+
+def test_every_window_draws_another_part_of_the_kept_sample() -> None:
+    """One window always the same, none from itself; over several windows nearly all of the sample has its turn."""
+    kept = [Entry(f"{at}-0", b"") for at in range(1000)]
+    windows = [kept[at : at + 50] for at in range(0, 1000, 100)]
+    assert drawn(kept, windows[0]) == drawn(kept[::-1], windows[0])
+    for window in windows:
+        assert sorted(e.id for e in drawn(kept, window)) == sorted({e.id for e in kept} - {e.id for e in window})
+    first = [{entry.id for entry in drawn(kept, window)[:400]} for window in windows]
+    assert len(set.union(*first)) > 950

@@ -126,6 +126,7 @@ def test_an_engine_that_must_not_draft_answers_all_the_same(pair: TinyPair) -> N
 def test_a_long_answer_tells_what_its_draft_would_be_worth(pair: TinyPair, kind: str, low: float, high: float) -> None:
     """Nothing or little is drafted where it does not pay; acceptance is known all the same."""
     with bench(pair, drafts={"default": getattr(pair, kind)}) as tiny:
+        believe(tiny, 1.0, 5.0)
         stats = tiny.run(free(PROMPTS[1], max_tokens=200))[0].stats
     assert stats.drafted < 40
     assert stats.acceptance_rate is not None
@@ -134,6 +135,7 @@ def test_a_long_answer_tells_what_its_draft_would_be_worth(pair: TinyPair, kind:
 
 def test_a_short_answer_is_not_probed(tiny: Bench) -> None:
     """A handful of tokens says too little of a draft to run it for them."""
+    believe(tiny, 1.0, 5.0)
     stats = tiny.run(free(PROMPTS[1], max_tokens=6))[0].stats
     assert (stats.drafted, stats.acceptance_rate) == (0, None)
 
