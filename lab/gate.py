@@ -129,7 +129,7 @@ def _drafts(
         module = load()
         recipe = Recipe.of(settings.recipe)
         recipe = replace(recipe, learning_rate=rate * recipe.learning_rate)
-        distill(module, lessons, recipe, int(module.config.pad_token_id or 0))
+        distill(module, [lessons], recipe, int(module.config.pad_token_id or 0))
         yield name, module
     for i in range(args.noisy):
         yield f"noise {i}", noisy(load(), NOISES[i % len(NOISES)], seed=i)

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from lab import rig
 from lab.warmup.exam import Marks, difference, examine
-from lab.warmup.lessons import add_arguments, learn, loaded, pad_id, steps, taught_and_held_out
+from lab.warmup.lessons import add_arguments, learn, loaded, pad_id, taught_and_held_out
 from online.settings import Settings
 from online.signals import Signal
-from trainer.distill import Recipe, factor
+from trainer.distill import Recipe, factor, steps
 
 WAYS = {"GKD, target's answers": (0.0, 0.0), "GKD, its defaults": (0.5, 0.5)}  # λ, β
 
@@ -62,7 +62,7 @@ def main() -> None:
     rows = [ours]
     for name, (share, beta) in WAYS.items():
         train = Gkd(pair, taught, recipe, share, beta, args.max_tokens)
-        total = steps(taught, recipe)
+        total = steps([taught], recipe)
         rows.append(train(f"{name}, as many passes", total, judged))
         each_s = rows[-1].seconds / total
         rows.append(train(f"{name}, as many seconds", max(1, round(ours.seconds / each_s)), judged))

@@ -6,6 +6,7 @@ Keys, all of them (the braces keep a route's keys on one node of a cluster):
     slipstream:{ROUTE}:index     stream; the same entry ids, field `a`: the request's acceptance, empty where unknown
     slipstream:{ROUTE}:bytes     integer; bytes of all records in the stream
     slipstream:{ROUTE}:kept      hash; entry id → record: a sample of all that was ever acknowledged, within retention
+                                 and half the bytes that the stream may have
 
 Acknowledged entries stay until the bounds push them out, oldest first. What a later cycle replays is the kept sample:
 the newest of what is older would be the traffic of yesterday, and a draft would forget that of last week.
@@ -16,7 +17,7 @@ The index is what the trainer's clock reads every few seconds: records are hundr
 import hashlib
 import itertools
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -26,7 +27,7 @@ GROUP = "trainer"
 # One name for every worker: a cycle is single-flight per route, so what is pending under this name is exactly the
 # window that an interrupted cycle left behind.
 CONSUMER = "cycle"
-ALL = 2**31
+AT_ONCE = 200  # records of one answer: the server serves others in between
 LATEST = "99999999999999-0"  # an entry id behind every real one
 
 _APPEND = """
@@ -69,6 +70,11 @@ class Bounds:
     bytes: int
     retention_s: int
 
+    @property
+    def kept_bytes(self) -> int:
+        """Of the kept sample, beside the stream."""
+        return self.bytes // 2
+
 
 def id_order(entry_id: str) -> tuple[int, int]:
     """Entry ids compare as two numbers, not as text."""
@@ -94,7 +100,7 @@ class SignalBuffer(Protocol):
     def keep(self, route: str, entries: Iterable[Entry], limit: int) -> None:
         """Offers entries to the kept sample: `limit` of all that were ever offered, each as likely as any other.
 
-        Offering an entry twice is offering it once.
+        Fewer where they would be too many bytes. Offering an entry twice is offering it once.
         """
 
     def kept(self, route: str) -> list[Entry]:
@@ -111,17 +117,21 @@ class SignalBuffer(Protocol):
 class RedisBuffer:
     def __init__(self, client: "redis.Redis", bounds: Bounds) -> None:
         self._redis = client
-        self._bounds = (bounds.signals, bounds.bytes, bounds.retention_s * 1000)
+        self._limits = bounds
         self._append = client.register_script(_APPEND)
 
     def append(self, route: str, *records: bytes, acceptances: Sequence[float | None] = ()) -> None:
         told = ["" if acceptance is None else repr(acceptance) for acceptance in acceptances or [None] * len(records)]
         pairs = [part for pair in zip(records, told, strict=True) for part in pair]
-        self._append(keys=_keys(route), args=[*self._bounds, *pairs])
+        limits = self._limits
+        args = [limits.signals, limits.bytes, limits.retention_s * 1000, *pairs]
+        self._append(keys=_keys(route), args=args)
 
     def trim(self, route: str) -> None:
         self.append(route)
-        self.keep(route, (), ALL)  # or what is kept would outlive its retention where nothing new comes
+        names = self._kept_names(route)
+        if old := set(names) - set(_young(names, self._limits)):
+            self._redis.hdel(_kept_key(route), *old)
 
     def claim(self, route: str, limit: int) -> list[Entry]:
         self._ensure_group(route)
@@ -144,18 +154,28 @@ class RedisBuffer:
 
     def keep(self, route: str, entries: Iterable[Entry], limit: int) -> None:
         offered = {entry.id: entry.record for entry in entries}
-        known = {_text(name) for name in cast(list[bytes], self._redis.hkeys(_kept_key(route)))}
-        chosen = _sample(known | offered.keys(), limit, self._bounds[2])
-        if new := chosen - known:
+        names = self._kept_names(route)
+        with self._redis.pipeline(transaction=False) as pipe:
+            for name in names:
+                pipe.hstrlen(_kept_key(route), name)
+            known = dict(zip(names, pipe.execute(), strict=True))
+        chosen = _sample(known | {name: len(record) for name, record in offered.items()}, limit, self._limits)
+        if new := chosen - known.keys():
             self._redis.hset(_kept_key(route), mapping={name: offered[name] for name in new})
-        if gone := known - chosen:
+        if gone := known.keys() - chosen:
             self._redis.hdel(_kept_key(route), *gone)
 
     def kept(self, route: str) -> list[Entry]:
-        found = cast(dict[bytes, bytes], self._redis.hgetall(_kept_key(route)))
-        entries = {_text(name): record for name, record in found.items()}
-        chosen = _sample(entries.keys(), len(entries), self._bounds[2])
-        return [Entry(name, entries[name]) for name in sorted(chosen, key=id_order)]
+        names = sorted(_young(self._kept_names(route), self._limits), key=id_order)
+        found: list[Entry] = []
+        for at in range(0, len(names), AT_ONCE):
+            some = names[at : at + AT_ONCE]
+            records = cast(list[bytes | None], self._redis.hmget(_kept_key(route), some))
+            found += [Entry(name, record) for name, record in zip(some, records, strict=True) if record]
+        return found
+
+    def _kept_names(self, route: str) -> list[str]:
+        return [_text(name) for name in cast(list[bytes], self._redis.hkeys(_kept_key(route)))]
 
     def unclaimed(self, route: str, at_most: int) -> list[float | None]:
         last = "0-0"
@@ -191,11 +211,16 @@ def _kept_key(route: str) -> str:
     return f"slipstream:{{{route}}}:kept"
 
 
-def _sample(ids: Collection[str], limit: int, retention_ms: int) -> set[str]:
+def _young(ids: Iterable[str], bounds: Bounds) -> list[str]:
+    oldest_ms = time.time_ns() // 1_000_000 - bounds.retention_s * 1000
+    return [name for name in ids if id_order(name)[0] >= oldest_ms]
+
+
+def _sample(sizes: Mapping[str, int], limit: int, bounds: Bounds) -> set[str]:
     """Those whose hashes are smallest: a uniform sample that needs to know neither what came before nor how much."""
-    oldest_ms = time.time_ns() // 1_000_000 - retention_ms
-    alive = [name for name in ids if id_order(name)[0] >= oldest_ms]
-    return set(sorted(alive, key=lambda name: hashlib.sha256(name.encode()).digest())[:limit])
+    order = sorted(_young(sizes, bounds), key=lambda name: hashlib.sha256(name.encode()).digest())[:limit]
+    used = itertools.accumulate(sizes[name] for name in order)
+    return {name for name, total in zip(order, used, strict=True) if total <= bounds.kept_bytes}
 
 
 def _text(value: bytes | str) -> str:
@@ -229,7 +254,7 @@ class MemoryBuffer:
         self.trim(route)
 
     def trim(self, route: str) -> None:
-        self.keep(route, (), ALL)
+        self._kept[route] = {entry.id: entry.record for entry in self.kept(route)}
         entries = self._entries.get(route, {})
         oldest_ms = time.time_ns() // 1_000_000 - self.bounds.retention_s * 1000
         while entries:
@@ -260,12 +285,12 @@ class MemoryBuffer:
 
     def keep(self, route: str, entries: Iterable[Entry], limit: int) -> None:
         pool = self._kept.get(route, {}) | {entry.id: entry.record for entry in entries}
-        self._kept[route] = {name: pool[name] for name in _sample(pool, limit, self.bounds.retention_s * 1000)}
+        chosen = _sample({name: len(record) for name, record in pool.items()}, limit, self.bounds)
+        self._kept[route] = {name: pool[name] for name in chosen}
 
     def kept(self, route: str) -> list[Entry]:
         entries = self._kept.get(route, {})
-        chosen = _sample(entries, len(entries), self.bounds.retention_s * 1000)
-        return [Entry(name, entries[name]) for name in sorted(chosen, key=id_order)]
+        return [Entry(name, entries[name]) for name in sorted(_young(entries, self.bounds), key=id_order)]
 
     def unclaimed(self, route: str, at_most: int) -> list[float | None]:
         return [self._acceptances[route][entry.id] for entry in self._new(route)[:at_most]]

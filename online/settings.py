@@ -67,7 +67,9 @@ class Settings(BaseSettings):
     signal_top_k: int = Field(32, ge=1, le=256, description="target log-probabilities kept per position")
     signal_queue: int = Field(256, ge=1, description="finished requests waiting to be written; more are dropped")
     buffer_signals: int = Field(20_000, ge=1, description="signals kept per route")
-    buffer_bytes: int = Field(256 * 2**20, ge=2**16, description="bytes kept per route")
+    buffer_bytes: int = Field(
+        256 * 2**20, ge=2**16, description="bytes of new signals per route; half as many again are kept as a sample"
+    )
     retention_s: int = Field(7 * 86400, ge=60, description="age at which a signal is deleted")
 
     # Training
@@ -77,9 +79,9 @@ class Settings(BaseSettings):
     )
     cycle_max_signals: int = Field(2000, ge=2, description="signals in one cycle's window, at most")
     kept_signals: int = Field(
-        1000, ge=0, description="sample of all of a route's signals, within retention, for replay and the gate"
+        4000, ge=0, description="sample of all of a route's signals, within retention, for replay and the gate"
     )
-    replay_signals: int = Field(400, ge=0, description="older signals trained on again, at most")
+    replay_signals: int = Field(400, ge=0, description="older signals that each pass trains on again, at most")
     held_out_signals: int = Field(200, ge=1, description="held-out requests the gate compares on, at most")
     search_recipe: bool = Field(
         True, description="try a few recipes on a route's own signals, and keep the best until its traffic shifts"

@@ -94,7 +94,7 @@ def search(
         marked = []
         for change in (usual, *left):
             learnt = copy.deepcopy(module)
-            distill(learnt, pupils[:count], replace(base, **change), pad_id, still_wanted, former)
+            distill(learnt, [pupils[:count]], replace(base, **change), pad_id, still_wanted, former)
             marked.append(evaluate(learnt, judges, gamma, pad_id).tokens_R)
             tried.append(Tried(dict(change), min(count, len(pupils)), float(marked[-1].mean())))
         if len(left) == 1:

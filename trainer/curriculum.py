@@ -13,6 +13,7 @@ client of its own: nobody is left out there, and the flood is the gate's to stop
 """
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from trainer.gate import MIN_REQUESTS
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    replay: int  # older signals trained on again, at most
+    replay: int  # older signals trained on again in one pass, at most
     exam: int  # requests of a stratum, at most
     client_share: float  # of the lessons, and of each stratum
     fewest: int = 48  # signals that a client may have whatever its share: one who hardly asks must not silence the rest
@@ -41,7 +42,7 @@ class Exam:
 
 @dataclass(frozen=True, slots=True)
 class Curriculum:
-    lessons: list[Signal]
+    passes: list[list[Signal]]  # what each learns from: the window, and every time others of the older signals
     exam: Exam
     left_out: dict[str, int]  # signals that were beyond their client's share, of the lessons and of the exam
 
@@ -51,13 +52,15 @@ def curriculum(
 ) -> Curriculum:
     """`window` is oldest first, as it was claimed; `older` a sample in no order. Only the newest target's are used.
 
-    `recent`: ids of older requests that came after the active draft's own window.
+    `recent`: ids of older requests that came after the active draft's own window. There are as many passes as it takes
+    to replay all that is older; none where there is nothing to learn.
     """
     target = window[-1].model if window else ""
     new, old = ([s for s in side if s.model == target] for side in (reversed(window), older))
     share = bounds.client_share, bounds.fewest
-    replayed, _ = fair([s for s in old if not held_out(s)], *share, bounds.replay)
-    lessons, unlearnt = fair([*(s for s in new if not held_out(s)), *replayed], *share)
+    learnt = [s for s in new if not held_out(s)]
+    replayed, _ = fair([s for s in old if not held_out(s)], *share)
+    passes = [fair([*learnt, *part], *share) for part in parts(replayed, bounds.replay)]
     since = [s for s in old if held_out(s) and s.request_id in recent]
     fresh, unasked = fair([*(s for s in new if held_out(s)), *since], *share, bounds.exam)
     known, _ = fair([s for s in old if held_out(s)], *share, bounds.exam)
@@ -67,18 +70,27 @@ def curriculum(
         fresh, _ = fair([*fresh, *others], *share, min(MIN_REQUESTS, bounds.exam))
         asked = {signal.request_id for signal in fresh}
         known, _ = fair([s for s in known if s.request_id not in asked or s.request_id in recent], *share)
-    return Curriculum(lessons, Exam(fresh, known), {"lessons": unlearnt, "exam": unasked})
+    left_out = {"lessons": passes[0][1], "exam": unasked}
+    return Curriculum([lessons for lessons, _ in passes if lessons], Exam(fresh, known), left_out)
 
 
 def drawn(kept: Sequence[Entry], window: Sequence[Entry]) -> list[Entry]:
     """A route's kept sample without what is in the window, in an order of this window's own.
 
-    Replay takes the first of them. Were they the same ones in every cycle, those would be learnt by heart and the rest
-    forgotten; tried again, a cycle has the same.
+    Were the first ones of a cycle those of every cycle, they would be learnt by heart and the rest forgotten. Tried
+    again, a cycle has the same order.
     """
     inside = {entry.id for entry in window}
     others = [entry for entry in kept if entry.id not in inside]
     return sorted(others, key=lambda entry: hashlib.sha256(f"{window[0].id} {entry.id}".encode()).digest())
+
+
+def parts(signals: Sequence[Signal], size: int) -> list[list[Signal]]:
+    """As many parts of `size` as it takes for every signal to be in one; the last begins again where it falls short."""
+    if len(signals) <= size or size == 0:
+        return [list(signals[:size])]
+    count = math.ceil(len(signals) / size)
+    return [[signals[i % len(signals)] for i in range(at, at + size)] for at in range(0, count * size, size)]
 
 
 def fair(

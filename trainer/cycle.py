@@ -93,11 +93,11 @@ def run(shop: Workshop, lease: Lease, still_wanted: Callable[[], None] = lambda:
         "first": window[0].id,
         "last": window[-1].id,
         "signals": len(new),
-        "trained_on": len(chosen.lessons),
+        "trained_on": len({s.request_id for lessons in chosen.passes for s in lessons}),
         "unreadable": len(window) - len(new),
         "left_out": chosen.left_out,
     }
-    if not chosen.lessons:
+    if not chosen.passes:
         state = shop.ledger.finish(lease, "empty", {"reason": "no usable signals", "window": span}).state
     else:
         state = _learn(shop, lease, route, parent, module, chosen, span, still_wanted)
@@ -125,9 +125,9 @@ def _learn(
     # Held to their parents alone, versions would forget a little more each time.
     former = shop.weights.first(route) if recipe.rehearsal else None
     if settings.search_recipe:
-        found = choose(module, chosen.lessons, recipe, parent, gamma, pad_id, still_wanted, former)
+        found = choose(module, chosen.passes[0], recipe, parent, gamma, pad_id, still_wanted, former)
         recipe = replace(recipe, **found["choice"])
-    distilled = distill(module, chosen.lessons, recipe, pad_id, still_wanted, former)
+    distilled = distill(module, chosen.passes, recipe, pad_id, still_wanted, former)
     train_s = time.monotonic() - started
     digest = shop.artifacts.publish(lambda folder: shop.weights.save(module, parent, folder))
     report = _judged(shop, parent, digest, chosen.exam, gamma, pad_id, lease.cycle_id)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import cycle, islice
 from typing import Annotated
 
 import numpy as np
@@ -94,7 +95,7 @@ def losses(logits_NV: Tensor, batch: Batch, measure: Divergence, follow_temperat
 
 def distill(
     module: nn.Module,
-    signals: Sequence[Signal],
+    passes: Sequence[Sequence[Signal]],
     recipe: Recipe,
     pad_id: int,
     still_wanted: Callable[[], None] = lambda: None,
@@ -102,15 +103,18 @@ def distill(
 ) -> Distilled:
     """Trains `module` (float32) in place. `still_wanted` is called at every step and may raise to end it.
 
+    `passes` are what the first, the second, … epoch learns from; epochs beyond them begin with the first again.
     `former` is the draft whose knowledge is rehearsed; by default what `module` is now.
     """
     started = time.monotonic()
-    lessons = [Lesson.of(signal, recipe.branch_tokens if takes_branches(module) else 0) for signal in signals]
+    branch_tokens = recipe.branch_tokens if takes_branches(module) else 0
+    made = {id(signal): Lesson.of(signal, branch_tokens) for signals in passes for signal in signals}
+    lessons = [[made[id(signal)] for signal in signals] for signals in passes]
     reference = None
     if recipe.selected_share < 1:
         reference = copy.deepcopy(module)
         _train(reference, lessons, recipe, pad_id, still_wanted)
-    rehearsal = Rehearsal(former or copy.deepcopy(module), lessons, recipe.seed) if recipe.rehearsal else None
+    rehearsal = Rehearsal(former or copy.deepcopy(module), lessons[0], recipe.seed) if recipe.rehearsal else None
     told, positions = _train(module, lessons, recipe, pad_id, still_wanted, reference, rehearsal)
     edge = max(1, len(told) // 10)
     first, last = float(np.mean(told[:edge])), float(np.mean(told[-edge:]))
@@ -119,7 +123,7 @@ def distill(
 
 def _train(
     module: nn.Module,
-    lessons: Sequence[Lesson],
+    passes: Sequence[Sequence[Lesson]],
     recipe: Recipe,
     pad_id: int,
     still_wanted: Callable[[], None],
@@ -129,13 +133,13 @@ def _train(
     """The loss of every step, and how many positions were learnt from, passes counted."""
     device = next(module.parameters()).device
     measure = divergence(recipe.divergence, recipe.beta)
-    total = recipe.epochs * math.ceil(len(lessons) / recipe.batch_signals)
+    total = steps(passes, recipe)
     optimizer = torch.optim.AdamW(module.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step, recipe.warmup_steps, total))
     told: list[float] = []
     positions = 0
     module.train()
-    for group in passes(lessons, recipe):
+    for group in epochs(passes, recipe):
         still_wanted()
         batch = collate(group, pad_id, device)
         loss_N = losses(draft_logits(module, batch), batch, measure, recipe.follow_temperature)
@@ -156,10 +160,16 @@ def _train(
     return told, positions
 
 
-def passes(lessons: Sequence[Lesson], recipe: Recipe) -> Iterator[list[Lesson]]:
+def epochs(passes: Sequence[Sequence[Lesson]], recipe: Recipe) -> Iterator[list[Lesson]]:
+    """Every batch of every epoch."""
     rng = np.random.default_rng(recipe.seed)
-    for _ in range(recipe.epochs):
+    for lessons in islice(cycle(passes), recipe.epochs):
         yield from batches(lessons, recipe.batch_signals, rng)
+
+
+def steps(passes: Sequence[Sequence[object]], recipe: Recipe) -> int:
+    """How many batches that are."""
+    return sum(math.ceil(len(lessons) / recipe.batch_signals) for lessons in islice(cycle(passes), recipe.epochs))
 
 
 @torch.no_grad()

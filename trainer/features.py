@@ -14,7 +14,7 @@ from torch.nn.functional import layer_norm, smooth_l1_loss
 
 from online.signals import Signal
 from trainer.batches import Lesson
-from trainer.distill import Recipe, factor, passes
+from trainer.distill import Recipe, epochs, factor
 
 SMOOTH = 2.0  # below this distance the loss is square, as in the paper's own code
 
@@ -52,7 +52,7 @@ def match_features(
     """
     device = next(draft.parameters()).device
     bridge = projector(draft, target, recipe.seed)
-    groups = list(passes([Lesson.of(signal) for signal in signals], recipe))
+    groups = list(epochs([[Lesson.of(signal) for signal in signals]], recipe))
     optimizer = torch.optim.AdamW(
         [*draft.parameters(), *bridge.parameters()], lr=recipe.learning_rate, weight_decay=recipe.weight_decay
     )

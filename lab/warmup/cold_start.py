@@ -101,7 +101,7 @@ def _round(args: argparse.Namespace, pair: rig.Pair, runs: Sequence[Run], number
         taught = within(own, args.budget)
         for j, student in enumerate(run.students):
             recipe = Recipe(epochs=args.epochs, seed=2 * run.seed + j)
-            told = distill(student, taught, recipe, pad_id(student))
+            told = distill(student, [taught], recipe, pad_id(student))
         run.tokens += emitted(taught)
         loss = f"loss {told.first_loss:.3f} to {told.last_loss:.3f}"
         say(f"round {number + 1}, {run.name}: {run.tokens} target tokens, {loss}")

@@ -29,13 +29,12 @@ from lab.warmup.lessons import (
     pad_id,
     save,
     say,
-    steps,
     stored_dtype,
     taught_and_held_out,
     tokenized,
 )
 from online.signals import Signal
-from trainer.distill import Recipe
+from trainer.distill import Recipe, steps
 from trainer.features import match_features
 
 WAYS = ("one stage", "outputs, outputs", "features, outputs")
@@ -79,7 +78,7 @@ def _run(args: argparse.Namespace) -> dict[str, object]:
             if args.out and seed == 0 and way == WAYS[-1]:
                 save(module, args.out, stored_dtype(pair.files.draft), pair.tokenizer)
     before = examine(loaded(pair.files.draft), exam)
-    return _report(before, marks, seconds, 2 * steps(specific[:count], Recipe(epochs=args.epochs)))
+    return _report(before, marks, seconds, 2 * steps([specific[:count]], Recipe(epochs=args.epochs)))
 
 
 class Stages:
@@ -95,7 +94,7 @@ class Stages:
             learn(name, module, self._specific, replace(recipe, epochs=2 * recipe.epochs))
             return
         if way == "features, outputs":
-            progress: Callable[[], None] = Progress(f"{name}, features", steps(self._generic, recipe))
+            progress: Callable[[], None] = Progress(f"{name}, features", steps([self._generic], recipe))
             told = match_features(module, self._target, self._generic, recipe, pad_id(module), progress)
             say(f"{name}: features' loss {told[0]:.4f} to {told[-1]:.4f}")
         else:

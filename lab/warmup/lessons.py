@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from online.buffer import LATEST
 from online.messages import Query
 from online.signals import Signal, decode
 from trainer.batches import held_out, usable
-from trainer.distill import Distilled, Recipe, distill
+from trainer.distill import Distilled, Recipe, distill, steps
 from trainer.initial import spread, thinned
 
 AT_ONCE = 32  # queries answered together
@@ -127,11 +126,7 @@ def from_target(target: str, layers: int, folder: Path, tokenizer: PreTrainedTok
 
 def learn(what: str, module: nn.Module, signals: Sequence[Signal], recipe: Recipe) -> Distilled:
     """Distils `module` in place, with a line at every tenth of it."""
-    return distill(module, signals, recipe, pad_id(module), Progress(what, steps(signals, recipe)))
-
-
-def steps(signals: Sequence[Signal], recipe: Recipe) -> int:
-    return recipe.epochs * math.ceil(len(signals) / recipe.batch_signals)
+    return distill(module, [signals], recipe, pad_id(module), Progress(what, steps([signals], recipe)))
 
 
 class Progress:

@@ -179,6 +179,17 @@ def test_the_kept_sample_is_of_all_that_was_offered(make: Make) -> None:
     assert buffer.kept("other") == []
 
 
+def test_the_kept_sample_is_bounded_in_bytes(make: Make) -> None:
+    """By half of what the stream may have; what room was too small for does not come back."""
+    buffer = make(bytes=1000)
+    for _ in range(4):
+        buffer.append("r", *[b"x" * 100] * 5)
+        buffer.keep("r", buffer.before("r", NEWEST, 5), 100)
+    assert len(kept := buffer.kept("r")) == 5
+    buffer.keep("r", [], 100)
+    assert buffer.kept("r") == kept
+
+
 def test_the_kept_sample_forgets_with_age(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Retention holds for what is kept, whether or not anything new comes."""
     buffer = make(retention_s=60)

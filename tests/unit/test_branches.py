@@ -87,7 +87,7 @@ def test_branch_weight_zero_learns_what_the_path_alone_teaches(pair: TinyPair) -
     made = []
     for recipe in (Recipe(epochs=1), Recipe(epochs=1, branch_tokens=4, branch_weight=0.0)):
         module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
-        distill(module, [*taught(pair.target, 7), drafted("x")], recipe, pad_id=3)
+        distill(module, [[*taught(pair.target, 7), drafted("x")]], recipe, pad_id=3)
         made.append(module.state_dict())
     assert all(torch.allclose(made[0][name], made[1][name], atol=1e-4) for name in made[0])
 
@@ -95,7 +95,7 @@ def test_branch_weight_zero_learns_what_the_path_alone_teaches(pair: TinyPair) -
 def test_branches_are_learnt_from(pair: TinyPair) -> None:
     """With a weight they count as positions and change the draft."""
     module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
-    told = distill(module, [drafted()], Recipe(epochs=2, branch_tokens=4, branch_weight=0.5), pad_id=3)
+    told = distill(module, [[drafted()]], Recipe(epochs=2, branch_tokens=4, branch_weight=0.5), pad_id=3)
     assert told.positions == 2 * 12
 
 

@@ -20,7 +20,7 @@ def test_a_spoilt_draft_learns_from_signals(pair: TinyPair) -> None:
     lessons, exam = signals[:120], signals[120:]
     before = AutoModelForCausalLM.from_pretrained(pair.spoilt, dtype=torch.float32)
     learnt = AutoModelForCausalLM.from_pretrained(pair.spoilt, dtype=torch.float32)
-    told = distill(learnt, lessons, Recipe(learning_rate=3e-3, epochs=4), pad_id=3)
+    told = distill(learnt, [lessons], Recipe(learning_rate=3e-3, epochs=4), pad_id=3)
     assert told.last_loss < told.first_loss
     assert told.positions == 4 * 120 * 24
     assert judge(before, learnt, exam, gamma=4, pad_id=3).promote
@@ -32,7 +32,7 @@ def test_the_same_seed_makes_the_same_draft(pair: TinyPair) -> None:
     made = []
     for _ in range(2):
         module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
-        distill(module, signals, Recipe(epochs=1), pad_id=3)
+        distill(module, [signals], Recipe(epochs=1), pad_id=3)
         made.append(module.state_dict())
     assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
 
@@ -51,7 +51,7 @@ def test_a_stop_is_heard_at_every_step(pair: TinyPair) -> None:
 
     module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
     with pytest.raises(Lost):
-        distill(module, taught(pair.target, 40), Recipe(), 3, still_wanted)
+        distill(module, [taught(pair.target, 40)], Recipe(), 3, still_wanted)
 
 
 def test_supervised_positions_predict_the_emitted_tokens() -> None:
@@ -115,7 +115,7 @@ def test_a_recipe_names_what_it_does_not_have() -> None:
 def test_selection_learns_from_the_share_with_most_to_gain(pair: TinyPair) -> None:
     """AdaSPEC over any divergence: a reference learns first, then the draft on what that could learn."""
     module = AutoModelForCausalLM.from_pretrained(pair.spoilt, dtype=torch.float32)
-    told = distill(module, taught(pair.target, 16), Recipe(epochs=1, selected_share=0.4), pad_id=3)
+    told = distill(module, [taught(pair.target, 16)], Recipe(epochs=1, selected_share=0.4), pad_id=3)
     assert told.positions == pytest.approx(0.4 * 16 * 24, abs=2)
 
 
@@ -125,5 +125,5 @@ def test_temperatures_are_followed(pair: TinyPair, name: str) -> None:
     signals = taught(pair.target, 8)
     signals = [replace(s, temperature=(0.0, 0.7, 1.3)[i % 3]) for i, s in enumerate(signals)]
     module = AutoModelForCausalLM.from_pretrained(pair.spoilt, dtype=torch.float32)
-    told = distill(module, signals, Recipe(epochs=6, divergence=name, follow_temperature=True), pad_id=3)
+    told = distill(module, [signals], Recipe(epochs=6, divergence=name, follow_temperature=True), pad_id=3)
     assert told.last_loss < told.first_loss

@@ -49,6 +49,6 @@ def test_a_draft_that_rehearses_forgets_less(pair: TinyPair) -> None:
     for weight in (0.0, 2.0):
         module = draft(pair)
         former = Rehearsal(copy.deepcopy(module), [Lesson.of(s) for s in taught(pair.target, 4)], seed=5)
-        distill(module, taught(pair.spoilt, 40), Recipe(epochs=4, rehearsal=weight), pad_id=3)
+        distill(module, [taught(pair.spoilt, 40)], Recipe(epochs=4, rehearsal=weight), pad_id=3)
         moved.append(sum(former.loss(module).item() for _ in range(8)))
     assert moved[1] < 0.7 * moved[0]
