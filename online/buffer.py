@@ -27,7 +27,7 @@ GROUP = "trainer"
 # One name for every worker: a cycle is single-flight per route, so what is pending under this name is exactly the
 # window that an interrupted cycle left behind.
 CONSUMER = "cycle"
-AT_ONCE = 200  # records of one answer: the server serves others in between
+AT_ONCE = 200  # records of one command: the server serves others in between
 LATEST = "99999999999999-0"  # an entry id behind every real one
 
 _APPEND = """
@@ -160,10 +160,11 @@ class RedisBuffer:
                 pipe.hstrlen(_kept_key(route), name)
             known = dict(zip(names, pipe.execute(), strict=True))
         chosen = _sample(known | {name: len(record) for name, record in offered.items()}, limit, self._limits)
-        if new := chosen - known.keys():
-            self._redis.hset(_kept_key(route), mapping={name: offered[name] for name in new})
-        if gone := known.keys() - chosen:
+        if gone := known.keys() - chosen:  # first: there may be no room for both
             self._redis.hdel(_kept_key(route), *gone)
+        new = sorted(chosen - known.keys())
+        for at in range(0, len(new), AT_ONCE):
+            self._redis.hset(_kept_key(route), mapping={name: offered[name] for name in new[at : at + AT_ONCE]})
 
     def kept(self, route: str) -> list[Entry]:
         names = sorted(_young(self._kept_names(route), self._limits), key=id_order)

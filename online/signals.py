@@ -48,6 +48,11 @@ class Signal:
     acceptance: float | None = None  # mean Σ min(p, q) as it was served, probes included; None: nothing was compared
     client: str = ""  # whose request it was, as `pseudonym` writes it; empty: nobody's in particular
 
+    @property
+    def origin(self) -> str:
+        """The request: its n answers share all but what follows the last `#`."""
+        return self.request_id.rsplit("#", 1)[0]
+
     def path(self) -> Iterator[tuple[int, int]]:
         """(index into output_ids, verified position) of every emitted token, in order."""
         verified = 0

@@ -19,6 +19,7 @@ from torch import Tensor
 from online.signals import Signal
 from trainer.divergences import Truncated
 
+LOGITS_AT_ONCE = 2**27  # numbers: half a gibibyte, and a few times that with their gradients
 HELD_OUT_SHARE = 5  # one request in so many is never trained on
 Ints = NDArray[np.int64]
 
@@ -71,8 +72,8 @@ class Batch:
 
 
 def held_out(signal: Signal) -> bool:
-    """Split by request, by hash: a request is on the same side in every cycle, replayed or new."""
-    return hashlib.sha256(signal.request_id.encode()).digest()[0] % HELD_OUT_SHARE == 0
+    """Split by request, by hash: all answers to it are on the same side in every cycle, replayed or new."""
+    return hashlib.sha256(signal.origin.encode()).digest()[0] % HELD_OUT_SHARE == 0
 
 
 def usable(signal: Signal, vocab_size: int) -> bool:
@@ -130,6 +131,22 @@ def _rest(signal: Signal, at: Ints, k: int) -> NDArray[np.float32]:
     beyond = np.exp(signal.top_logp[at, k:].astype(np.float32)).sum(-1)
     rest: NDArray[np.float32] = signal.rest_mass[at].astype(np.float32) + beyond
     return rest
+
+
+def fitting(lessons: Sequence[Lesson], vocab_size: int, most: int) -> Iterator[list[Lesson]]:
+    """In order, `most` at a time or as many as there is room for the logits of; at least one."""
+    group: list[Lesson] = []
+    first = last = 0
+    for lesson in lessons:
+        start, end = int(lesson.column_N.min(initial=len(lesson.ids_T))), len(lesson.ids_T)
+        low, high = (min(first, start), max(last, end)) if group else (start, end)
+        if group and (len(group) == most or (len(group) + 1) * (high - low) * vocab_size > LOGITS_AT_ONCE):
+            yield group
+            group, low, high = [], start, end
+        group.append(lesson)
+        first, last = low, high
+    if group:
+        yield group
 
 
 def batches(lessons: Sequence[Lesson], size: int, rng: np.random.Generator) -> Iterator[list[Lesson]]:

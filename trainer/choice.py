@@ -52,13 +52,26 @@ def choose(
     still_wanted: Callable[[], None] = lambda: None,
     former: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """For the new version: `choice`, what is changed in `base`, and where it was looked for now, what was `tried`."""
-    inherited = parent.recipe.get("choice")
+    """For the new version: `choice`, what is changed in `base`; `over`, what it was; if looked for, the `tried`."""
+    inherited = inheritable(parent.recipe, base)
     promised = parent.gate.get("candidate_acceptance")
-    if isinstance(inherited, Mapping) and not shifted(module, lessons, promised, gamma, pad_id):
-        return {"choice": dict(inherited)}
+    if inherited is not None and not shifted(module, lessons, promised, gamma, pad_id):
+        return {"choice": inherited, "over": _over(inherited, base)}
     choice, tried = search(module, lessons, base, gamma, pad_id, still_wanted, former)
-    return {"choice": choice, "tried": [asdict(one) for one in tried]}
+    return {"choice": choice, "over": _over(choice, base), "tried": [asdict(one) for one in tried]}
+
+
+def inheritable(recipe: Mapping[str, Any], base: Recipe) -> dict[str, Any] | None:
+    """The choice in a version's recipe, where that was made of the recipe that is configured now."""
+    choice = recipe.get("choice")
+    if not isinstance(choice, Mapping):
+        return None
+    configured = {**recipe, **recipe.get("over", {}), "seed": base.seed}
+    return dict(choice) if configured.items() >= base.as_dict().items() else None
+
+
+def _over(choice: Mapping[str, Any], base: Recipe) -> dict[str, Any]:
+    return {name: getattr(base, name) for name in choice}
 
 
 def shifted(module: nn.Module, lessons: Sequence[Signal], promised: float | None, gamma: int, pad_id: int) -> bool:
@@ -106,4 +119,4 @@ def search(
 
 def _judges(signal: Signal) -> bool:
     """By another byte of the hash than the one that holds requests out for the gate."""
-    return hashlib.sha256(signal.request_id.encode()).digest()[1] % JUDGED_SHARE == 0
+    return hashlib.sha256(signal.origin.encode()).digest()[1] % JUDGED_SHARE == 0

@@ -7,9 +7,10 @@ strata: NEW is the traffic that the candidate would serve, EARLIER what it must 
 draft's own window is new, whichever cycle claimed it: of a cycle that was refused for want of proof, the next one has
 the proof. It is earlier traffic all the same, which the candidate must not forget.
 
-No client has more than its share of the lessons or of a stratum while there are others, so one that floods a window can
-neither teach the draft its own text alone nor be the judge of it. Where nobody says who asks, every request counts as a
-client of its own: nobody is left out there, and the flood is the gate's to stop.
+Beyond its first few signals no client has more than its share of the lessons or of a stratum while there are others, so
+one that floods a large window can neither teach the draft its own text alone nor be the judge of it. Of a small window
+it can, and where nobody says who asks every request counts as a client of its own: such floods are the gate's to stop,
+by the earlier traffic.
 """
 
 import hashlib
@@ -53,7 +54,7 @@ def curriculum(
     """`window` is oldest first, as it was claimed; `older` a sample in no order. Only the newest target's are used.
 
     `recent`: ids of older requests that came after the active draft's own window. There are as many passes as it takes
-    to replay all that is older; none where there is nothing to learn.
+    to replay all that is older, of which a cycle makes the first; none where there is nothing to learn.
     """
     target = window[-1].model if window else ""
     new, old = ([s for s in side if s.model == target] for side in (reversed(window), older))

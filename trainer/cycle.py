@@ -35,7 +35,7 @@ from trainer.choice import choose
 from trainer.curriculum import Bounds, Curriculum, Exam, curriculum, drawn
 from trainer.distill import Recipe, distill
 from trainer.exits import EXIT_LEASE_LOST, EXIT_REPORTED
-from trainer.gate import GateReport, judge
+from trainer.gate import GateReport, finite, judge
 from trainer.marks import served_gamma
 from trainer.weights import Weights
 
@@ -87,8 +87,10 @@ def run(shop: Workshop, lease: Lease, still_wanted: Callable[[], None] = lambda:
     vocab_size = module.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     new = list(_readable(window, vocab_size).values())
     old = _readable(drawn(shop.buffer.kept(route), window), vocab_size)
+    recipe = Recipe.of({**shop.settings.recipe, "seed": lease.cycle_id})
     bounds = Bounds(shop.settings.replay_signals, shop.settings.held_out_signals, shop.settings.client_share)
     chosen = curriculum(new, list(old.values()), bounds, _after(old, parent.window.get("last")))
+    chosen = replace(chosen, passes=chosen.passes[: recipe.epochs])
     span = {
         "first": window[0].id,
         "last": window[-1].id,
@@ -97,14 +99,20 @@ def run(shop: Workshop, lease: Lease, still_wanted: Callable[[], None] = lambda:
         "unreadable": len(window) - len(new),
         "left_out": chosen.left_out,
     }
-    if not chosen.passes:
-        state = shop.ledger.finish(lease, "empty", {"reason": "no usable signals", "window": span}).state
-    else:
-        state = _learn(shop, lease, route, parent, module, chosen, span, still_wanted)
+    learnt = _learn(shop, lease, route, parent, module, recipe, chosen, span, still_wanted) if chosen.passes else None
+    # Before the end of the cycle: a fault behind it would lose the window for replay, and nothing is kept twice.
     shop.buffer.keep(route, window, shop.settings.kept_signals)
+    if learnt is None:
+        cycle = shop.ledger.finish(lease, "empty", {"reason": "no usable signals", "window": span})
+    else:
+        made, report, figures = learnt
+        # A route that began with a generic draft is a cluster. There is no room for a second draft beside a cluster's.
+        share = 0.0 if is_generic(shop.registry.versions(route)[-1]) else shop.settings.canary_share
+        cycle = shop.ledger.conclude(lease, parent, made, report.promote, figures, share)
+        log.info("cycle %d: %s, %s (%.1f s of training)", cycle.id, cycle.state, report.reason, figures["train_s"])
     # Ack after register: a crash repeats a cycle, it never loses signals.
     shop.buffer.acknowledge(route, [entry.id for entry in window])
-    return state
+    return cycle.state
 
 
 def _learn(
@@ -113,13 +121,13 @@ def _learn(
     route: str,
     parent: Version,
     module: nn.Module,
+    recipe: Recipe,
     chosen: Curriculum,
     span: dict[str, Any],
     still_wanted: Callable[[], None],
-) -> str:
-    settings = shop.settings
-    started = time.monotonic()
-    recipe, found = Recipe.of({**settings.recipe, "seed": lease.cycle_id}), {}
+) -> tuple[Candidate, GateReport, dict[str, Any]]:
+    """Distils, publishes and judges: the candidate, what the gate says of it, and the cycle's figures."""
+    settings, started, found = shop.settings, time.monotonic(), {}
     pad_id = int(module.config.pad_token_id or 0)  # type: ignore[union-attr, arg-type]
     gamma = served_gamma(chosen.exam.new, settings.gamma or 1)
     # Held to their parents alone, versions would forget a little more each time.
@@ -132,13 +140,8 @@ def _learn(
     digest = shop.artifacts.publish(lambda folder: shop.weights.save(module, parent, folder))
     report = _judged(shop, parent, digest, chosen.exam, gamma, pad_id, lease.cycle_id)
     still_wanted()
-    made = Candidate(
-        digest,
-        {**recipe.as_dict(), **found, "steps": distilled.steps, "positions": distilled.positions},
-        span,
-        report.as_dict(),
-        git_commit(),
-    )
+    told = {**recipe.as_dict(), **found, "steps": distilled.steps, "positions": distilled.positions}
+    made = Candidate(digest, finite(told), span, report.as_dict(), git_commit())
     figures = {
         "window": span,
         "gate": report.as_dict(),
@@ -146,11 +149,7 @@ def _learn(
         "last_loss": distilled.last_loss,
         "train_s": round(train_s, 2),
     }
-    # A route that began with a generic draft is a cluster. There is no room for a second draft beside a cluster's.
-    share = 0.0 if is_generic(shop.registry.versions(route)[-1]) else settings.canary_share
-    cycle = shop.ledger.conclude(lease, parent, made, report.promote, figures, share)
-    log.info("cycle %d: %s, %s (%.1f s of training)", lease.cycle_id, cycle.state, report.reason, train_s)
-    return cycle.state
+    return made, report, finite(figures)
 
 
 def _judged(shop: Workshop, parent: Version, digest: str, exam: Exam, gamma: int, pad_id: int, seed: int) -> GateReport:

@@ -10,12 +10,13 @@ Pure but for `look`, and without torch: the clock asks this of every route, ever
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
-from online.buffer import SignalBuffer
+from online.buffer import Depth, SignalBuffer
 from online.cycles import UNFINISHED, CycleLedger
 from online.registry import Registry
 from online.settings import Settings
-from online.tables import Cycle
+from online.tables import Cycle, now
 
 LONGEST_REST = 16  # times the usual number of new signals
 SHIFT_SHARE = 4  # after a shift, one in so many of the usual number is enough: what is gained is easily proven
@@ -45,20 +46,34 @@ class Demand:
 def look(buffer: SignalBuffer, ledger: CycleLedger, registry: Registry, route: str, settings: Settings) -> Demand:
     """Reads what it takes to say whether a cycle of `route` is worth its cost now."""
     least = early(settings.cycle_min_signals, SHIFT_SHARE)
-    usual = rest(ledger.cycles(route, limit=8), settings.cycle_min_signals, settings.worth_gain)
+    past, version = ledger.cycles(route, limit=8), registry.active(route)
+    last = max([row.created_at for row in (*past[:1], version) if row], default=now())
+    usual = patience(past, buffer.depth(route), now() - last, settings)
     unclaimed = buffer.unclaimed(route, usual)
     waiting = len(unclaimed)
     if waiting >= usual or waiting < least:
         return Demand(waiting >= usual, waiting, usual)
-    version = registry.active(route)
     promised = version.gate.get("candidate_acceptance") if version and version.gate else None
     shift = fall([rate for rate in unclaimed[-LOOKED_AT:] if rate is not None], promised)
     return Demand(bool(shift), waiting, least if shift else usual, shift)
 
 
+def patience(past: Sequence[Cycle], depth: Depth, idle: timedelta, settings: Settings) -> int:
+    """New signals that the next cycle waits for, `idle` after the last: never for more than the buffer will hold.
+
+    What no cycle has claimed when it is deleted, for want of room or with age, is neither learnt nor kept.
+    """
+    least = early(settings.cycle_min_signals, SHIFT_SHARE)
+    if idle > timedelta(seconds=settings.retention_s) / 2:
+        return least
+    each = depth.bytes / max(1, depth.signals)
+    room = min(settings.buffer_signals, settings.buffer_bytes / max(1.0, each))
+    return min(rest(past, settings.cycle_min_signals, settings.worth_gain), max(least, int(room / 2)))
+
+
 def rest(past: Sequence[Cycle], usual: int, worth_gain: float) -> int:
-    """New signals that the next cycle waits for. `past`: cycles of the route, newest first."""
-    finished = [cycle for cycle in past if cycle.state not in UNFINISHED]
+    """New signals that the next cycle is worth its cost after. `past`: cycles of the route, newest first."""
+    finished = [cycle for cycle in past if cycle.state not in (*UNFINISHED, "failed")]  # a fault is no lack of worth
     # Also of a candidate that was refused for want of proof: what it seemed to gain is what another cycle may.
     gains = [gain(cycle) for cycle in finished]
     if gains and gains[0] >= STEEP_GAIN and finished[0].state in BETTER:

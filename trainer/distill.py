@@ -15,11 +15,11 @@ from pydantic import Field, TypeAdapter
 from torch import Tensor, nn
 
 from online.signals import Signal
-from trainer.batches import Batch, Lesson, batches, collate
+from trainer.batches import Batch, Lesson, batches, collate, fitting
 from trainer.divergences import Divergence, divergence, draft_classes
 from trainer.rehearsal import Rehearsal
 
-GREEDY_TEMPERATURE = 0.5  # at which answers of temperature 0 are learnt, where a recipe follows temperatures
+COLDEST = 0.5  # temperature that all colder answers are learnt at, where a recipe follows temperatures
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +87,7 @@ def losses(logits_NV: Tensor, batch: Batch, measure: Divergence, follow_temperat
     """The divergence at every supervised position [N]."""
     truth = batch.truth
     if follow_temperature:
-        temperature_B = torch.where(batch.temperature_B == 0, GREEDY_TEMPERATURE, batch.temperature_B)
-        temperature_N = temperature_B[batch.row_N]
+        temperature_N = batch.temperature_B.clamp(min=COLDEST)[batch.row_N]
         truth, logits_NV = truth.at(temperature_N), logits_NV / temperature_N[:, None]
     return measure(truth.classes_NC, draft_classes(logits_NV, truth.ids_NK))
 
@@ -141,21 +140,24 @@ def _train(
     module.train()
     for group in epochs(passes, recipe):
         still_wanted()
-        batch = collate(group, pad_id, device)
-        loss_N = losses(draft_logits(module, batch), batch, measure, recipe.follow_temperature)
-        weight_N = torch.where(batch.branch_N, recipe.branch_weight, 1.0)
-        if reference is not None:
-            weight_N = weight_N * _selected(loss_N, batch, measure, recipe, reference)
-        loss = (loss_N * weight_N).sum() / weight_N.sum()
-        told.append(loss.item())
-        if rehearsal is not None:
-            loss = loss + recipe.rehearsal * rehearsal.loss(module)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        told.append(0.0)
+        whole = sum(len(lesson.column_N) for lesson in group)
+        for part in fitting(group, module.config.vocab_size, recipe.batch_signals):  # type: ignore[union-attr, arg-type]
+            batch = collate(part, pad_id, device)
+            loss_N = losses(draft_logits(module, batch), batch, measure, recipe.follow_temperature)
+            weight_N = torch.where(batch.branch_N, recipe.branch_weight, 1.0)
+            if reference is not None:
+                weight_N = weight_N * _selected(loss_N, batch, measure, recipe, reference)
+            loss = (loss_N * weight_N).sum() / weight_N.sum() * (len(loss_N) / whole)
+            loss.backward()  # type: ignore[no-untyped-call]
+            told[-1] += loss.item()
+            positions += int((weight_N > 0).sum())
+        if rehearsal is not None:
+            (recipe.rehearsal * rehearsal.loss(module)).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(module.parameters(), recipe.clip_norm)
         optimizer.step()
         schedule.step()
-        positions += int((weight_N > 0).sum())
     module.eval()
     return told, positions
 

@@ -82,7 +82,8 @@ class GateReport(Stratum):
 
     def as_dict(self) -> dict[str, object]:
         """JSON-ready: what is no finite number is None there."""
-        return _finite(asdict(self))
+        found: dict[str, object] = finite(asdict(self))
+        return found
 
 
 def judge(
@@ -99,9 +100,17 @@ def judge(
     """Compares two drafts, request by request. `candidate` holds the weights exactly as they would be served."""
 
     def compared(signals: Sequence[Signal]) -> Compared:
-        return Compared(*(evaluate(module, signals, gamma, pad_id) for module in (active, candidate)))
+        marked = (evaluate(module, signals, gamma, pad_id) for module in (active, candidate))
+        return Compared(*(by_request(marks, signals) for marks in marked))
 
     return decide(compared(new), compared(earlier), gamma=gamma, tolerance=tolerance, seed=seed)
+
+
+def by_request(marks: Marks, signals: Sequence[Signal]) -> Marks:
+    """A request's n answers are one observation, not n: their means."""
+    _, request_S = np.unique([signal.origin for signal in signals], return_inverse=True)
+    answers_R = np.maximum(np.bincount(request_S), 1)
+    return Marks(*(np.bincount(request_S, weights=marks_S) / answers_R for marks_S in marks))
 
 
 def decide(
@@ -183,9 +192,10 @@ def _mean(values: Floats) -> float:
     return float(values.mean()) if len(values) else 0.0
 
 
-def _finite(told: dict[str, Any]) -> dict[str, Any]:
-    finite: dict[str, Any] = {}
-    for key, value in told.items():
-        inner = _finite(value) if isinstance(value, dict) else value
-        finite[key] = None if isinstance(value, float) and not np.isfinite(value) else inner
-    return finite
+def finite(told: Any) -> Any:
+    """The same with None for what is no finite number: databases differ in what JSON they take."""
+    if isinstance(told, dict):
+        return {key: finite(value) for key, value in told.items()}
+    if isinstance(told, list | tuple):
+        return [finite(value) for value in told]
+    return None if isinstance(told, float) and not math.isfinite(told) else told

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from online.signals import Signal
-from trainer.batches import Batch, Lesson, collate
+from trainer.batches import Batch, Lesson, collate, fitting
 from trainer.distill import draft_logits
 from trainer.divergences import greedy_match, overlap
 
@@ -42,8 +42,9 @@ def evaluate(module: nn.Module, signals: Sequence[Signal], gamma: int, pad_id: i
     device = next(module.parameters()).device
     tokens: list[float] = []
     rates: list[float] = []
-    for at in range(0, len(signals), batch_signals):
-        batch = collate([Lesson.of(s) for s in signals[at : at + batch_signals]], pad_id, device)
+    lessons = [Lesson.of(signal) for signal in signals]
+    for group in fitting(lessons, module.config.vocab_size, batch_signals):  # type: ignore[union-attr, arg-type]
+        batch = collate(group, pad_id, device)
         acceptance_N = acceptance(draft_logits(module, batch), batch).double().cpu().numpy()
         row_N = batch.row_N.cpu().numpy()
         for row in range(batch.ids_BT.shape[0]):

@@ -124,7 +124,7 @@ class Generator:
         routes = [asked or self._cluster(prompt, body.store is not False) for prompt in prompts]
         return [
             Query(
-                id=f"{request_id}-{index}-{copy}",
+                id=f"{request_id}-{index}#{copy}",
                 route=routes[index],
                 prompt_ids=tuple(prompt),
                 max_tokens=max_tokens,

@@ -65,9 +65,12 @@ def test_a_choice_is_kept_until_the_traffic_shifts(pair: TinyPair, lessons: list
     """A draft that still accepts what its gate promised passes its recipe on; one that does not is looked at again."""
     module = spoilt(pair)
     kept = {"divergence": "kl+acceptance"}
-    parent = Version(route="r", recipe={"choice": kept}, gate={"candidate_acceptance": 0.02})
-    assert choose(module, lessons, BASE, parent, 4, 3) == {"choice": kept}
-    fallen = Version(route="r", recipe={"choice": kept}, gate={"candidate_acceptance": 0.9})
+    recipe = {**replace(BASE, **kept, seed=7).as_dict(), "choice": kept, "over": {"divergence": "forward_kl"}}  # type: ignore[arg-type]
+    parent = Version(route="r", recipe=recipe, gate={"candidate_acceptance": 0.02})
+    assert choose(module, lessons, BASE, parent, 4, 3) == {"choice": kept, "over": {"divergence": "forward_kl"}}
+    other = choose(module, lessons, replace(BASE, divergence="jsd"), parent, 4, 3)
+    assert len(other["tried"]) == 5, "it was made of another recipe than is configured now"
+    fallen = Version(route="r", recipe=recipe, gate={"candidate_acceptance": 0.9})
     assert len(choose(module, lessons, BASE, fallen, 4, 3)["tried"]) == 5
     first = Version(route="r", recipe={"origin": "first draft"}, gate={})
     found = choose(module, lessons, BASE, first, 4, 3)

@@ -1,11 +1,14 @@
 """When a cycle is worth its cost."""
 
 import random
+from datetime import timedelta
 
 import pytest
 
+from online.buffer import Depth
+from online.settings import Settings
 from online.tables import Cycle
-from trainer.demand import fall, gain, rest
+from trainer.demand import fall, gain, patience, rest
 
 
 def cycle(state: str, gained: float) -> Cycle:
@@ -31,6 +34,21 @@ def test_a_route_that_gains_much_goes_on_early() -> None:
     assert rest([cycle("rejected", 0.3)], 200, 0.01) == 200
     assert rest([cycle("promoted", 0.3)], 30, 0.01) == 16
     assert rest([cycle("promoted", 0.3)], 8, 0.01) == 8
+
+
+def test_faults_are_no_lack_of_worth() -> None:
+    """A route whose artifacts were out of reach for a while goes on as soon as they are back."""
+    assert rest([cycle("failed", 0.0)] * 4, 200, 0.01) == 200
+
+
+def test_no_route_waits_for_more_than_its_buffer_holds() -> None:
+    """Half of it, in count or in bytes; and before half of the retention is over, for what is there."""
+    resting, settings = [cycle("rejected", 0.0)] * 8, Settings(buffer_bytes=2**26, retention_s=86400)
+    for depth, signals in ((Depth(0, 0), 3200), (Depth(100, 100 * 2**10), 3200), (Depth(100, 100 * 2**16), 512)):
+        assert patience(resting, depth, timedelta(hours=1), settings) == signals
+    assert patience(resting, Depth(9, 9 * 2**24), timedelta(hours=1), settings) == 50, "not less than after a shift"
+    assert patience(resting, Depth(100, 2**20), timedelta(hours=13), settings) == 50
+    assert patience([], Depth(10**4, 10), timedelta(0), Settings(buffer_signals=100)) == 50
 
 
 def test_unfinished_cycles_and_lost_reports_say_nothing() -> None:

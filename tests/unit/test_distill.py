@@ -7,11 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import trainer.batches
 from tests.signals import signal, taught
-from tests.tiny import TinyPair
-from trainer.batches import Lesson, batches, collate, held_out, usable
+from tests.tiny import VOCABULARY, TinyPair
+from trainer.batches import Lesson, batches, collate, fitting, held_out, usable
 from trainer.distill import Recipe, distill
 from trainer.gate import judge
+from trainer.marks import evaluate
 
 
 def test_a_spoilt_draft_learns_from_signals(pair: TinyPair) -> None:
@@ -24,6 +26,24 @@ def test_a_spoilt_draft_learns_from_signals(pair: TinyPair) -> None:
     assert told.last_loss < told.first_loss
     assert told.positions == 4 * 120 * 24
     assert judge(before, learnt, exam, gamma=4, pad_id=3).promote
+
+
+def test_what_does_not_fit_at_once_is_learnt_in_parts(pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same steps, to rounding, and the same marks, with room for the logits of two requests or of less than one."""
+    signals = taught(pair.target, 24)
+    found = []
+    for room, most in ((2**27, 8), (100 * VOCABULARY, 4), (1, 1)):
+        monkeypatch.setattr(trainer.batches, "LOGITS_AT_ONCE", room)
+        sizes = [len(group) for group in fitting([Lesson.of(s) for s in signals], VOCABULARY, 8)]
+        assert sum(sizes) == 24
+        assert max(sizes) == most
+        module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
+        told = distill(module, [signals], Recipe(epochs=1, rehearsal=0), pad_id=3)
+        found.append((told, evaluate(module, signals, 4, 3).tokens_R))
+    for told, tokens_R in found[1:]:
+        assert (told.steps, told.positions) == (found[0][0].steps, found[0][0].positions)
+        assert told.last_loss == pytest.approx(found[0][0].last_loss, rel=1e-3)
+        assert tokens_R == pytest.approx(found[0][1], rel=1e-2)
 
 
 def test_the_same_seed_makes_the_same_draft(pair: TinyPair) -> None:

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.signals import signal, taught
 from tests.tiny import TinyPair
-from trainer.gate import Compared, GateReport, bootstrap_interval, decide, judge
+from trainer.batches import held_out
+from trainer.gate import Compared, GateReport, bootstrap_interval, by_request, decide, judge
 from trainer.marks import Marks, served_gamma, tokens_per_step
 
 
@@ -39,6 +40,17 @@ def test_few_or_broken_requests_prove_nothing() -> None:
     """No interval, no promotion."""
     assert bootstrap_interval(np.array([1.0]), 0) == (float("-inf"), float("inf"))
     assert bootstrap_interval(np.array([1.0, np.nan, 2.0]), 0) == (float("-inf"), float("inf"))
+
+
+def test_answers_to_one_request_are_one_observation() -> None:
+    """Eight requests of four answers each are eight, whatever order they came in."""
+    signals = [signal(f"r{i % 8}#{i // 8}") for i in range(32)]
+    marks = Marks(np.arange(32.0), np.arange(32.0) / 32)
+    found = by_request(marks, signals)
+    assert found.tokens_R.tolist() == [i + 12.0 for i in range(8)]
+    assert found.acceptance_R.tolist() == [(i + 12.0) / 32 for i in range(8)]
+    assert len({held_out(one) for one in signals if one.origin == "r3"}) == 1
+    assert by_request(Marks(np.zeros(0), np.zeros(0)), []).tokens_R.tolist() == []
 
 
 def load(folder: object) -> torch.nn.Module:
