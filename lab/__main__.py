@@ -3,6 +3,8 @@
 import sys
 from importlib import import_module
 
+from online.errors import SlipstreamError
+
 COMMANDS = {
     "demo": ("lab.demo", "serve, learn and swap on this machine, and show what it gained"),
     "bench": ("lab.bench", "measure this engine beside transformers, under load, with swaps, with the recorder"),
@@ -31,7 +33,12 @@ def main() -> None:
         print(f"usage: python -m lab COMMAND [--help]\n\n{listing}")
         sys.exit(0 if sys.argv[1:] in ([], ["-h"], ["--help"]) else 2)
     command = sys.argv.pop(1)
-    import_module(COMMANDS[command][0]).main()
+    try:
+        import_module(COMMANDS[command][0]).main()
+    except (SlipstreamError, ValueError, OSError) as error:
+        sys.exit(f"{command}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{command}: stopped")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """`python -m lab gkd`: learning from logged distributions, beside TRL's GKDTrainer, which runs the target as it trains.
 
 Both get the same answers of the target to the same prompts, the same draft, the same passes and the service's learning
-rate and batch. TRL trains with the target's whole distribution of its answers (λ = 0, β = 0: forward KL) and by its own
-defaults (half of the steps on the draft's own samples, JSD); once for as many passes, and once for as many seconds.
+rate and batch, in batches of like length. TRL trains with the target's whole distribution of its answers (λ = 0, β = 0:
+forward KL) and with its own λ and β (half of the steps on the draft's own samples, JSD); once for as many passes, and
+once for as many seconds. Logged signals are learnt with rehearsal, which is part of the service's recipe, and without.
 Needs TRL: `pip install trl`.
 """
 
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from online.settings import Settings
 from online.signals import Signal
 from trainer.distill import Recipe, factor, steps
 
-WAYS = {"GKD, target's answers": (0.0, 0.0), "GKD, its defaults": (0.5, 0.5)}  # λ, β
+WAYS = {"GKD, target's answers": (0.0, 0.0), "GKD, λ and β by default": (0.5, 0.5)}
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,9 @@ def main() -> None:
     taught, judged = taught_and_held_out(args, pair)
     recipe, first = Recipe.of(Settings().recipe), examine(loaded(pair.files.draft), judged)
 
-    module = loaded(pair.files.draft)
-    learnt = learn("logged", module, taught, recipe)
-    ours = Trained("logged signals", learnt.seconds, learnt.positions, examine(module, judged))
-    rows = [ours]
+    bare = _logged("logged signals, no rehearsal", pair, taught, judged, replace(recipe, rehearsal=0))
+    ours = _logged("logged signals", pair, taught, judged, recipe)
+    rows = [ours, bare]
     for name, (share, beta) in WAYS.items():
         train = Gkd(pair, taught, recipe, share, beta, args.max_tokens)
         total = steps([taught], recipe)
@@ -68,6 +68,12 @@ def main() -> None:
         rows.append(train(f"{name}, as many seconds", max(1, round(ours.seconds / each_s)), judged))
     figures = {**_report(first, rows), "answers": len(taught), "seconds": round(time.monotonic() - started)}
     print(json.dumps(figures))
+
+
+def _logged(name: str, pair: rig.Pair, taught: Sequence[Signal], judged: Sequence[Signal], recipe: Recipe) -> Trained:
+    module = loaded(pair.files.draft)
+    learnt = learn(name, module, taught, recipe)
+    return Trained(name, learnt.seconds, learnt.positions, examine(module, judged))
 
 
 class Gkd:
@@ -116,6 +122,8 @@ class Gkd:
                 save_strategy="no",
                 logging_strategy="no",
                 disable_tqdm=True,
+                train_sampling_strategy="group_by_length",  # as ours: or half of what it computes would be padding
+                length_column_name="length",
             )
             trainer = Counting(
                 model=module,
@@ -141,8 +149,9 @@ class Gkd:
         return Dataset(InMemoryTable.from_pylist([_row(signal) for signal in self._taught]), fingerprint="lessons")
 
 
-def _row(signal: Signal) -> dict[str, list[int]]:
-    return {"prompt_ids": signal.prompt_ids.tolist(), "output_ids": signal.output_ids.tolist()}
+def _row(signal: Signal) -> dict[str, Any]:
+    length = len(signal.prompt_ids) + len(signal.output_ids)
+    return {"prompt_ids": signal.prompt_ids.tolist(), "output_ids": signal.output_ids.tolist(), "length": length}
 
 
 @dataclass(frozen=True)
@@ -183,12 +192,13 @@ def _report(first: Marks, rows: Sequence[Trained]) -> dict[str, object]:
     told = {}
     for row in rows:
         print(f"{row.name:40} {row.seconds:8.1f} {row.positions:10d} {row.ms_each:8.3f} {row.marks.row}")
-        gained, per_gain = _gain(first, row), ours.seconds / _gain(first, ours)
+        gained, our_gain = _gain(first, row), _gain(first, ours)
+        per_gain = row.seconds / gained * our_gain / ours.seconds if min(gained, our_gain) > 0 else None
         told[row.name] = {
             "seconds": round(row.seconds, 1),
             "positions": row.positions,
             "cost_per_position": round(row.ms_each / ours.ms_each, 2),
-            "cost_per_gain": round(row.seconds / gained / per_gain, 2) if gained > 0 else None,
+            "cost_per_gain": per_gain and round(per_gain, 2),
             "tokens_per_step": row.marks.step,
             "ours_better_by": difference(ours.marks.tokens_R, row.marks.tokens_R).figures,
         }

@@ -184,13 +184,15 @@ def rig(
     routes: Sequence[str] = (ROUTE,),
     buffer: SignalBuffer | None = None,
     clusters: Sequence[str] = (),
+    settings: Settings | None = None,
 ) -> Iterator[Rig]:
     """An engine that is up and has timed its models.
 
     `draft` is a folder or hub id, and every route begins with it; γ at most is the service's own; signals stay in
     memory unless a `buffer` is given. `clusters` are routes that are parts of the first one.
     """
-    settings, device = Settings(), device_of(pair.device)
+    settings, device = settings or Settings(), device_of(pair.device)
+    threads = torch.get_num_threads()
     stay_on_one_core()
     metrics = ServiceMetrics(pair.files.name)
     buffer = buffer or MemoryBuffer(Bounds(10**6, 2**34, 7 * 86400))
@@ -231,3 +233,4 @@ def rig(
     finally:
         engine.stop()
         recorder.stop()
+        torch.set_num_threads(threads)  # the engine's thread has ended

@@ -63,18 +63,18 @@ def main() -> None:
     first = examine(loaded(pair.files.draft), exam)
     recipe, rows = Recipe.of(Settings().recipe), []
     for name, bytes_each, lessons in _variants(args, taught, whole, vocab_size):
-        drafts = [_taught(pair.files.draft, name, lessons(), replace(recipe, seed=i)) for i in range(args.seeds)]
+        drafts = [_taught(pair.files.draft, name, lessons(i), replace(recipe, seed=i)) for i in range(args.seeds)]
         rows.append(Row(name, bytes_each, Marks.mean([examine(draft, exam) for draft in drafts])))
     print(json.dumps({**_report(first, rows), "seconds": round(time.monotonic() - started)}))
 
 
 def _variants(
     args: argparse.Namespace, taught: Sequence[Signal], whole: Whole, vocab_size: int
-) -> Iterator[tuple[str, float, Callable[[], list[Signal]]]]:
-    """(name, bytes of a position, what is learnt from); the whole vocabulary first."""
+) -> Iterator[tuple[str, float, Callable[[int], list[Signal]]]]:
+    """(name, bytes of a position, what is learnt from with a seed); the whole vocabulary first."""
     entry = (2 if vocab_size <= 2**16 else 4) + 2  # a token's id, and its log-probability or its count
 
-    def top(k: int) -> list[Signal]:
+    def top(k: int, seed: int) -> list[Signal]:
         return [truncated(signal, logp, k) for signal, logp in zip(taught, whole, strict=True)]
 
     yield "whole", 2.0 * vocab_size, partial(top, vocab_size)

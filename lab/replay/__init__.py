@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from online.errors import SlipstreamError
+
 MAY_CHANGE = ("seeds", "arms", "wall_queries", "wall_turns")  # from one run in a folder to the next
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"  # a folder of models and data beside the checkout
 
@@ -40,7 +42,7 @@ def main() -> None:
     )
     parser.add_argument("--draft", help="folder or hub id (default: as for the target)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"))
-    parser.add_argument("--queries", type=int, default=1000, help="of every domain (default: %(default)s)")
+    parser.add_argument("--queries", type=int, help="of every domain of a preset (default: 1000)")
     parser.add_argument("--seeds", type=int, nargs="+", help="one run each; a headline needs three (default: 1)")
     parser.add_argument(
         "--arm", action="append", metavar="NAME=JSON", help="settings of a further arm; may be repeated"
@@ -54,10 +56,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.jobs < 1:
         parser.error("--jobs: at least 1")
+    if args.config and (args.queries or args.data):
+        parser.error("--queries and --data are for presets: a configuration says its own")
+    if args.preset == "embedded" and args.data:
+        parser.error("--preset embedded is over installed packages: it has no --data")
     args.out = args.out or Path(".slipstream", "replay", args.preset or args.config.stem)
     try:
         figures = replay(args)
-    except ValueError as error:
+    except (SlipstreamError, ValueError, OSError) as error:
         sys.exit(f"replay: {error}")
     except KeyboardInterrupt:
         sys.exit(f"replay: stopped; the same command with --out {args.out} goes on")
@@ -71,11 +77,10 @@ def replay(args: argparse.Namespace) -> dict[str, Any]:
 
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     started, config = time.monotonic(), _config(args)
-    args.out.mkdir(parents=True, exist_ok=True)
-    _same_as_before(config, args.out / "replay.json")
-
     # All arms of a seed before the next seed: what is there early can be compared.
     runs = [(arm, seed) for seed in config.seeds for arm in config.arms]
+    _arm_run(config, *runs[0], args.out, started)  # what can't be read is told before anything is written down
+    _same_as_before(config, args.out / "replay.json")
     _go_all(config, runs, min(args.jobs, len(runs)), args.out, started)
     arms: dict[str, dict[int, Any]] = {arm.name: {} for arm in config.arms}
     for arm, seed in runs:
@@ -105,15 +110,24 @@ def _go_all(config: Any, runs: Sequence[tuple[Any, int]], jobs: int, out: Path, 
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
     # Not forked: this process has torch's threads, and a child would have their locks without them.
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _use_threads, (threads,)) as pool:
-        for done in [pool.submit(_go, config, *run, out, started) for run in runs]:
-            done.result()
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin, (threads,)) as pool:
+        try:
+            for done in [pool.submit(_go, config, *run, out, started) for run in runs]:
+                done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def _use_threads(count: int) -> None:
+def _begin(count: int) -> None:
+    """A worker ends with the command, however that ends."""
     import torch
     import transformers
 
+    from online.embedded import die_with_parent
+
+    if (end := die_with_parent()) is not None:
+        end()
     torch.set_num_threads(count)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
@@ -127,7 +141,7 @@ def _say(started: float, who: str, line: str) -> None:
 
 
 def _config(args: argparse.Namespace) -> Any:
-    from lab.replay.config import preset, read
+    from lab.replay.config import Arm, preset, read
 
     given = {name: getattr(args, name) for name in ("target", "draft", "dtype", "seeds", "held_out")}
     more: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -136,13 +150,12 @@ def _config(args: argparse.Namespace) -> Any:
     arms = [_arm(text) for text in args.arm or ()]
     if args.config:
         config = read(args.config)
-        return config.model_copy(update={**more, "arms": [*config.arms, *arms]})
+        return type(config)(**{**config.model_dump(), **more, "arms": [*config.arms, *arms]})
     data = args.data or (SHARED / "data" if (SHARED / "data").is_dir() else None)
     pair = SHARED / "models" / "pair"
     if args.preset != "embedded" and data is not None and not args.target and pair.is_dir():
         more = {"target": str(pair / "target"), "draft": str(pair / "draft"), **more}
-    config = preset(args.preset, data, args.queries, **more)
-    return config.model_copy(update={"arms": [*config.arms, *arms]})
+    return preset(args.preset, data, args.queries or 1000, arms=[Arm(name="loop"), *arms], **more)
 
 
 def _arm(text: str) -> Any:

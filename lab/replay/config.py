@@ -1,12 +1,14 @@
 """What a replay is: a pair, domains, the segments of a stream, the arms that are compared. A TOML file, or a preset."""
 
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from lab import corpus
+from online.settings import Settings
 
 Strict = ConfigDict(extra="forbid", frozen=True)
 DOMAINS = ("math", "sql", "shell", "code")
@@ -43,12 +45,21 @@ class Segment(BaseModel):
         return leading[0] if len(leading) == 1 else ""
 
 
+def _of_the_service(given: dict[str, Any]) -> dict[str, Any]:
+    if unknown := set(given) - set(Settings.model_fields):
+        raise ValueError(f"the service has no setting {', '.join(sorted(unknown))}")
+    return given
+
+
+ServiceSettings = Annotated[dict[str, Any], AfterValidator(_of_the_service)]
+
+
 class Arm(BaseModel):
     """One way to learn. Beside all arms stand the frozen first draft and no speculation."""
 
     model_config = Strict
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
-    settings: dict[str, Any] = {}  # of the service, where they differ from `settings` below
+    settings: ServiceSettings = {}  # of the service, where they differ from `settings` below
 
 
 class Replay(BaseModel):
@@ -59,7 +70,7 @@ class Replay(BaseModel):
     domains: dict[str, Domain]
     segments: Annotated[list[Segment], Field(min_length=1)]
     arms: Annotated[list[Arm], Field(min_length=1)] = [Arm(name="loop")]
-    settings: dict[str, Any] = {}
+    settings: ServiceSettings = {}
     seeds: Annotated[list[int], Field(min_length=1)] = [1]
     at_once: Annotated[int, Field(ge=1)] = 8  # queries under way
     max_tokens: Annotated[int, Field(ge=2)] = 128
@@ -80,16 +91,46 @@ class Replay(BaseModel):
                 raise ValueError("segments: a mix needs a weight above zero")
         return self
 
+    @model_validator(mode="after")
+    def _nothing_twice(self) -> Self:
+        for what, names in (("seeds", self.seeds), ("arms", [arm.name for arm in self.arms])):
+            if twice := {str(name) for name in names if names.count(name) > 1}:  # type: ignore[arg-type]
+                raise ValueError(f"{what}: {', '.join(sorted(twice))} is there twice")
+        return self
+
     @property
     def queries(self) -> int:
         return sum(segment.queries for segment in self.segments)
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """A segment, where it lies in the stream, and whose queries are in it."""
+
+    domains: tuple[str, ...]
+    start: int
+    end: int
+    fade: bool = False
+
+
+def stretches(config: Replay) -> list[Stretch]:
+    found: list[Stretch] = []
+    at, before = 0, None
+    for segment in config.segments:
+        domains = (segment.main,) if segment.main else tuple(segment.mix)
+        fades = segment.fade and before is not None
+        if fades and found:
+            domains = tuple(dict.fromkeys((*found[-1].domains[-1:], *domains)))
+        found.append(Stretch(domains, at, at + segment.queries, fades))
+        at, before = at + segment.queries, segment
+    return found
 
 
 def read(path: Path) -> Replay:
     """Raises ValueError, naming the field, where the file is no replay."""
     try:
         return Replay(**tomllib.loads(path.read_text()))
-    except OSError as error:
+    except (OSError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"{path} can't be read: {error}") from error
 
 
@@ -113,10 +154,12 @@ def segments(name: str, domains: list[str], queries: int) -> list[Segment]:
         return [Segment(queries=queries * len(domains), mix=dict.fromkeys(domains, 1.0))]
     if name == "recurring":
         return [Segment(queries=queries, mix={domain: 1.0}) for domain in domains * 2]
-    return [
-        Segment(queries=queries, mix={domain: 1.0}, fade=name == "gradual" and i > 0)
-        for i, domain in enumerate(domains)
-    ]
+    if name == "gradual":  # half of the first domain alone, then from each to the next, half of the last one alone
+        first, *others = domains
+        half = max(1, queries // 2)
+        fades = [Segment(queries=queries, mix={domain: 1.0}, fade=True) for domain in others]
+        return [Segment(queries=half, mix={first: 1.0}), *fades, Segment(queries=half, mix={domains[-1]: 1.0})]
+    return [Segment(queries=queries, mix={domain: 1.0}) for domain in domains]
 
 
 def packages(count: int) -> dict[str, Domain]:

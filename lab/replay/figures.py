@@ -2,36 +2,17 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from lab.replay.config import Replay
+from lab.replay.config import Replay, stretches
 from lab.replay.run import Event, Log
 from lab.statistics import Floats, paired_ratio
 
 RECOVERED = 0.9  # share of a domain's plateau at which a shift counts as recovered
 WALLS = {"live_frozen": "wall_ratio", "live_plain": "wall_over_plain", "frozen_plain": "frozen_over_plain"}
 Logs = Mapping[int, Log]  # by seed
-
-
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """A segment, where it lies in the stream."""
-
-    domains: tuple[str, ...]
-    start: int
-    end: int
-
-
-def stretches(config: Replay) -> list[Stretch]:
-    found, at = [], 0
-    for segment in config.segments:
-        domains = (segment.main,) if segment.main else tuple(segment.mix)
-        found.append(Stretch(domains, at, at + segment.queries))
-        at += segment.queries
-    return found
 
 
 def summarise(config: Replay, logs: Logs) -> dict[str, Any]:
@@ -48,7 +29,7 @@ def _domain(config: Replay, domain: str, end: int, logs: Logs) -> dict[str, Any]
     figures: dict[str, Any] = {}
     before, after = (_exam(logs, domain, at, config.held_out) for at in (0, end))
     for name, side in (("", slice(None)), ("sampled_", 0), ("greedy_", 1)):
-        old, new = before[side].reshape(-1, 4).T, after[side].reshape(-1, 4).T
+        old, new = _by_query(before[side]), _by_query(after[side])
         ratio = paired_ratio((old[0], old[1]), (new[0], new[1]))
         figures |= {
             f"{name}tau_before": old[0].sum() / old[1].sum(),
@@ -59,6 +40,9 @@ def _domain(config: Replay, domain: str, end: int, logs: Logs) -> dict[str, Any]
             f"{name}acceptance_before": old[2].sum() / old[3].sum(),
             f"{name}acceptance_after": new[2].sum() / new[3].sum(),
         }
+    figures["tau_ratio_by_seed"] = [
+        compared({seed: log}, {seed: log}, domain, end, config.held_out, 0)[0] for seed, log in logs.items()
+    ]
     walls = [event for log in logs.values() for event in log.of("wall", domain=domain, at=end)]
     for at_once in [key for key in walls[0] if key.isdigit()] if walls else ():
         suffix = "" if at_once == "1" else f"_{at_once}"
@@ -70,8 +54,12 @@ def _domain(config: Replay, domain: str, end: int, logs: Logs) -> dict[str, Any]
             name: float(np.median([wall[at_once]["tokens_per_s"][name] for wall in walls]))
             for name in walls[0][at_once]["tokens_per_s"]
         }
-    figures |= {"queries_to_recover": _median(recoveries(config, domain, logs))}
-    figures |= {"forgetting": _median(_forgetting(config, domain, logs))}
+    by_visit = list(zip(*(recoveries(config, domain, log) for log in logs.values()), strict=True))
+    medians = [_median(visit) for visit in by_visit]
+    figures["queries_to_recover"] = medians[0] if medians else None
+    figures["queries_to_recover_again"] = medians[1:]
+    figures["seeds_not_recovered"] = sum(math.isinf(queries) for queries in by_visit[0]) if by_visit else 0
+    figures["forgetting"] = _median([share for log in logs.values() for share in _forgetting(config, domain, log)])
     return figures
 
 
@@ -81,46 +69,53 @@ def _exam(logs: Logs, domain: str, at: int, held_out: int) -> Floats:
     return rows.reshape(len(logs), 2, held_out, 4).swapaxes(0, 1)
 
 
+def _by_query(rows: Floats) -> Floats:
+    """[(tokens, forwards, Σ overlap, compared), queries]: kinds and seeds of one query are no queries of their own."""
+    found: Floats = rows.reshape(-1, *rows.shape[-2:]).sum(0).T
+    return found
+
+
 def _curve(log: Log, domain: str, upto: int) -> list[tuple[int, float]]:
     """(queries, expected τ on held-out queries) after every swap, from the first draft's on."""
     first = log.of("first")[0]["domains"][domain]["tau"]
     return [(0, first), *((e["at"], e["domains"][domain]["tau"]) for e in log.of("swap") if e["at"] <= upto)]
 
 
-def recoveries(config: Replay, domain: str, logs: Logs) -> Iterator[float]:
-    """Queries after each beginning of the domain until its expected τ has 90 % of its plateau; infinite if never.
+def recoveries(config: Replay, domain: str, log: Log) -> list[float]:
+    """Queries after each shift to the domain until its expected τ has 90 % of its plateau; infinite if never.
 
-    The plateau is the best that the seed reaches by the end of the domain's last segment.
+    The plateau is the best that is reached by the end of the domain's last segment.
     """
-    parts = [part for part in stretches(config) if part.domains == (domain,)]
-    for log in logs.values():
-        for part in parts:
-            curve = _curve(log, domain, parts[-1].end)
-            enough = RECOVERED * max(tau for _, tau in curve)
-            standing = [tau for at, tau in curve if at <= part.start][-1]
-            if standing >= enough:
-                yield 0.0
-            else:
-                reached = (at for at, tau in curve if part.start < at <= part.end and tau >= enough)
-                yield next(reached, math.inf) - part.start
-
-
-def _forgetting(config: Replay, domain: str, logs: Logs) -> Iterator[float]:
-    """Share of a domain's expected τ that is lost, at most, while other domains are learnt after it."""
     parts = stretches(config)
-    for log in logs.values():
-        for i, part in enumerate(parts[:-1]):
-            if part.domains != (domain,):
-                continue
-            following = next((later.start for later in parts[i + 1 :] if domain in later.domains), parts[-1].end)
-            held = _curve(log, domain, part.end)[-1][1]
-            later = [tau for at, tau in _curve(log, domain, following) if at > part.end]
-            yield 1 - min(later, default=held) / held
+    shifts = [
+        part
+        for before, part in zip([None, *parts], parts, strict=False)
+        if part.domains == (domain,) and not (before and domain in before.domains)
+    ]
+    found = []
+    for part in shifts:
+        curve = _curve(log, domain, shifts[-1].end)
+        enough = RECOVERED * max(tau for _, tau in curve)
+        standing = [tau for at, tau in curve if at <= part.start][-1]
+        reached = (at for at, tau in curve if part.start < at <= part.end and tau >= enough)
+        found.append(0.0 if standing >= enough else next(reached, math.inf) - part.start)
+    return found
 
 
-def _median(values: Iterator[float]) -> float | None:
+def _forgetting(config: Replay, domain: str, log: Log) -> Iterator[float]:
+    """Share of a domain's expected τ that is lost, at most, while only other domains are learnt after it."""
+    parts = stretches(config)
+    for i, part in enumerate(parts[:-1]):
+        if domain not in part.domains or domain in parts[i + 1].domains:
+            continue
+        following = next((later.start for later in parts[i + 1 :] if domain in later.domains), parts[-1].end)
+        held = _curve(log, domain, part.end)[-1][1]
+        later = [tau for at, tau in _curve(log, domain, following) if at > part.end]
+        yield 1 - min(later, default=held) / held
+
+
+def _median(found: Sequence[float]) -> float | None:
     """None where there are none, or where it is infinite."""
-    found = list(values)
     middle = float(np.median(found)) if found else math.inf
     return middle if math.isfinite(middle) else None
 
@@ -142,8 +137,13 @@ def cost(config: Replay, logs: Logs) -> list[float]:
     return [round(float(seconds), 1) for seconds in found]
 
 
-def compared(a: Logs, b: Logs, domain: str, at: int, held_out: int) -> list[float]:
-    """τ of arm `a` ÷ arm `b` on a domain's held-out queries, [value, low, high]."""
-    ours, theirs = (_exam(side, domain, at, held_out).reshape(-1, 4).T for side in (a, b))
-    ratio = paired_ratio((theirs[0], theirs[1]), (ours[0], ours[1]))
+def compared(
+    theirs: Logs, ours: Logs, domain: str, at: int, held_out: int, theirs_at: int | None = None
+) -> list[float]:
+    """τ of arm `ours` ÷ arm `theirs` on a domain's held-out queries after so many of the stream, [value, low, high]."""
+    old, new = (
+        _by_query(_exam(side, domain, when, held_out))
+        for side, when in ((theirs, at if theirs_at is None else theirs_at), (ours, at))
+    )
+    ratio = paired_ratio((old[0], old[1]), (new[0], new[1]))
     return [ratio.value, ratio.low, ratio.high]

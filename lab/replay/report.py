@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lab.charts import FIRST, LEARNT, LIVE
-from lab.replay.config import Replay
-from lab.replay.figures import Logs, compared, cost, live, stretches, summarise
+from lab.replay.config import Replay, stretches
+from lab.replay.figures import Logs, compared, cost, live, summarise
 
 COLOURS = (LIVE, "#c2571a", "#7b3fb5", "#0f8b8d", "#b23a6f")
 SMOOTH = 3  # looks that a point of a live curve averages over
@@ -47,7 +47,7 @@ def figures(config: Replay, arms: Mapping[str, Logs]) -> dict[str, Any]:
         }
         for name in others
     }
-    found["train_s_by_tenth"] = cost(config, arms[first])
+    found["train_s_by_tenth"] = cost(config, arms[first])  # of one seed, on average; what follows is of all
     cycles = [event for log in arms[first].values() for event in log.of("cycle")]
     found["cycles"], found["train_s"] = len(cycles), sum(event["train_s"] for event in cycles)
     found["swaps"] = sum(event["state"] == "promoted" for event in cycles)
@@ -68,11 +68,17 @@ def rows(domains: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
             f"{f['acceptance_before']:.3f} → {f['acceptance_after']:.3f}",
             f"{f['wall_ratio']:.2f}" if "wall_ratio" in f else "-",
             f"{f[walls[0]]:.2f}" if walls else "-",
-            "-" if f["queries_to_recover"] is None else f"{f['queries_to_recover']:.0f}",
+            _recovery(f["queries_to_recover"], f["seeds_not_recovered"]),
             "-" if f["forgetting"] is None else f"{f['forgetting']:.1%}",
         )
         found.append([shape.format(value) for (_, _, shape), value in zip(COLUMNS, values, strict=True)])
     return found
+
+
+def _recovery(queries: float | None, seeds_not_recovered: int) -> str:
+    if queries is None:
+        return "never" if seeds_not_recovered else "-"
+    return f"{queries:.0f}"
 
 
 def table(domains: Mapping[str, Mapping[str, Any]]) -> str:
@@ -109,7 +115,7 @@ def draw(config: Replay, arms: Mapping[str, Logs], path: Path) -> Path:
         points += [(event["at"], event["domains"][domain]["tau"]) for event in log.of("swap")]
         x, y = zip(*points, (config.queries, points[-1][1]), strict=True)
         panels[2].step(x, y, where="post", color=colour, linewidth=1.6, label=domain)
-    panels[2].set_ylabel("τ on held-out queries")
+    panels[2].set_ylabel("τ on held-out queries,\nfirst arm and seed")
     panels[2].set_xlabel("queries served")
     for panel in panels:
         for event in log.of("swap"):
@@ -121,7 +127,7 @@ def draw(config: Replay, arms: Mapping[str, Logs], path: Path) -> Path:
         low, high = panel.get_ylim()
         panel.set_ylim(low, high + 0.18 * (high - low))
     for part in stretches(config):
-        name = part.domains[0] if len(part.domains) == 1 else "mixed"
+        name = " → ".join(part.domains) if part.fade or len(part.domains) == 1 else "mixed"
         panels[0].annotate(name, ((part.start + part.end) / 2, 1.01), xycoords=("data", "axes fraction"), ha="center")
     figure.suptitle(f"seeds: {len(config.seeds)}; dashed: a draft is swapped in (first seed)", fontsize=10)
     figure.savefig(path, dpi=120)

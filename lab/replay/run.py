@@ -1,15 +1,19 @@
 """One arm of a replay with one seed: everything that happens goes into a log, and from the log it goes on."""
 
+import fcntl
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from decoder.models import ModelFiles, load_tokenizer
-from lab.replay.config import Arm, Replay
+from lab.replay.config import Arm, Replay, stretches
 from lab.replay.service import FROZEN, LIVE, Service, serve
 from lab.replay.streams import Asked, Stream, exam
 from lab.replay.wall import compare_speeds
@@ -21,14 +25,15 @@ Event = dict[str, Any]
 
 
 class Log:
-    """JSON lines. One that was cut short by a kill is dropped, and what it told happens again."""
+    """JSON lines. One that a kill has cut short is dropped, and what it told happens again."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.events: list[Event] = []
-        for line in path.read_text().splitlines() if path.exists() else ():
-            with suppress(ValueError):
-                self.events.append(json.loads(line))
+        path.touch()
+        whole = path.read_bytes()
+        whole = whole[: whole.rfind(b"\n") + 1]
+        os.truncate(path, len(whole))
+        self.events: list[Event] = [json.loads(line) for line in whole.splitlines()]
 
     def add(self, kind: str, at: int, **told: Any) -> Event:
         event = {"kind": kind, "at": at, **told}
@@ -72,12 +77,13 @@ class ArmRun:
         """Runs what the log does not tell of yet, but for the comparison of tokens per second."""
         if self.log.of("end"):
             return self.log
-        with serve(self._config, self._settings, self._folder) as service:
+        with alone(self._folder), serve(self._config, self._settings, self._folder) as service:
             for domain in self._exams:
                 if not self.log.of("exam", domain=domain, at=0):
                     self._examine(service, domain, 0, FROZEN, store=True)
             if not self.log.of("first"):
-                self.log.add("first", 0, domains=self._curves(service))
+                self.log.add("first", 0, versions=service.versions(), domains=self._curves(service))
+            self._learnt(service, self.log.served)  # what a stopped run did not come to tell
             asked, at = iter(self._stream), 0
             for segment in self._config.segments:
                 end = at + segment.queries
@@ -85,8 +91,7 @@ class ArmRun:
                 list(islice(asked, skipped))
                 for chunk in _chunks(islice(asked, segment.queries - skipped), self._config.look_every):
                     self._serve(service, chunk)
-                domains = [segment.main] if segment.main else list(segment.mix)
-                for domain in domains:
+                for domain in next(part.domains for part in stretches(self._config) if part.end == end):
                     self._close(service, domain, end)
                 at = end
         self.log.add("end", at)
@@ -101,12 +106,12 @@ class ArmRun:
         left = [exam for exam in exams if not self.log.of("wall", domain=exam["domain"], at=exam["at"])]
         if not left or not self._config.wall_queries:
             return self.log
-        with serve(self._config, self._settings, self._folder) as service:
+        with alone(self._folder), serve(self._config, self._settings, self._folder) as service:
             for exam in left:
                 at, domain = exam["at"], exam["domain"]
                 service.put(exam["versions"])
                 found = compare_speeds(service, self._exams[domain], self._config)
-                self.log.add("wall", at, domain=domain, **found)
+                self.log.add("wall", at, domain=domain, threads=torch.get_num_threads(), **found)
                 ratio, low, high = found["1"]["ratios"]["live_frozen"]
                 self._tell(at, f"{domain}: tokens/s × {ratio} ({low} to {high})")
         return self.log
@@ -135,14 +140,23 @@ class ArmRun:
         self._learn(service, at)
 
     def _learn(self, service: Service, at: int) -> None:
-        for cycle in (cycles := service.look()):
-            report = cycle.report
-            told = report.get("gate", report).get("reason", "")
-            train_s = report.get("train_s", 0.0)
-            self.log.add("cycle", at, route=cycle.route, state=cycle.state, train_s=train_s, reason=told)
+        service.look()
+        self._learnt(service, at)
+
+    def _learnt(self, service: Service, at: int) -> None:
+        """Tells of the cycles that have ended since this was last told, and of what they swapped in."""
+        known = {event["id"] for event in self.log.of("cycle")}
+        for cycle in reversed(service.finished()):
+            if cycle.id in known:
+                continue
+            told = cycle.report.get("gate", cycle.report).get("reason", "")
+            train_s = cycle.report.get("train_s", 0.0)
+            self.log.add("cycle", at, id=cycle.id, route=cycle.route, state=cycle.state, train_s=train_s, reason=told)
             self._tell(at, f"cycle {cycle.id} of {cycle.route} {cycle.state}: {told}")
-        if made := [cycle.report["version"] for cycle in cycles if cycle.state == "promoted"]:
-            self.log.add("swap", at, version=max(made), domains=self._curves(service))
+        versions = service.versions()
+        if versions != [*self.log.of("first"), *self.log.of("swap")][-1]["versions"]:
+            newest = max(versions.values())
+            self.log.add("swap", at, version=newest, versions=versions, domains=self._curves(service))
 
     def _close(self, service: Service, domain: str, at: int) -> None:
         """A domain's segment has ended: its held-out queries are decoded."""
@@ -158,10 +172,13 @@ class ArmRun:
 
     def _held_out(self, service: Service) -> dict[str, list[Signal]]:
         """The exams' answers under the first draft: what later drafts are judged by without decoding."""
-        count = 2 * self._config.held_out * len(self._exams)
-        found: dict[str, list[Signal]] = {domain: [] for domain in self._exams}
-        for signal in service.newest(FROZEN, count):
-            found[signal.request_id.removeprefix("exam-").rsplit("-", 2)[0]].append(signal)
+        signals = {signal.request_id: signal for signal in service.newest(FROZEN)}  # a stopped exam was asked again
+        found = {
+            domain: [signals[one.name] for one in asked if one.name in signals] for domain, asked in self._exams.items()
+        }
+        for domain, held_out in found.items():
+            if len(held_out) < 0.9 * len(self._exams[domain]):  # an empty answer leaves no signal
+                raise ValueError(f"{self._folder}: only {len(held_out)} of {domain}'s held-out answers are left")
         return found
 
     def _tell(self, at: int, what: str) -> None:
@@ -174,6 +191,21 @@ class ArmRun:
             tokens, acceptance = service.judge_live(signals)
             found[domain] = {"tau": float(tokens.mean()), "acceptance": float(acceptance.mean())}
         return found
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Two processes would write one log, one database and one Redis.
+
+    Raises:
+        ValueError: another one is at work in this folder.
+    """
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"{folder}: another replay is at work here") from error
+        yield
 
 
 def _row(answer: Answer) -> tuple[int, int, float, int]:

@@ -23,6 +23,7 @@ from lab.replay.streams import Asked
 from migrations import upgrade
 from online.buffer import LATEST
 from online.clusters import Clusters
+from online.cycles import UNFINISHED
 from online.embedded import start_server
 from online.messages import Query
 from online.registry import Registry
@@ -95,19 +96,20 @@ class Service:
             self._settle(route, written + len(answers))
         return answers
 
-    def look(self) -> list[Cycle]:
+    def look(self) -> None:
         """What the trainer's clock does: a cycle where it is time for one; then what it promoted is swapped in."""
-        settings = self.shop.settings
-        found = [self._look(route) for route in (LIVE, *settings.cluster_routes)]
-        return [cycle for cycle in found if cycle is not None]
+        for route in (LIVE, *self.shop.settings.cluster_routes):
+            self._look(route)
 
-    def _look(self, route: str) -> Cycle | None:
+    def _look(self, route: str) -> None:
         shop = self.shop
-        demand = look(shop.buffer, shop.ledger, shop.registry, route, shop.settings)
-        if not demand.due:
-            return None
-        requested, _ = shop.ledger.request(route, "replay", demand.reason)
-        lease = shop.ledger.take(requested.id, shop.settings.lease_s)
+        requested = shop.ledger.unfinished(route)  # a run that was stopped has left it
+        if requested is None:
+            demand = look(shop.buffer, shop.ledger, shop.registry, route, shop.settings)
+            if not demand.due:
+                return
+            requested, _ = shop.ledger.request(route, "replay", demand.reason)
+        lease = shop.ledger.take(requested.id, lease_s=0)
         assert lease is not None, "nobody else works here"
 
         def learn() -> str:
@@ -117,7 +119,6 @@ class Service:
         self._serving.between_steps(learn)
         self._swapper.sync()
         self._swapper.watch()
-        return shop.ledger.cycle(requested.id)
 
     def judge(self, draft: Path, signals: Sequence[Signal]) -> Marks:
         """Expected tokens of a step with γ, and acceptance, of each signal's answer, had this draft drafted for it.
@@ -148,7 +149,11 @@ class Service:
         """The live route's prompts go to their clusters, where there are any."""
         return self._clusters.route(prompt_ids, learn=learn) if self._clusters and route == LIVE else route
 
-    def newest(self, route: str, count: int) -> list[Signal]:
+    def finished(self) -> list[Cycle]:
+        """Every cycle that has ended, newest first."""
+        return [cycle for cycle in self.shop.ledger.cycles(limit=10**6) if cycle.state not in UNFINISHED]
+
+    def newest(self, route: str, count: int = 10**6) -> list[Signal]:
         """The route's last signals, oldest first."""
         return [decode(entry.record) for entry in self.shop.buffer.before(route, LATEST, count)][::-1]
 
@@ -177,7 +182,14 @@ def serve(config: Replay, settings: Settings, folder: Path) -> Iterator[Service]
         own = {"gamma": config.gamma, "max_tokens": config.max_tokens, "kept_contexts": 0}
         routes, clusters = (LIVE, FROZEN), settings.cluster_routes
         with rig.rig(
-            pair, files.draft, config.at_once, routes=routes, clusters=clusters, buffer=shop.buffer, **own
+            pair,
+            files.draft,
+            config.at_once,
+            routes=routes,
+            clusters=clusters,
+            buffer=shop.buffer,
+            settings=settings,
+            **own,
         ) as serving:
             engine = serving.engine
             drafts = {route: engine.batch.drafts[route] for route in settings.served_routes}

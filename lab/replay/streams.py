@@ -104,7 +104,10 @@ def exam(
     domain: str, source: str, tokenizer: PreTrainedTokenizerBase, longest: int, count: int, seed: int
 ) -> list[Asked]:
     """Held-out queries of a domain, each once sampled and once greedy."""
-    held_out = Source(prompts(source, held_out=True), tokenizer, longest, 0)
+    texts = prompts(source, held_out=True)
+    if len(texts) < count:
+        raise ValueError(f"held_out: {count} queries are asked for, but {source} has {len(texts)}")
+    held_out = Source(texts, tokenizer, longest, 0)
     ids = [held_out.take() for _ in range(count)]
     kinds = (("sampled", 1.0), ("greedy", 0.0))
     return [

@@ -85,6 +85,8 @@ def _run(args: argparse.Namespace, folder: Path) -> None:
 
     module, before = loaded(args.draft), loaded(args.draft)
     recipe = Recipe(divergence=args.divergence, epochs=args.epochs, learning_rate=args.learning_rate)
+    if isinstance(initial, dict):  # some layers of a target know nothing that is worth rehearsing
+        recipe = replace(recipe, rehearsal=0)
     distilled = learn("learning", module, lessons, recipe)
     save(module, args.out, stored_dtype(args.draft), pair.tokenizer)
     report = judge(before, loaded(args.out), exam, gamma=EXAM_GAMMA, pad_id=pad_id(module))

@@ -58,6 +58,8 @@ def main() -> None:
     parser.add_argument("--children", type=int, default=4, help="of which the most disputed one lives on")
     parser.add_argument("--out", type=Path, help="folder for a draft of every source and seed")
     args = parser.parse_args()
+    if unknown := set(args.sources.split(",")) - set(SOURCES):
+        parser.error(f"--sources: no {', '.join(sorted(unknown))}")
     transformers.utils.logging.disable_progress_bar()
     pair = rig.pair_of(args)
     exam = answers(pair, pair.prompts, args.max_tokens, "exam")

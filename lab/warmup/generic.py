@@ -72,7 +72,7 @@ def _run(args: argparse.Namespace) -> dict[str, object]:
     for seed in range(args.seeds):
         for way in WAYS:
             module, started = loaded(pair.files.draft), time.monotonic()
-            stages.teach(way, module, Recipe(epochs=args.epochs, seed=seed))
+            stages.teach(way, module, Recipe(epochs=args.epochs, seed=seed, rehearsal=0))
             seconds[way] += time.monotonic() - started
             marks[way].append(examine(module, exam))
             if args.out and seed == 0 and way == WAYS[-1]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from lab import rig
+from lab import rig, traffic
 from online.buffer import LATEST
 from online.messages import Query
 from online.signals import Signal, decode
@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser, prompt_count: int) -> None:
     """Those of a rig, and how prompts are answered and held out."""
     rig.add_arguments(parser)
     parser.set_defaults(prompt_count=prompt_count)
-    parser.add_argument("--held-out", type=Path, help="prompts to judge by (default: one in five of the others)")
+    parser.add_argument(
+        "--held-out", type=Path, help="prompts to judge by (default: one in five, or other files' code)"
+    )
     parser.add_argument(
         "--held-out-count", type=int, default=100, help="prompts taken from there (default: %(default)s)"
     )
@@ -45,12 +47,17 @@ def taught_and_held_out(
     args: argparse.Namespace, pair: rig.Pair, temperatures: Sequence[float] = BOTH, gamma: int = 0
 ) -> tuple[list[Signal], list[Signal]]:
     """The target's answers: those to learn from, and those to judge by."""
-    if args.held_out is None:
-        signals = answers(pair, pair.prompts, args.max_tokens, temperatures=temperatures, gamma=gamma)
+    prompts = pair.prompts
+    judged = tokenized(pair, args.held_out, args.held_out_count) if args.held_out else []
+    if args.prompts is None and not getattr(args, "unprompted", False):
+        # Cuts of one file share much of their text: those to learn from are made of other files.
+        judged = judged or prompts[: args.held_out_count]
+        texts = traffic.package_prompts(traffic.shifted_package(), len(prompts), held_out=False, seed=2)
+        prompts = [rig.tokenize(pair.tokenizer, text) for text in texts]
+    signals = answers(pair, prompts + judged, args.max_tokens, temperatures=temperatures, gamma=gamma)
+    if not judged:
         return [s for s in signals if not held_out(s)], [s for s in signals if held_out(s)]
-    judged = tokenized(pair, args.held_out, args.held_out_count)
-    signals = answers(pair, pair.prompts + judged, args.max_tokens, temperatures=temperatures, gamma=gamma)
-    learnt = {f"q{i}" for i in range(len(pair.prompts))}
+    learnt = {f"q{i}" for i in range(len(prompts))}
     return [s for s in signals if s.request_id in learnt], [s for s in signals if s.request_id not in learnt]
 
 

@@ -85,7 +85,8 @@ def _first_stage(
     say(f"the smaller target has layers {kept} of {teacher}; {len(lessons)} answers to learn from")
     module = loaded(folder)
     before = examine(module, exam)
-    learn("the smaller target", module, lessons, Recipe(epochs=args.epochs, learning_rate=args.target_rate))
+    recipe = Recipe(epochs=args.epochs, learning_rate=args.target_rate, rehearsal=0)  # it begins knowing nothing
+    learn("the smaller target", module, lessons, recipe)
     save(module, folder, stored_dtype(pair.files.target), pair.tokenizer)
     after = examine(loaded(folder), exam)
     print(f"\n{'smaller target':20} {'KL to the teacher':>18} {'Σ min(p, q), or same first choice':>34}")

@@ -3,14 +3,15 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lab.replay import _same_as_before, main
-from lab.replay.config import Arm, Domain, Replay, Segment, preset, read, segments
-from lab.replay.figures import stretches
+from lab.replay.config import Arm, Domain, Replay, Segment, preset, read, segments, stretches
 from lab.replay.run import ArmRun
 from tests.tiny import TinyPair
+from trainer.cycle import run
 
 KEYS = {
     "tau_before", "tau_after", "tau_ratio_low", "acceptance_before", "acceptance_after", "wall_ratio",
@@ -79,25 +80,37 @@ def test_a_replay_learns_reports_and_goes_on(
     assert {**again, "seconds": 0} == {**first, "seconds": 0}
 
 
-def test_a_stopped_replay_goes_on_where_it_was(pair: TinyPair, tmp_path: Path) -> None:
-    """Every query is answered once, and what was learnt before the stop is still there."""
+@pytest.mark.parametrize("where", ["while serving", "before a cycle ends", "after a cycle has ended"])
+def test_a_stopped_replay_goes_on_where_it_was(
+    pair: TinyPair, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every query is answered once, what was learnt before the stop is still there, and no cycle or swap is untold."""
 
     class Stopped(Exception): ...
 
     def stop(line: str) -> None:
-        if "40/80" in line:
+        if "40/80" in line and where == "while serving":
             raise Stopped
+
+    def work(*given: Any) -> str:
+        if where == "after a cycle has ended":
+            run(*given)
+        raise Stopped
 
     config = read(toml(tmp_path, pair, queries=40)).model_copy(update={"wall_queries": 0})
     arm, folder = config.arms[0], tmp_path / "arm"
-    with pytest.raises(Stopped):
-        ArmRun(config, arm, 1, folder, stop).go()
+    with monkeypatch.context() as patched:
+        patched.setattr("lab.replay.service.run", work)
+        with pytest.raises(Stopped):
+            ArmRun(config, arm, 1, folder, stop).go()
     log = ArmRun(config, arm, 1, folder, lambda line: None).go()
     assert log.served == 80
     assert [event["at"] for event in log.of("served")] == [20, 40, 60, 80]
     assert len(log.of("exam", at=0)) == 2
     versions = [event["version"] for event in log.of("swap")]
     assert versions == sorted(versions)
+    assert len(log.of("cycle")) == len({event["id"] for event in log.of("cycle")}) > 0
+    assert len(versions) == len(log.of("cycle", state="promoted"))
 
 
 def test_an_arm_may_learn_routes(pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +147,8 @@ def test_another_configuration_is_not_mixed_in(pair: TinyPair, tmp_path: Path) -
     [
         ("greedy_share = 2", "greedy_share"),
         ("nonsense = 1", "nonsense"),
+        ("seeds = [1, 1]", "seeds: 1 is there twice"),
+        ('arms = [{name = "a", settings = {recipee = {}}}]', "the service has no setting recipee"),
         ("[[segments]]\nqueries = 5\nmix = {other = 1.0}", "other are not among domains"),
     ],
 )
@@ -149,7 +164,8 @@ def test_presets_are_made_of_whole_segments(tmp_path: Path) -> None:
     """Abrupt, fading, mixed, and coming back: the same number of queries of every domain."""
     names = ["a", "b", "c"]
     assert [part.main for part in segments("abrupt", names, 10)] == names
-    assert [part.fade for part in segments("gradual", names, 10)] == [False, True, True]
+    gradual = segments("gradual", names, 10)
+    assert [(part.fade, part.queries) for part in gradual] == [(False, 5), (True, 10), (True, 10), (False, 5)]
     assert [part.main for part in segments("recurring", names[:2], 10)] == ["a", "b", "a", "b"]
     (mixture,) = segments("mixture", names, 10)
     assert (mixture.queries, mixture.main) == (30, "")

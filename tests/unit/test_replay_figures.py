@@ -1,13 +1,14 @@
 """From the logs of a replay to its figures."""
 
 import math
+import random
 from pathlib import Path
 
 import pytest
 
-from lab.replay.config import Domain, Replay, Segment
-from lab.replay.figures import cost, recoveries
-from lab.replay.run import Log
+from lab.replay.config import Domain, Replay, Segment, segments, stretches
+from lab.replay.figures import _forgetting, cost, recoveries, summarise
+from lab.replay.run import Log, alone
 
 DOMAINS = {name: Domain(traffic="x", held_out="y") for name in ("a", "b")}
 
@@ -18,6 +19,7 @@ def replay(*order: str) -> Replay:
 
 def log(path: Path, **swaps: dict[int, float]) -> Log:
     """By domain, its expected τ after the swap at so many queries; at 0 the first draft's."""
+    path.mkdir(exist_ok=True)
     found = Log(path / "log.jsonl")
     times = sorted({at for curve in swaps.values() for at in curve})
     standing: dict[str, float] = {}
@@ -39,14 +41,56 @@ def test_a_domain_has_recovered_at_nine_tenths_of_its_plateau(
     tmp_path: Path, curve: dict[int, float], queries: float
 ) -> None:
     """Counted from where its segment began."""
-    logs = {1: log(tmp_path, a={0: 1.0}, b=curve)}
-    assert list(recoveries(replay("a", "b"), "b", logs)) == [queries]
+    assert recoveries(replay("a", "b"), "b", log(tmp_path, a={0: 1.0}, b=curve)) == [queries]
 
 
 def test_what_comes_too_late_is_no_recovery(tmp_path: Path) -> None:
     """A segment that saw no swap has not recovered to what a later one of the domain reaches."""
-    logs = {1: log(tmp_path, a={0: 1.0, 250: 2.0}, b={0: 1.0})}
-    assert list(recoveries(replay("a", "b", "a"), "a", logs)) == [math.inf, 50.0]
+    told = log(tmp_path, a={0: 1.0, 250: 2.0}, b={0: 1.0})
+    assert recoveries(replay("a", "b", "a"), "a", told) == [math.inf, 50.0]
+
+
+def test_what_fades_in_has_no_moment_of_shift(tmp_path: Path) -> None:
+    """And it is forgotten from the end of its fading out on."""
+    config = Replay(domains=DOMAINS | {"c": DOMAINS["a"]}, segments=segments("gradual", ["a", "b", "c"], 100))
+    told = log(tmp_path, a={0: 1.0, 40: 2.0, 120: 1.5, 260: 1.2}, b={0: 1.0, 140: 2.0}, c={0: 1.0, 240: 2.0})
+    assert [(part.domains, part.end) for part in stretches(config)] == [
+        (("a",), 50), (("a", "b"), 150), (("b", "c"), 250), (("c",), 300),
+    ]  # fmt: skip
+    assert [recoveries(config, name, told) for name in "abc"] == [[40.0], [], []]
+    assert [list(_forgetting(config, name, told)) for name in "abc"] == [[pytest.approx(0.2)], [0.0], []]
+
+
+def test_a_query_s_answers_are_one_observation(tmp_path: Path) -> None:
+    """However many seeds and kinds there are of it: more of the same answers make no interval narrower."""
+    rng, logs = random.Random(0), {}
+    exams = {at: [[rng.randint(20, 60), rng.randint(10, 20), 5.0, 10] for _ in range(20)] for at in (0, 100)}
+    config = Replay(domains={"a": DOMAINS["a"]}, segments=[Segment(queries=100, mix={"a": 1})], held_out=20)
+    found = []
+    for seed in (1, 2, 3):
+        logs[seed] = log(tmp_path / str(seed), a={0: 1.0})
+        for at, rows in exams.items():
+            logs[seed].add("exam", at, domain="a", rows=rows + rows)
+        found.append(summarise(config, logs)["a"])
+    assert all(one["tau_ratio_low"] == pytest.approx(found[0]["tau_ratio_low"]) for one in found)
+    assert found[2]["tau_ratio_by_seed"] == pytest.approx([found[0]["tau_ratio"]] * 3)
+
+
+def test_a_line_cut_short_is_dropped_and_written_again(tmp_path: Path) -> None:
+    """What comes behind it is whole."""
+    path = tmp_path / "log.jsonl"
+    Log(path).add("cycle", 1)
+    path.write_text(path.read_text() + '{"kind": "serv')
+    Log(path).add("swap", 2)
+    assert [event["kind"] for event in Log(path).events] == ["cycle", "swap"]
+
+
+def test_two_replays_do_not_share_a_folder(tmp_path: Path) -> None:
+    """The second is told, and nothing is mixed."""
+    with alone(tmp_path), pytest.raises(ValueError, match="another replay is at work"), alone(tmp_path):
+        pass
+    with alone(tmp_path):
+        pass
 
 
 def test_cost_is_told_along_the_stream(tmp_path: Path) -> None:

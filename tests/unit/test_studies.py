@@ -1,9 +1,11 @@
 """The lab's studies at their smallest: they end, and say what they promise."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+import lab.__main__
 from lab import gate, recipes
 from tests.tiny import TinyPair
 from tests.unit.conftest import Command
@@ -30,5 +32,15 @@ def test_recipes_are_held_against_the_first(command: Command, pair: TinyPair) ->
 @pytest.mark.parametrize("text", ["{", '{"nonsense": 1}'])
 def test_a_recipe_that_is_none_is_named(command: Command, text: str) -> None:
     """Before anything is computed."""
-    with pytest.raises(SystemExit, match=r"recipes: .*(no JSON|nonsense)"):
+    with pytest.raises(ValueError, match=r"no JSON|nonsense"):
         command(recipes.main, "--recipe", text)
+
+
+@pytest.mark.parametrize("name", ["recipes", "truncation", "gate", "cold-start", "g2sd", "two-stage"])
+def test_what_can_t_be_read_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    """Which command, which file; no traceback."""
+    words = ["lab", name, "--prompts", str(tmp_path / "none.jsonl")]
+    words += ["--generic", "x"] if name == "g2sd" else ["--out", str(tmp_path)] if name == "two-stage" else []
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit, match=rf"{name}: .*none.jsonl can't be read"):
+        lab.__main__.main()
