@@ -7,7 +7,8 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from online.errors import ArtifactError
@@ -64,6 +65,21 @@ class ArtifactStore:
         if found != digest:
             raise ArtifactError(f"artifact {digest[:12]} is damaged: its sha256 is {found[:12]}")
         return self.path(digest)
+
+    def sweep(self, digests: Iterable[str], abandoned_s: float) -> list[str]:
+        """Deletes these artifacts, and what publishers that were killed have left behind for `abandoned_s`.
+
+        Returns what was deleted.
+        """
+        if not self.root.is_dir():
+            return []
+        abandoned = [
+            folder for folder in self.root.glob(".publish-*") if time.time() - folder.stat().st_mtime > abandoned_s
+        ]
+        gone = [folder for folder in (*map(self.path, digests), *abandoned) if folder.is_dir()]
+        for folder in gone:
+            shutil.rmtree(folder)
+        return [folder.name for folder in gone]
 
 
 def file_sha256(path: Path) -> str:

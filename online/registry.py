@@ -1,6 +1,7 @@
 """The registry: routes, immutable versions, and the append-only history of which one is active, by whom and why."""
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Engine, func, select, update
@@ -8,7 +9,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from online.errors import Conflict, NotFound
-from online.tables import Activation, Audit, Canary, Route, Version, now, transaction
+from online.tables import Activation, Audit, Canary, Cycle, Route, Version, now, transaction
 
 # Origin of a version that stands for another route's draft, whichever that is: its parent is of that route. While such
 # a one is active on a route, the route has nothing of its own.
@@ -67,6 +68,15 @@ class Registry:
         with transaction(self._engine, writes=False) as session:
             require_route(session, route)
             return list(session.scalars(select(Version).where(Version.route == route).order_by(Version.id.desc())))
+
+    def refused(self, before: datetime) -> set[str]:
+        """Digests of candidates from before then that the gate refused, and that nobody has activated all the same."""
+        activated = select(Activation.to_version)
+        rejected = select(Cycle.id).where(Cycle.state == "rejected")
+        useless = Version.cycle_id.in_(rejected) & Version.id.not_in(activated) & (Version.created_at < before)
+        with transaction(self._engine, writes=False) as session:
+            digests = set(session.scalars(select(Version.sha256).where(useless)))
+            return digests - set(session.scalars(select(Version.sha256).where(~useless | Version.cycle_id.is_(None))))
 
     def register_first(self, route: str, candidate: Candidate, actor: str, parent_id: int | None = None) -> Version:
         """The route's first draft, active at once. A route that has one keeps it."""

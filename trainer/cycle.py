@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from online.errors import SignalError, SlipstreamError
 from online.registry import Candidate, Registry, is_generic
 from online.settings import Settings
 from online.signals import Signal, decode
-from online.tables import Version, connect
+from online.tables import Version, connect, now
 from trainer.batches import usable
 from trainer.choice import choose
 from trainer.curriculum import Bounds, Curriculum, Exam, curriculum, drawn
@@ -112,6 +113,7 @@ def run(shop: Workshop, lease: Lease, still_wanted: Callable[[], None] = lambda:
         log.info("cycle %d: %s, %s (%.1f s of training)", cycle.id, cycle.state, report.reason, figures["train_s"])
     # Ack after register: a crash repeats a cycle, it never loses signals.
     shop.buffer.acknowledge(route, [entry.id for entry in window])
+    _tidy(shop)
     return cycle.state
 
 
@@ -157,6 +159,16 @@ def _judged(shop: Workshop, parent: Version, digest: str, exam: Exam, gamma: int
     active, candidate = shop.weights.load(parent), shop.weights.read(digest)
     tolerance = shop.settings.forgetting_tolerance
     return judge(active, candidate, exam.new, exam.earlier, gamma=gamma, pad_id=pad_id, tolerance=tolerance, seed=seed)
+
+
+def _tidy(shop: Workshop) -> None:
+    """Refused candidates stay for as long as signals do, to be looked at; then their weights go, or disks fill."""
+    try:
+        refused = shop.registry.refused(now() - timedelta(seconds=shop.settings.retention_s))
+        if gone := shop.artifacts.sweep(refused, shop.settings.cycle_limit_s):
+            log.info("deleted the weights of refused or unfinished candidates: %s", ", ".join(gone))
+    except (OSError, SlipstreamError) as error:
+        log.warning("old candidates stay on disk: %s", error)
 
 
 def _claim(shop: Workshop, route: str) -> list[Entry]:

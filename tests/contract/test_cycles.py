@@ -1,6 +1,7 @@
 """The cycle ledger on SQLite and PostgreSQL: single flight, leases, fencing, and no signal used twice."""
 
 import time
+from datetime import timedelta
 
 import pytest
 from sqlalchemy import Engine
@@ -8,7 +9,7 @@ from sqlalchemy.exc import IntegrityError
 
 from online.cycles import CycleLedger, Lease, LeaseLost
 from online.registry import Registry
-from online.tables import Cycle, Version
+from online.tables import Cycle, Version, now
 from tests.contract.test_registry import at_once, candidate
 
 LEASE_S = 0.2
@@ -109,6 +110,17 @@ def test_a_refused_candidate_is_kept_and_not_activated(ledger: CycleLedger, regi
     assert conclude(ledger, registry, leased(ledger), promote=False).state == "rejected"
     assert active(registry).id == before
     assert len(registry.versions("default")) == 2
+
+
+def test_refused_candidates_are_named_when_they_are_old(ledger: CycleLedger, registry: Registry) -> None:
+    """Not those that were promoted, activated by hand, or are the same weights as one that was."""
+    for promote, sha in ((False, "c"), (True, "d"), (False, "d"), (False, "e")):
+        conclude(ledger, registry, leased(ledger), promote=promote, sha=sha * 64)
+    assert registry.refused(now()) == {"c" * 64, "e" * 64}
+    assert registry.refused(now() - timedelta(hours=1)) == set()
+    chosen = next(version for version in registry.versions("default") if version.sha256[0] == "e")
+    registry.activate("default", chosen.id, "manual", "me", "looked at it")
+    assert registry.refused(now()) == {"c" * 64}
 
 
 def test_a_frozen_route_holds_its_candidate(ledger: CycleLedger, registry: Registry) -> None:

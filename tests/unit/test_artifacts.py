@@ -1,5 +1,6 @@
 """Artifacts: whole or absent, and never changed."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,18 @@ def test_damage_is_found_and_not_published_over(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError) as missing:
         store.verify("0" * 64)
     assert missing.value.code == "artifact_missing"
+
+
+def test_what_nobody_needs_is_swept_away(tmp_path: Path) -> None:
+    """Those that are named, and what a killed publisher left a while ago; nothing else, and nothing twice."""
+    store = ArtifactStore(tmp_path)
+    kept, useless = (store.publish(weights(content)) for content in (b"kept", b"useless"))  # type: ignore[arg-type]
+    old, new = tmp_path / ".publish-old", tmp_path / ".publish-new"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    os.utime(old, (0, 0))
+    assert sorted(store.sweep([useless], 3600)) == sorted([useless, ".publish-old"])
+    assert {folder.name for folder in tmp_path.iterdir()} == {kept, ".publish-new"}
+    assert store.sweep([useless], 3600) == []
+    assert ArtifactStore(tmp_path / "none").sweep([useless], 0) == []
