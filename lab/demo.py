@@ -8,7 +8,6 @@ again on the same held-out queries, and shows what was gained.
 import argparse
 import json
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +18,6 @@ from lab import traffic
 from lab.charts import LearningCurve, draw
 from lab.outcome import Examined, gained, mean_overlap, report, tokens_per_step
 from lab.traffic import Client, Served, Shape, answers
-from online.errors import SlipstreamError
 from online.settings import Settings
 from online.stack import Stack
 
@@ -204,14 +202,9 @@ def main() -> None:
     if args.rate <= 0:
         parser.error("--rate: must be more than 0")
     args.package = args.package or traffic.shifted_package()
-    try:
-        settings = demo_settings()
-        args.chart = (args.chart or settings.data_dir / "chart.png").absolute()
-        figures = run(args, settings)
-    except (SlipstreamError, ValueError) as error:
-        sys.exit(f"demo: {error}")
-    except KeyboardInterrupt:
-        sys.exit("demo: stopped")
+    settings = demo_settings()
+    args.chart = (args.chart or settings.data_dir / "chart.png").absolute()
+    figures = run(args, settings)
     print(json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in figures.items()}))
 
 

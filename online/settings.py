@@ -183,6 +183,10 @@ class Settings(BaseSettings):
         """Parts of the default route that nobody can ask for: prompts are sorted into them."""
         return tuple(f"{self.default_route}-c{number}" for number in range(1, self.learnt_routes + 1))
 
+    def redis_bytes(self, routes: int) -> int:
+        """What a Redis for so many routes needs: their signals, half as much for samples of them, and some room."""
+        return routes * self.buffer_bytes * 3 // 2 + 2**28
+
     @property
     def served_routes(self) -> tuple[str, ...]:
         return self.routes + self.cluster_routes

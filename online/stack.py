@@ -117,7 +117,7 @@ class Stack:
     def _start_redis(self) -> None:
         if self.settings.redis_url:
             return
-        needed = len(self.settings.served_routes) * self.settings.buffer_bytes * 3 // 2 + 2**28
+        needed = self.settings.redis_bytes(len(self.settings.served_routes))
         process, url = start_server(self.settings.data_dir.absolute() / "redis", max_bytes=needed)
         self.children["redis"] = process
         self._commands["redis"] = list(process.args)  # type: ignore[arg-type]

@@ -17,8 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from online.errors import SlipstreamError
-
 MAY_CHANGE = ("seeds", "arms", "wall_queries", "wall_turns")  # from one run in a folder to the next
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"  # a folder of models and data beside the checkout
 
@@ -63,8 +61,6 @@ def main() -> None:
     args.out = args.out or Path(".slipstream", "replay", args.preset or args.config.stem)
     try:
         figures = replay(args)
-    except (SlipstreamError, ValueError, OSError) as error:
-        sys.exit(f"replay: {error}")
     except KeyboardInterrupt:
         sys.exit(f"replay: stopped; the same command with --out {args.out} goes on")
     print(json.dumps(figures))

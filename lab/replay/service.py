@@ -171,8 +171,7 @@ class Service:
 @contextmanager
 def serve(config: Replay, settings: Settings, folder: Path) -> Iterator[Service]:
     """A service that keeps all it knows in `folder`, and finds it again there."""
-    needed = (2 + settings.learnt_routes) * settings.buffer_bytes * 3 // 2 + 2**28
-    server, url = start_server(folder / "redis", max_bytes=needed)
+    server, url = start_server(folder / "redis", max_bytes=settings.redis_bytes(2 + settings.learnt_routes))
     try:
         settings = settings.model_copy(update={"data_dir": folder, "redis_url": url, "routes": (LIVE,)})
         upgrade(settings.sql_url)
