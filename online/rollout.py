@@ -13,6 +13,7 @@ from typing import Literal
 from online.sequential import Arm, Difference, difference
 
 KEPT_REQUESTS = 500  # recent requests that stand for a version's live acceptance
+LATELY = 50  # the last of them: what came since the traffic shifted, where that is why the successor was made
 WATCHED_REQUESTS = 100  # first requests of a version that the guard compares with its predecessor's
 
 
@@ -100,15 +101,20 @@ class _Watch:
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT_REQUESTS))
     seen: Arm = field(default_factory=Arm)
     baseline_version: int = 0
-    baseline: Arm | None = None
+    baseline: tuple[Arm, ...] = ()  # its predecessor's recent requests: all of them, and the last ones
+
+    @property
+    def marks(self) -> tuple[Arm, ...]:
+        return arm(self.recent), arm(list(self.recent)[-LATELY:])
 
 
 class RolloutGuard:
     """Per route: the running version's acceptance, and its predecessor's, which it has to hold. Not thread-safe.
 
-    The two were served one after the other, so a shift of the traffic looks like a bad version. A spoilt one shows
-    within some twenty requests: a version is watched for its first `WATCHED_REQUESTS`, and what falls later is the
-    traffic's doing.
+    The two were served one after the other, so a shift of the traffic looks like a bad version, and it is after a
+    shift that versions are made. So one is worse only if it accepts less than its predecessor did over all of its
+    recent requests, and also less than over the last ones. A spoilt one shows within some twenty requests: a version is
+    watched for its first `WATCHED_REQUESTS`, and what falls later is the traffic's doing.
     """
 
     def __init__(self, min_requests: int) -> None:
@@ -125,7 +131,7 @@ class RolloutGuard:
         if before is not None and watched:
             # Too little seen of the predecessor says nothing; then its own mark is handed on.
             enough = len(before.recent) >= self._min_requests
-            watch.baseline = arm(before.recent) if enough else before.baseline
+            watch.baseline = before.marks if enough else before.baseline
             watch.baseline_version = before.version if enough else before.baseline_version
 
     def observe(self, route: str, version: int, acceptance_rate: float) -> Regression | None:
@@ -135,13 +141,13 @@ class RolloutGuard:
             return None
         watch.recent.append(acceptance_rate)
         watch.seen.add(acceptance_rate)
-        if watch.baseline is None or not self._min_requests <= watch.seen.requests <= WATCHED_REQUESTS:
+        if not watch.baseline or not self._min_requests <= watch.seen.requests <= WATCHED_REQUESTS:
             return None
-        if difference(watch.seen, watch.baseline).high >= 0:
+        nearest = max(watch.baseline, key=lambda mark: difference(watch.seen, mark).high)
+        if difference(watch.seen, nearest).high >= 0:
             return None
-        found = Regression(route, version, watch.baseline_version, watch.seen, watch.baseline)
-        watch.baseline = None  # Said once.
-        return found
+        watch.baseline = ()  # Said once.
+        return Regression(route, version, watch.baseline_version, watch.seen, nearest)
 
     def live(self, route: str) -> float | None:
         """Mean acceptance of the version's recent requests."""

@@ -97,7 +97,12 @@ class Service:
         return answers
 
     def look(self) -> None:
-        """What the trainer's clock does: a cycle where it is time for one; then what it promoted is swapped in."""
+        """What decoder and trainer do all the time: the guard sees what was answered, a cycle runs where it is due.
+
+        What is promoted or rolled back is swapped in.
+        """
+        self._swapper.watch()
+        self._swapper.sync()
         for route in (LIVE, *self.shop.settings.cluster_routes):
             self._look(route)
 
@@ -118,7 +123,6 @@ class Service:
 
         self._serving.between_steps(learn)
         self._swapper.sync()
-        self._swapper.watch()
 
     def judge(self, draft: Path, signals: Sequence[Signal]) -> Marks:
         """Expected tokens of a step with γ, and acceptance, of each signal's answer, had this draft drafted for it.

@@ -51,6 +51,25 @@ def test_a_mark_is_handed_on_by_a_version_that_hardly_served() -> None:
     assert found.baseline_version == 1
 
 
+def test_a_version_made_after_a_shift_is_not_taken_for_a_worse_one() -> None:
+    """What its predecessor accepted of other traffic is no mark; what it accepted of this traffic is."""
+    for successor, worse in ((0.4, False), (0.02, True)):
+        guard = RolloutGuard(20)
+        guard.started("r", 1, watched=True)
+        feed(guard, 1, [*around(0.6, 400), *around(0.2, 50, 1)])
+        guard.started("r", 2, watched=True)
+        assert (feed(guard, 2, around(successor, 100, 2)) is not None) == worse
+
+
+def test_a_passing_run_of_easy_requests_is_no_mark() -> None:
+    """The last requests of a version may be all of one kind: its successor is held to all that it served, too."""
+    guard = RolloutGuard(20)
+    guard.started("r", 1, watched=True)
+    feed(guard, 1, [*around(0.4, 400), *around(0.7, 50, 1)])
+    guard.started("r", 2, watched=True)
+    assert feed(guard, 2, around(0.43, 100, 2)) is None
+
+
 def test_other_versions_requests_do_not_count() -> None:
     """A late answer of the old version says nothing about the new one."""
     guard = RolloutGuard(20)
