@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,3 +44,12 @@ def proportion(hits: int, of: int) -> Ratio:
     middle = (share + z * z / (2 * of)) / (1 + z * z / of)
     half = z / (1 + z * z / of) * math.sqrt(share * (1 - share) / of + (z / (2 * of)) ** 2)
     return Ratio(share, max(0.0, middle - half), min(1.0, middle + half))
+
+
+def rounded(told: Any) -> Any:
+    """The same with four decimals, which is more than anything here is known to."""
+    if isinstance(told, dict):
+        return {key: rounded(each) for key, each in told.items()}
+    if isinstance(told, list | tuple):
+        return [rounded(each) for each in told]
+    return round(told, 4) if isinstance(told, float) else told

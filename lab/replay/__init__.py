@@ -70,6 +70,7 @@ def replay(args: argparse.Namespace) -> dict[str, Any]:
     import transformers
 
     from lab.replay import report
+    from lab.statistics import rounded
 
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     started, config = time.monotonic(), _config(args)
@@ -175,11 +176,3 @@ def _same_as_before(config: Any, path: Path) -> None:
             raise ValueError(f"{path.parent} holds a replay of another configuration; choose another --out")
         told["arms"] += [arm for name, arm in arms.items() if name not in {arm["name"] for arm in told["arms"]}]
     path.write_text(json.dumps(told, indent=1))
-
-
-def rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: rounded(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [rounded(each) for each in value]
-    return round(value, 4) if isinstance(value, float) else value

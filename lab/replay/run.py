@@ -18,6 +18,7 @@ from lab.replay.service import FROZEN, LIVE, Service, serve
 from lab.replay.streams import Asked, Stream, exam
 from lab.replay.wall import compare_speeds
 from lab.rig import Answer
+from lab.statistics import rounded
 from online.settings import Settings
 from online.signals import Signal
 
@@ -25,7 +26,10 @@ Event = dict[str, Any]
 
 
 class Log:
-    """JSON lines. One that a kill has cut short is dropped, and what it told happens again."""
+    """JSON lines. One that a kill has cut short is dropped, and what it told happens again.
+
+    The report is made of it alone, and it is small enough to be kept beside the report.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -36,7 +40,7 @@ class Log:
         self.events: list[Event] = [json.loads(line) for line in whole.splitlines()]
 
     def add(self, kind: str, at: int, **told: Any) -> Event:
-        event = {"kind": kind, "at": at, **told}
+        event: Event = rounded({"kind": kind, "at": at, **told})
         self.events.append(event)
         with self._path.open("a") as file:
             file.write(json.dumps(event) + "\n")
