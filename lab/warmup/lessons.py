@@ -133,7 +133,8 @@ def from_target(target: str, layers: int, folder: Path, tokenizer: PreTrainedTok
 
 def learn(what: str, module: nn.Module, signals: Sequence[Signal], recipe: Recipe) -> Distilled:
     """Distils `module` in place, with a line at every tenth of it."""
-    return distill(module, [signals], recipe, pad_id(module), Progress(what, steps([signals], recipe)))
+    runs = 2 if recipe.selected_share < 1 else 1  # a reference learns first
+    return distill(module, [signals], recipe, pad_id(module), Progress(what, runs * steps([signals], recipe)))
 
 
 class Progress:
