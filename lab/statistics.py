@@ -1,4 +1,4 @@
-"""Paired comparisons with bootstrap intervals, and shares."""
+"""Paired comparisons with bootstrap intervals, shares, and how figures are rounded."""
 
 import math
 from dataclasses import dataclass
