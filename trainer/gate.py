@@ -9,6 +9,7 @@ Legend: R requests.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,8 @@ from trainer.marks import Floats, Marks, evaluate
 
 MIN_REQUESTS = 8  # fewer held-out requests prove nothing, whatever their interval says
 RESAMPLES = 2000
+# Of its intervals, which err on either side alike: an equal candidate passes in 4 % of cases. Most real ones gain.
+LEVEL = 0.92
 FORGETTING_TOLERANCE = 0.03  # of the active draft's tokens per step
 
 
@@ -45,7 +48,7 @@ class Stratum:
     active_tokens_per_step: float
     candidate_tokens_per_step: float
     gain: float  # mean paired difference
-    gain_low: float  # its bootstrap interval, 95 %; infinite where nothing can be said
+    gain_low: float  # its bootstrap interval, of `LEVEL`; infinite where nothing can be said
     gain_high: float
     active_acceptance: float
     candidate_acceptance: float
@@ -53,7 +56,7 @@ class Stratum:
     @classmethod
     def of(cls, compared: Compared, seed: int) -> "Stratum":
         (active, candidate), gain_R = compared, compared.gain_R
-        low, high = bootstrap_interval(gain_R, seed)
+        low, high = bootstrap_interval(gain_R, seed, LEVEL)
         return cls(
             len(gain_R),
             _mean(active.tokens_R),
@@ -131,7 +134,7 @@ def decide(
     """
     found, before = Stratum.of(new, seed), Stratum.of(earlier, seed)
     refusal = _refusal(found) or _forgetting(before, tolerance)
-    said = f"{found.gain:+.3f} tokens per step (95 %: {found.interval}) on {found.requests} held-out requests"
+    said = f"{found.gain:+.3f} tokens per step ({LEVEL:.0%}: {found.interval}) on {found.requests} held-out requests"
     return GateReport(
         **asdict(found),
         promote=not refusal,
@@ -148,7 +151,7 @@ def _refusal(new: Stratum) -> str:
     if not np.isfinite(new.gain):
         return "the candidate's probabilities are no numbers"
     if new.gain_high < 0:
-        return f"worse: {new.gain:+.3f} tokens per step (95 %: {new.interval})"
+        return f"worse: {new.gain:+.3f} tokens per step ({LEVEL:.0%}: {new.interval})"
     if new.gain_low <= 0:
         return f"{new.gain:+.3f} tokens per step, but the interval {new.interval} holds zero"
     return ""
@@ -162,30 +165,27 @@ def _forgetting(earlier: Stratum, tolerance: float) -> str:
     return f"forgets: {told}, where {-allowed:+.3f} is tolerated"
 
 
-def bootstrap_interval(differences_R: Floats, seed: int) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean of paired differences, widened for few of them.
+def bootstrap_interval(differences_R: Floats, seed: int, level: float = 0.95) -> tuple[float, float]:
+    """The percentile interval of the mean of paired differences, widened for few of them.
 
     Percentiles alone are too narrow there, as a normal interval with the sample's own deviation is: on real differences
-    they promoted up to 8 % of equal candidates by 8 requests. They are moved away from the mean by the same factor that
-    turns such an interval into Student's.
+    those of 95 % promoted up to 8 % of equal candidates by 8 requests. They are moved away from the mean by the same
+    factor that turns such an interval into Student's.
     """
-    count = len(differences_R)
+    count, tail = len(differences_R), (1 - level) / 2
     if count < 2 or not np.isfinite(differences_R).all():
         return float("-inf"), float("inf")
     rng = np.random.default_rng(seed)
     picks = rng.integers(0, count, (RESAMPLES, count))
-    low, high = np.percentile(differences_R[picks].mean(1), [2.5, 97.5])
-    mean, wider = differences_R.mean(), math.sqrt(count / (count - 1)) * _student(count - 1) / _NORMAL
+    low, high = np.percentile(differences_R[picks].mean(1), [100 * tail, 100 - 100 * tail])
+    mean, wider = differences_R.mean(), math.sqrt(count / (count - 1)) * _student_over_normal(1 - tail, count - 1)
     return float(mean + wider * (low - mean)), float(mean + wider * (high - mean))
 
 
-_NORMAL = 1.959964  # the normal distribution's 97.5 % point
-
-
-def _student(freedom: int) -> float:
-    """Student's 97.5 % point: its expansion about the normal one, within 0.4 % from 7 degrees of freedom on."""
-    z = _NORMAL
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+def _student_over_normal(share: float, freedom: int) -> float:
+    """Of their quantiles; Student's by its expansion about the normal one, to 0.4 % from 7 degrees of freedom on."""
+    z = NormalDist().inv_cdf(share)
+    return 1 + (z**2 + 1) / (4 * freedom) + (5 * z**4 + 16 * z**2 + 3) / (96 * freedom**2)
 
 
 def _mean(values: Floats) -> float:
