@@ -109,6 +109,11 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
+def dealt(asked: Sequence[R], count: int, turn: int) -> list[R]:
+    """What a turn asks: the next ones after the turn before, from the start again when all have been asked."""
+    return [asked[(turn * count + i) % len(asked)] for i in range(count)]
+
+
 def random_draft(files: ModelFiles, folder: Path) -> str:
     """A draft of the pair's own shape that knows nothing."""
     torch.manual_seed(0)

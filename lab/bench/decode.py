@@ -113,8 +113,7 @@ def _take_turns(
     for turn in range(args.rounds):
         for who, case in rng.sample(block, len(block)):
             count = max(1, args.alone // args.rounds) if case.at_once == 1 else max(case.at_once, TOGETHER)
-            dealt = [prompts[(turn * count + i) % len(prompts)] for i in range(count)]
-            outcome = contestants[who].run(case, dealt, seed=rng.randrange(2**30))
+            outcome = contestants[who].run(case, rig.dealt(prompts, count, turn), seed=rng.randrange(2**30))
             outcomes[case.name] = outcomes.get(case.name, Outcome(0, 0.0)) + outcome
     return list(outcomes.items())
 

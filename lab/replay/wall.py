@@ -12,6 +12,7 @@ import numpy as np
 from lab.replay.config import Replay
 from lab.replay.service import FROZEN, LIVE, Service
 from lab.replay.streams import Asked
+from lab.rig import dealt
 from lab.statistics import median_ratio
 
 GAMMAS = (0, 1, 2, 3, 4, 6, 8)
@@ -29,11 +30,11 @@ def compare_speeds(service: Service, asked: Sequence[Asked], config: Replay) -> 
     for at_once in sorted({1, config.at_once}):
         drafted = {name: route for name, route in ROUTES.items() if name != "plain"}
         share = max(1, config.wall_queries // 2)
-        tried = [_dealt(mixed, share, turn) for turn in range(ROUNDS)]
+        tried = [dealt(mixed, share, turn) for turn in range(ROUNDS)]
         best = {"plain": 0} | {name: _best_gamma(service, route, tried, at_once) for name, route in drafted.items()}
         speeds: dict[str, list[float]] = {name: [] for name in ROUTES}
         for turn in range(config.wall_turns):
-            queries = _dealt(mixed, config.wall_queries, turn)
+            queries = dealt(mixed, config.wall_queries, turn)
             order = list(ROUTES) if turn % 2 else list(ROUTES)[::-1]
             for name in order:
                 speeds[name].append(_speed(service, ROUTES[name], queries, best[name], at_once))
@@ -46,11 +47,6 @@ def compare_speeds(service: Service, asked: Sequence[Asked], config: Replay) -> 
             },
         }
     return found
-
-
-def _dealt(asked: Sequence[Asked], count: int, turn: int) -> list[Asked]:
-    """The queries of a turn."""
-    return [asked[(turn * count + i) % len(asked)] for i in range(count)]
 
 
 def _best_gamma(service: Service, route: str, rounds: Sequence[Sequence[Asked]], at_once: int) -> int:
