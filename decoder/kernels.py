@@ -17,9 +17,22 @@ import torch
 from numba import carray, types
 from torch import Tensor
 
-from decoder.compiled import EXACT, SUMS, at, exp, floats, from_bfloat16, integers, njit, same, to_bfloat16, words
+from decoder.compiled import (
+    EXACT,
+    SUMS,
+    at,
+    bools,
+    exp,
+    floats,
+    from_bfloat16,
+    integers,
+    njit,
+    same,
+    to_bfloat16,
+    words,
+)
 from decoder.operations import Norms, Place, Rotations
-from decoder.slots import Rows, SlotCache, slot_index
+from decoder.slots import Nodes, Rows, SlotCache, slot_index
 
 FEW = 64  # tokens (of a step, not of a prompt)
 
@@ -35,15 +48,20 @@ class FusedOperations:
         self._place, self._add_norm, self._gate, self._turn = _compiled(self._dtype)
         self._scratch: dict[tuple[int, ...], tuple[Tensor, int]] = {}
 
-    def place(self, rows: Rows, starts_B: Tensor, tokens: int, upto: int) -> Place:
+    def place(self, rows: Rows, starts_B: Tensor, tokens: int, upto: int, nodes: Nodes | None = None) -> Place:
         (B,) = starts_B.shape
         assert starts_B.dtype == torch.long, "kernels read numbers as they lie"
         where = rows if isinstance(rows, slice) else slot_index(rows, starts_B.device)
         first, slots_B = (where.start, None) if isinstance(where, slice) else (0, where)
         stands_2BT = torch.empty((2, B, tokens), dtype=torch.long)  # positions and cells
-        bias = torch.empty((B, 1, self._group * tokens, upto), dtype=self._dtype) if B * tokens > 1 else None
-        shape = B, tokens, self._group, upto, self._capacity
-        self._place(at(starts_B), at(slots_B), first, at(stands_2BT), at(bias), *shape)
+        several = B * tokens > 1 or nodes is not None
+        bias = torch.empty((B, 1, self._group * tokens, upto), dtype=self._dtype) if several else None
+        depth_BT = visible_BTC = None
+        if nodes is not None:
+            depth_BT, visible_BTC = nodes.depth_BT.contiguous(), nodes.visible_BTC.contiguous()
+        shape = B, tokens, self._group, upto, self._capacity, 0 if visible_BTC is None else visible_BTC.shape[2]
+        told = at(starts_B), at(slots_B), first, at(depth_BT), at(visible_BTC)
+        self._place(*told, at(stands_2BT), at(bias), *shape)
         return Place(where, tokens, upto, bias, (stands_2BT,))
 
     def add_norm(self, x_NE: Tensor, y_NE: Tensor | None, weight_E: Tensor, eps: float) -> Tensor:
@@ -85,22 +103,27 @@ def _compiled(dtype: torch.dtype) -> tuple[Callable[..., None], ...]:
     array, load, store = (words, from_bfloat16, to_bfloat16) if narrow else (floats, same, same)
     address, count, real = types.int64, types.int64, types.float32
 
-    @njit(types.void(address, address, count, address, address, *[count] * 5), **EXACT)
+    @njit(types.void(address, address, count, *[address] * 4, *[count] * 6), **EXACT)
     def place(
-        starts_at: Any, slots_at: Any, first: Any, stands_at: Any, bias_at: Any, B: Any, T: Any, G: Any, U: Any, L: Any
-    ) -> None:
+        starts_at: Any, slots_at: Any, first: Any, depth_at: Any, visible_at: Any, stands_at: Any, bias_at: Any,
+        B: Any, T: Any, G: Any, U: Any, L: Any, C: Any,
+    ) -> None:  # fmt: skip
         starts, slots = carray(integers(starts_at), (B,)), carray(integers(slots_at), (B,))
+        depth, among = carray(integers(depth_at), (B, T)), carray(bools(visible_at), (B, T, C))
         stands, bias = carray(integers(stands_at), (2, B, T)), carray(array(bias_at), (B, G, T, U))
-        visible, hidden = store(np.float32(0)), store(np.float32(-np.inf))
+        visible, hidden, tree = store(np.float32(0)), store(np.float32(-np.inf)), C > 0
         for b in range(B):
-            slot = slots[b] if slots_at else first + b
+            slot, start = slots[b] if slots_at else first + b, starts[b]
             for t in range(T):
-                position = min(starts[b] + t, L - 1)
-                stands[0, b, t], stands[1, b, t] = position, slot * L + position
+                cell = min(start + t + (C - T if tree else 0), L - 1)
+                stands[0, b, t] = min(start + depth[b, t], L - 1) if tree else cell
+                stands[1, b, t] = slot * L + cell
                 if bias_at:
                     for g in range(G):
                         for u in range(U):
-                            bias[b, g, t, u] = visible if u <= position else hidden
+                            node = u - start if tree else -1
+                            seen = u <= cell if node < 0 else node < C and among[b, t, node]
+                            bias[b, g, t, u] = visible if seen else hidden
 
     @njit(types.void(*[address] * 4, count, count, real), **SUMS)
     def add_norm(x_at: Any, y_at: Any, weight_at: Any, out_at: Any, N: Any, E: Any, eps: Any) -> None:

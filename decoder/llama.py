@@ -8,7 +8,7 @@ Legend: B rows, T new tokens, N = B × T and padding, U visible positions, E hid
 heads, G = H / K, D head size, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from decoder.device import Graphs, Linear, operations, padded
 from decoder.operations import Norms, Operations, Place, Rotations
 from decoder.sampling import fit_vocabulary
-from decoder.slots import Rows, SlotCache
+from decoder.slots import Nodes, Rows, SlotCache
 
 FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
 ROTATIONS = {"default", "linear", "llama3", "yarn"}  # those whose angles do not depend on the context's length
@@ -94,28 +94,33 @@ class Llama:
             self._rest |= linear.biases
 
     @torch.inference_mode()
-    def forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> Tensor:
+    def forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None = None) -> Tensor:
         ids_BT, starts_B = ids_BT.to(self.device), starts_B.to(self.device)
-        if self.graphs is not None and self.graphs.take(rows, ids_BT):
+        if self.graphs is not None and nodes is None and self.graphs.take(rows, ids_BT):
             return self.graphs.forward(ids_BT, starts_B, upto)
-        return self._forward(rows, ids_BT, starts_B, upto)
+        return self._forward(rows, ids_BT, starts_B, upto, nodes)
 
     @torch.inference_mode()
     def encode(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> None:
         self._run(rows, ids_BT.to(self.device), starts_B.to(self.device), upto)
 
+    def gather(self, slot: int, start: int, nodes: Sequence[int]) -> None:
+        self.cache.gather(slot, start, nodes)
+
     def copy(self, source: int, destination: int, length: int) -> None:
         self.cache.copy(source, destination, length)
 
-    def _forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> Tensor:
-        x_NE, y_NE = self._run(rows, ids_BT, starts_B, upto)
+    def _forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None = None) -> Tensor:
+        x_NE, y_NE = self._run(rows, ids_BT, starts_B, upto, nodes)
         logits_NV = self.head(self._ops.add_norm(x_NE, y_NE, self.norm, self.eps))[: ids_BT.numel()]
         return fit_vocabulary(logits_NV.view(*ids_BT.shape, -1), self.vocab_size)
 
-    def _run(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> tuple[Tensor, Tensor | None]:
+    def _run(
+        self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The residual stream, and what the last layer adds to it."""
         upto = min(upto, self.cache.capacity)  # rows near their end draft along with others that go further
-        place = self._ops.place(rows, starts_B, ids_BT.shape[1], upto)
+        place = self._ops.place(rows, starts_B, ids_BT.shape[1], upto, nodes)
         x_NE, y_NE = F.embedding(ids_BT.flatten(), self.embedding).float(), None
         x_NE = _pad(x_NE, padded(len(x_NE), self.embedding))
         for layer in self.layers:

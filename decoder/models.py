@@ -3,7 +3,7 @@
 Legend: B rows, T new tokens, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from decoder import llama, reference
 from decoder.device import dtype_of
 from decoder.llama import Llama
 from decoder.modules import ModuleCache, ModuleModel
-from decoder.slots import Rows, SlotCache
+from decoder.slots import Nodes, Rows, SlotCache
 from online.errors import InvalidRequest
 from online.settings import Settings
 
@@ -28,16 +28,21 @@ class LanguageModel(Protocol):
 
     vocab_size: int
 
-    def forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> Tensor:
+    def forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None = None) -> Tensor:
         """Appends `ids_BT` to the rows' contexts, row b from position `starts_B[b]` on, and returns logits [B, T, V].
 
         Whatever a row held from `starts_B[b]` on is replaced. `upto` is the longest context after the call (host-known,
-        so that no device is asked for it).
+        so that no device is asked for it). With `nodes` the new tokens are parts of trees that grow from `starts_B`
+        on, forward by forward: each sees the context and its own ancestors.
         """
         ...
 
     def encode(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> None:
         """Appends like `forward`, without logits: for prompts."""
+        ...
+
+    def gather(self, slot: int, start: int, nodes: Sequence[int]) -> None:
+        """Of the tree that grew from `start` on, these nodes, one behind another, are now the slot's context."""
         ...
 
     def copy(self, source: int, destination: int, length: int) -> None:

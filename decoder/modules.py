@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from decoder.operations import stands, visible
 from decoder.sampling import fit_vocabulary
-from decoder.slots import Rows, SlotCache, slot_index
+from decoder.slots import Nodes, Rows, SlotCache, slot_index
 
 
 class ModuleModel:
@@ -19,25 +20,27 @@ class ModuleModel:
         self.device = next(module.parameters()).device
 
     @torch.inference_mode()
-    def forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> Tensor:
-        return fit_vocabulary(self._run(rows, ids_BT, starts_B, upto, keep=0), self.vocab_size)
+    def forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None = None) -> Tensor:
+        return fit_vocabulary(self._run(rows, ids_BT, starts_B, upto, nodes, keep=0), self.vocab_size)
 
     @torch.inference_mode()
     def encode(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> None:
-        self._run(rows, ids_BT, starts_B, upto, keep=1)
+        self._run(rows, ids_BT, starts_B, upto, None, keep=1)
+
+    def gather(self, slot: int, start: int, nodes: Sequence[int]) -> None:
+        self.cache.store.gather(slot, start, nodes)
 
     def copy(self, source: int, destination: int, length: int) -> None:
         self.cache.store.copy(source, destination, length)
 
-    def _run(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, keep: int) -> Tensor:
+    def _run(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None, keep: int) -> Tensor:
         ids_BT, starts_B = ids_BT.to(self.device), starts_B.to(self.device)
         capacity = self.cache.store.capacity
         upto = min(upto, capacity)  # rows near their end draft along with others that go further
         # Padding of short rows may point past the end: the last cell belongs to nobody.
-        steps_T = torch.arange(ids_BT.shape[1], device=self.device)
-        positions_BT = (starts_B[:, None] + steps_T).clamp_(max=capacity - 1)
-        mask_B1TK = (torch.arange(upto, device=self.device) <= positions_BT[..., None])[:, None]
-        self.cache.aim(rows, positions_BT, upto)
+        positions_BT, cells_BT = stands(starts_B, ids_BT.shape[1], capacity, nodes)
+        mask_B1TK = visible(starts_B, cells_BT, upto, nodes)[:, None]
+        self.cache.aim(rows, cells_BT, upto)
         logits_BTV: Tensor = self.module(
             input_ids=ids_BT,
             position_ids=positions_BT,
@@ -74,11 +77,11 @@ class ModuleCache(Cache):
         self._cells_N: Tensor | None = None
         self._upto = 0
 
-    def aim(self, rows: Rows, positions_BT: Tensor, upto: int) -> None:
-        """Says where the next forward writes, and that it reads the first `upto` positions."""
-        slots_B = slot_index(rows, positions_BT.device)
+    def aim(self, rows: Rows, cells_BT: Tensor, upto: int) -> None:
+        """Says where the next forward writes, and that it reads the first `upto` cells."""
+        slots_B = slot_index(rows, cells_BT.device)
         self._rows, self._upto = rows if isinstance(rows, slice) else slots_B, upto
-        self._cells_N = (slots_B[:, None] * self.store.capacity + positions_BT).flatten()
+        self._cells_N = (slots_B[:, None] * self.store.capacity + cells_BT).flatten()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

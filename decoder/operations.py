@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from decoder.slots import Rows, SlotCache, slot_index
+from decoder.slots import Nodes, Rows, SlotCache, slot_index
 
 Rotations = tuple[Tensor, Tensor]  # cosines and sines by position, [L, D] each
 
@@ -36,8 +36,8 @@ class Norms:
 
 
 class Operations(Protocol):
-    def place(self, rows: Rows, starts_B: Tensor, tokens: int, upto: int) -> Place:
-        """Where a forward of this many tokens a row stands, from `starts_B` on, in sight of the first `upto` positions.
+    def place(self, rows: Rows, starts_B: Tensor, tokens: int, upto: int, nodes: Nodes | None = None) -> Place:
+        """Where a forward of this many tokens a row stands, from `starts_B` on, in sight of the first `upto` cells.
 
         Padding of short rows may point past the end: the last cell belongs to nobody.
         """
@@ -66,18 +66,18 @@ class TorchOperations:
         half = cos_LD.shape[1] // 2
         # The first half's sines are negated: see `_rotate`.
         self._cos, self._sin = cos_LD, torch.cat([-sin_LD[:, :half], sin_LD[:, half:]], 1)
-        self._group, self._steps = group, torch.arange(len(cos_LD), device=cos_LD.device)
+        self._group, self._capacity = group, len(cos_LD)
 
-    def place(self, rows: Rows, starts_B: Tensor, tokens: int, upto: int) -> Place:
-        capacity = len(self._steps)
-        positions_BT = (starts_B[:, None] + self._steps[:tokens]).clamp_(max=capacity - 1)
+    def place(self, rows: Rows, starts_B: Tensor, tokens: int, upto: int, nodes: Nodes | None = None) -> Place:
+        capacity = self._capacity
         slots_B = slot_index(rows, starts_B.device)
-        cells_N = (slots_B[:, None] * capacity + positions_BT).flatten()
+        positions_BT, cells_BT = stands(starts_B, tokens, capacity, nodes)
+        cells_N = (slots_B[:, None] * capacity + cells_BT).flatten()
         bias = None
-        if tokens > 1 or len(slots_B) > 1:
-            hidden_BTU = self._steps[:upto] > positions_BT.repeat(1, self._group)[..., None]
-            bias = torch.zeros(hidden_BTU.shape, dtype=self._cos.dtype, device=starts_B.device)
-            bias = bias.masked_fill_(hidden_BTU, -torch.inf)[:, None]
+        if tokens > 1 or len(slots_B) > 1 or nodes is not None:
+            visible_BTU = visible(starts_B, cells_BT, upto, nodes).repeat(1, self._group, 1)
+            bias = torch.zeros(visible_BTU.shape, dtype=self._cos.dtype, device=starts_B.device)
+            bias = bias.masked_fill_(~visible_BTU, -torch.inf)[:, None]
         turns = self._cos[positions_BT][:, :, None], self._sin[positions_BT][:, :, None]
         return Place(rows if isinstance(rows, slice) else slots_B, tokens, upto, bias, (cells_N, *turns))
 
@@ -100,6 +100,27 @@ class TorchOperations:
         q, k = _rotate(q, cos_BT1D, sin_BT1D), _rotate(k, cos_BT1D, sin_BT1D)
         cache.write(layer, cells_N, k.flatten(0, 1), v.flatten(0, 1))
         return q.view(B, T, K, heads // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, heads // K * T, D)
+
+
+def stands(starts_B: Tensor, tokens: int, capacity: int, nodes: Nodes | None) -> tuple[Tensor, Tensor]:
+    """Positions of a forward's tokens and the cells of their slots, [B, T] each."""
+    steps_T = torch.arange(tokens, device=starts_B.device)
+    if nodes is None:
+        cells_BT = (starts_B[:, None] + steps_T).clamp_(max=capacity - 1)
+        return cells_BT, cells_BT
+    cells_BT = (starts_B[:, None] + nodes.first + steps_T).clamp_(max=capacity - 1)
+    return (starts_B[:, None] + nodes.depth_BT).clamp_(max=capacity - 1), cells_BT
+
+
+def visible(starts_B: Tensor, cells_BT: Tensor, upto: int, nodes: Nodes | None) -> Tensor:
+    """Which of the first `upto` cells of its slot a token may look at, [B, T, U]."""
+    cells_U = torch.arange(upto, device=starts_B.device)
+    if nodes is None:
+        return cells_U <= cells_BT[..., None]
+    behind_BU = cells_U - starts_B[:, None]
+    node_BTU = behind_BU.clamp(0, nodes.visible_BTC.shape[2] - 1)[:, None].expand(-1, cells_BT.shape[1], -1)
+    among_BTU = nodes.visible_BTC.gather(2, node_BTU) & (behind_BU < nodes.visible_BTC.shape[2])[:, None]
+    return torch.where((behind_BU < 0)[:, None], True, among_BTU)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -7,11 +7,29 @@ behind a row's length hold left-overs (padding, rejected drafts); they are maske
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 Rows = slice | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """New tokens that are nodes of trees: each stands behind its own ancestors, and lies where there is room.
+
+    A row's nodes lie in the cells from its start on, C of them so far, the forward's own last; the cells before its
+    start are a context as ever.
+    """
+
+    depth_BT: Tensor  # how far behind the start a token stands
+    visible_BTC: Tensor  # which of the row's nodes it may look at: its ancestors and itself
+
+    @property
+    def first(self) -> int:
+        """Cells that earlier forwards have filled."""
+        return self.visible_BTC.shape[2] - self.visible_BTC.shape[1]
 
 
 class SlotCache:
@@ -43,6 +61,12 @@ class SlotCache:
             return keys.as_strided(size, stride, offset), values.as_strided(size, stride, offset)
         return keys[rows, :upto].transpose(1, 2), values[rows, :upto].transpose(1, 2)
 
+    def gather(self, slot: int, start: int, nodes: Sequence[int]) -> None:
+        """What lies in the cells `start` + nodes, ascending, now lies in those from `start` on."""
+        cells = torch.tensor(nodes, device=self.keys[0].device) + start if self.keys else None
+        for tensor in (*self.keys, *self.values):
+            tensor[slot, start : start + len(nodes)] = tensor[slot, cells]
+
     def copy(self, source: int, destination: int, length: int) -> None:
         """Copies the first `length` positions of one slot to another."""
         for tensor in (*self.keys, *self.values):
@@ -54,3 +78,7 @@ def slot_index(rows: Rows, device: torch.device) -> Tensor:
     if isinstance(rows, slice):
         return torch.arange(rows.start, rows.stop, device=device)
     return torch.tensor(rows, device=device)
+
+
+def slot_at(rows: Rows, i: int) -> int:
+    return rows.start + i if isinstance(rows, slice) else rows[i]

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decoder.slots import Rows
+from decoder.slots import Nodes, Rows
 
 
 class TableModel:
@@ -24,8 +24,10 @@ class TableModel:
         drawn = np.random.default_rng(key).normal(0, self._scale, self.vocab_size)
         return drawn.astype(np.float32).astype(np.float64) if self._dtype == torch.float32 else drawn
 
-    def forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> Tensor:
+    def forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None = None) -> Tensor:
         slots = range(rows.start, rows.stop) if isinstance(rows, slice) else rows
+        if nodes is not None:
+            return self._grow(slots, ids_BT, starts_B, nodes)
         out = []
         for slot, ids, start in zip(slots, ids_BT.tolist(), starts_B.tolist(), strict=True):
             context = self._contexts[slot][:start]
@@ -33,6 +35,25 @@ class TableModel:
             self._contexts[slot] = [*context, *ids]
             out.append([self.logits([*context, *ids[: t + 1]]) for t in range(len(ids))])
         return torch.from_numpy(np.array(out)).to(self._dtype)
+
+    def _grow(self, slots: Sequence[int], ids_BT: Tensor, starts_B: Tensor, nodes: Nodes) -> Tensor:
+        out = []
+        for b, (slot, ids, start) in enumerate(zip(slots, ids_BT.tolist(), starts_B.tolist(), strict=True)):
+            self._contexts[slot] = held = [*self._contexts[slot][: start + nodes.first], *ids]
+            assert len(held) == start + nodes.first + len(ids), "a row's tree has a gap"
+            out.append([])
+            for t, among in enumerate(nodes.visible_BTC[b].tolist()):
+                ancestors = [held[start + c] for c, seen in enumerate(among) if seen]
+                assert len(ancestors) == nodes.depth_BT[b, t] + 1, "a node's position is the number of its ancestors"
+                out[-1].append(self.logits([*held[:start], *ancestors]))
+        return torch.from_numpy(np.array(out)).to(self._dtype)
+
+    def gather(self, slot: int, start: int, nodes: Sequence[int]) -> None:
+        held = self._contexts[slot]
+        self._contexts[slot] = [*held[:start], *(held[start + node] for node in nodes)]
+
+    def context(self, slot: int) -> list[int]:
+        return self._contexts[slot]
 
     def encode(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> None:
         self.forward(rows, ids_BT, starts_B, upto)

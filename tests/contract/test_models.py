@@ -25,6 +25,7 @@ from decoder.models import (
     save_first_draft,
 )
 from decoder.sampling import fit_vocabulary
+from decoder.slots import Nodes
 from online.errors import InvalidRequest
 from tests.tabular import TableModel
 
@@ -180,6 +181,53 @@ def test_prompts_may_come_in_pieces(make: Make) -> None:
     logits = feed(model, slice(0, 2), [[21], [22]], [5, 4])
     assert close(logits[0], whole([5, 6, 7, 11, 12, 21])[-1:])
     assert close(logits[1], whole([8, 9, 10, 13, 22])[-1:])
+
+
+# The parents of nodes 1, 2, …, behind node 0.
+TREES = {"a chain": (0, 1, 2), "a bush": (0, 0, 1, 1, 2), "twigs first": (0, 1, 0, 3, 3)}
+
+
+def nodes_of(parents: list[tuple[int, ...]], first: int) -> Nodes:
+    """All nodes from the `first` on, of trees of one size."""
+    size = len(parents[0]) + 1
+    visible = torch.zeros(len(parents), size, size, dtype=torch.bool)
+    for b, tree in enumerate(parents):
+        for node in range(size):
+            visible[b, node, node] = True
+            if node:
+                visible[b, node] |= visible[b, tree[node - 1]]
+    return Nodes(visible.sum(-1)[:, first:] - 1, visible[:, first:])
+
+
+@pytest.mark.parametrize("cut", [None, 1, 3], ids=["at once", "root first", "in two parts"])
+def test_nodes_of_a_tree_see_their_own_ancestors_only(make: Make, cut: int | None) -> None:
+    """Trees of other shapes side by side, grown at once or forward by forward; then one path is the context."""
+    model, whole = make()
+    contexts, rows = [[5, 6, 7, 8], [9, 10], []], slice(0, 3)
+    trees = [TREES["a bush"], TREES["twigs first"], TREES["a bush"]]
+    feed(model, slice(0, 2), contexts[:2], [0, 0])
+    tokens = torch.tensor([[20, 21, 22, 23, 24, 25], [30, 31, 32, 33, 34, 35], [40, 41, 42, 43, 44, 45]])
+    starts, size = torch.tensor([4, 2, 0]), tokens.shape[1]
+    parts = [(0, size)] if cut is None else [(0, cut), (cut, size)]
+    logits = []
+    for begin, end in parts:
+        every = nodes_of(trees, begin)
+        part = Nodes(every.depth_BT[:, : end - begin], every.visible_BTC[:, : end - begin, :end])
+        logits.append(model.forward(rows, tokens[:, begin:end], starts, 4 + end, part))
+    found = torch.cat(logits, 1)
+    for b, tree in enumerate(trees):
+        for node in range(size):
+            path, at = [], node
+            while at:
+                path.append(at)
+                at = tree[at - 1]
+            expected = whole([*contexts[b], *(int(tokens[b, n]) for n in (0, *path[::-1]))])
+            assert close(found[b, node], expected[-1]), (b, node)
+    model.gather(0, 4, [0, 2, 5])
+    model.gather(1, 2, [0, 3, 4])
+    last = feed(model, slice(0, 2), [[50], [51]], [7, 5])
+    assert close(last[0], whole([5, 6, 7, 8, 20, 22, 25, 50])[-1:])
+    assert close(last[1], whole([9, 10, 30, 33, 34, 51])[-1:])
 
 
 def test_vocabularies_of_other_sizes_are_cut_or_padded() -> None:

@@ -7,7 +7,8 @@ import torch
 
 from decoder.kernels import FusedOperations
 from decoder.operations import Norms, Operations, Rotations, TorchOperations
-from decoder.slots import Rows, SlotCache
+from decoder.shapes import Shape
+from decoder.slots import Nodes, Rows, SlotCache
 
 CAPACITY, HEADS, KV_HEADS, SIZE = 24, 6, 2, 16
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
@@ -62,6 +63,29 @@ def test_turned_heads_and_their_places(dtype: torch.dtype, normed: bool, rows: R
             seen[-1].append(place.bias_B1QU)
     for pair in zip(*seen, strict=True):
         agree(list(pair), dtype)
+
+
+@pytest.mark.parametrize("rows", [slice(1, 4), [0, 2, 3]], ids=["a view", "a copy"])
+@pytest.mark.parametrize("first", [0, 2])
+def test_places_of_the_nodes_of_trees(rows: Rows, first: int) -> None:
+    """Positions by depth, cells one behind another, and sight of the context and the node's own ancestors."""
+    shapes = [Shape((0, 0, 1, 1)), Shape((0, 1, 2, 0)), Shape((0, 0, 0, 3))]
+    visible_BTC = torch.stack([shape.visible for shape in shapes])[:, first:]
+    nodes = Nodes(visible_BTC.sum(-1) - 1, visible_BTC)
+    starts, tokens = torch.tensor([4, 0, CAPACITY - 3]), 5 - first  # the last one's nodes point past the end
+    torch_ops, fused = both(torch.float32)
+    biases = [ops.place(rows, starts, tokens, 12, nodes).bias_B1QU for ops in (torch_ops, fused)]
+    assert torch.equal(*biases)
+    qkv = torch.randn(3 * tokens, (HEADS + 2 * KV_HEADS) * SIZE)
+    seen = []
+    for ops in (torch_ops, fused):
+        cache = SlotCache(4, CAPACITY)
+        cache.grow(KV_HEADS, SIZE, torch.float32, torch.device("cpu"))
+        place = ops.place(rows, starts, tokens, 12, nodes)
+        q = ops.turn(qkv.clone(), HEADS, place, Norms(None, None, 1e-6), cache, 0).clone()
+        seen.append([q[:2], cache.keys[0][:, :-1], cache.values[0][:, :-1]])
+    for pair in zip(*seen, strict=True):
+        agree(list(pair), torch.float32)
 
 
 def test_numbers_that_are_none_stay_none() -> None:

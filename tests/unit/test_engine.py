@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from decoder.slots import Rows
+from decoder.slots import Nodes, Rows
 from online.errors import Overloaded, Unavailable
 from tests.engines import Bench, bench, query, target_alone
 from tests.tabular import TableModel
@@ -298,11 +298,11 @@ class _Always(TableModel):
     def logits(self, context: object) -> np.ndarray:
         return np.where(np.arange(VOCABULARY) == self._token, 5.0, 0.0)
 
-    def forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> Tensor:
+    def forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None = None) -> Tensor:
         if self.fails:
             self.fails -= 1
             raise RuntimeError("out of memory, says the device")
-        return super().forward(rows, ids_BT, starts_B, upto).float()
+        return super().forward(rows, ids_BT, starts_B, upto, nodes).float()
 
 
 class Failing:
