@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 
 from decoder.control import Control, StepCosts
-from decoder.drafters.chain import Proposal
 from decoder.drafting import Drafting
 from decoder.drafts import LiveDraft
 from decoder.models import LanguageModel
 from decoder.observe import Observation, StepTrace, observe
 from decoder.plan import Planner, StepPlan
 from decoder.prefixes import Context, Prefixes
+from decoder.proposal import Proposal
 from decoder.ragged import encode, fit, integers, ragged
 from decoder.rows import Row
 from decoder.sampling import at_least_float32
@@ -100,12 +100,14 @@ class Batch:
             self._prefill()
         if not (ready := 1 if alone else self.ready):
             return
-        drafted = self._drafting.choose(self.rows[:ready])
+        schemes = self._drafting.choose(self.rows[:ready])
         started = time.perf_counter()
-        plan = self._planner.plan(self.rows[:ready], drafted)
+        plan = self._planner.plan(self.rows[:ready], schemes)
         proposal = self._drafting.draft(plan)
         verdict, observation = self._verify(plan, proposal)
-        self._commit(plan, verdict.read(proposal.tokens_BG), observation)
+        verdicts = verdict.read(proposal.tokens_BN)
+        self._settle(plan, verdicts)
+        self._commit(plan, verdicts, observation)
         if not alone:
             self.control.stepped(ready, plan.gamma, time.perf_counter() - started)
 
@@ -202,13 +204,14 @@ class Batch:
         fed_BT = ragged(
             [row.tokens[row.cached :] for row in plan.rows], self._device
         )  # the last token, and a lone row's prompt
-        ids_BT = torch.cat([fed_BT, proposal.tokens_BG], 1) if proposal.tokens_BG.shape[1] else fed_BT
+        ids_BT = torch.cat([fed_BT, proposal.tokens_BN], 1) if proposal.candidates else fed_BT
         # A row's longest context is its own, not the padded one: padding writes, but nobody reads it.
         upto = max(len(row.tokens) + count for row, count in zip(plan.rows, plan.drafted, strict=True))
         starts_B = integers([row.cached for row in plan.rows], self._device)
-        logits_BTV = self.target.forward(slice(0, len(plan.rows)), ids_BT, starts_B, upto)
+        nodes = None if proposal.tree is None else proposal.tree.nodes(behind=fed_BT.shape[1] - 1)
+        logits_BTV = self.target.forward(slice(0, len(plan.rows)), ids_BT, starts_B, upto, nodes)
         logits_BTV = at_least_float32(logits_BTV[:, fed_BT.shape[1] - 1 :])
-        drawn = plan.accept_uniform_BG, plan.emit_uniform_B
+        drawn = plan.accept_uniform_BN[:, : proposal.candidates], plan.emit_uniform_B
         verdict = judge(logits_BTV, proposal, plan.sampling, *drawn, plan.lenient)
         if not any(row.trace is not None or row.query.logprobs is not None for row in plan.rows):
             return verdict, None
@@ -217,23 +220,28 @@ class Batch:
 
     # ── commit ──
 
+    def _settle(self, plan: StepPlan, verdicts: list[HostVerdict]) -> None:
+        """Of trees, models keep what lies on the accepted paths."""
+        for i, (row, verdict) in enumerate(zip(plan.rows, verdicts, strict=True)):
+            if (path := verdict.path[: verdict.accepted]) and path[-1] != len(path) - 1:
+                self.target.gather(i, len(row.tokens), path)
+        self._drafting.settle(verdicts)
+
     def _commit(self, plan: StepPlan, verdicts: list[HostVerdict], seen: Observation | None) -> None:
         emitted = 0
         for i, (row, drafted, verdict) in enumerate(zip(plan.rows, plan.drafted, verdicts, strict=True)):
-            accepted, following, following_p, overlap, draft = verdict
-            start, version = row.emitted, row.draft.version
-            new = [*draft[:accepted], following]
+            start, version, accepted, new = row.emitted, row.draft.version, verdict.accepted, verdict.emitted
             taken, text = row.extend(new)
-            row.emitted_p += [*[math.nan] * accepted, following_p][:taken]
+            row.emitted_p += [*[math.nan] * accepted, verdict.next_p][:taken]
             row.cached = len(row.tokens) - 1
             row.draft_cached = min(row.draft_cached, row.cached)
-            row.stats.add_step(drafted, accepted, overlap, taken, version)
-            row.acceptance.add(overlap, min(accepted + 1, drafted))
+            row.stats.add_step(drafted, accepted, verdict.overlap, verdict.compared, taken, version)
+            row.acceptance.add(verdict.overlap, verdict.compared)
             emitted += taken
             logprobs: tuple[TokenLogprob, ...] = ()
             if seen is not None and row.trace is not None:
-                row.trace.steps.append(StepTrace(seen, i, start, drafted, accepted, version))
+                row.trace.steps.append(StepTrace(seen, i, start, accepted, version))
             if seen is not None and (top := row.query.logprobs) is not None:
                 logprobs = tuple(seen.token_logprob(i, j, new[j], top) for j in range(taken))
             row.deliver(text, new[:taken], logprobs)
-        self._metrics.step(plan.drafted, [accepted for accepted, *_ in verdicts], emitted)
+        self._metrics.step(plan.drafted, [verdict.accepted for verdict in verdicts], emitted)

@@ -14,6 +14,8 @@ import numpy as np
 FIRST_GUESS = 0.7  # acceptance of a draft that nothing is known about: high enough to be tried
 ROUTE_MEMORY = 2000.0  # compared positions that a route's mean remembers
 ROW_MEMORY = 32.0
+RANKS = 8  # candidates of a node whose acceptance is told apart
+RANK_DECAY = 0.3  # how much less than its elder sibling a candidate is kept that nothing is known about
 PRIOR_POSITIONS = 6.0  # positions of its own after which a row counts as much as its route
 MARGIN = 1.05  # speculation must promise this much more than plain steps: it also pays for drafts' prompts
 PROBE_SHARE = 0.005  # of the time that plain steps take, for looking whether drafting would pay again
@@ -44,6 +46,32 @@ class Acceptance:
     def forget(self) -> None:
         """The draft has changed: what was seen says little about the new one."""
         self._sum = self._count = 0.0
+
+
+class Ranks:
+    """How often a node keeps its k-th candidate, of the nodes that had one: what a tree's shape is chosen by."""
+
+    def __init__(self, acceptance: Acceptance) -> None:
+        self._first = acceptance  # first candidates are drafted in chains, too: what is known of them is the prior
+        self._kept, self._met = [0.0] * RANKS, [0.0] * RANKS
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """In steps of 0.05: a shape is for many steps."""
+        found: list[float] = []
+        for kept, met in zip(self._kept, self._met, strict=True):
+            prior = RANK_DECAY * found[-1] if found else self._first.rate
+            found.append((kept + prior * PRIOR_POSITIONS) / (met + PRIOR_POSITIONS))
+        return tuple(round(20 * rate) / 20 for rate in found)
+
+    def add(self, met: int, kept: int | None) -> None:
+        """A node had so many candidates; one of them was kept, or none."""
+        keep = math.exp(-1 / ROUTE_MEMORY)
+        for k in range(min(met, RANKS)):
+            self._kept[k], self._met[k] = self._kept[k] * keep + (k == kept), self._met[k] * keep + 1
+
+    def forget(self) -> None:
+        self._kept, self._met = [0.0] * RANKS, [0.0] * RANKS
 
 
 class StepCosts:
@@ -118,11 +146,12 @@ class Control:
             return 0
         return best
 
-    def stepped(self, rows: int, gamma: int, seconds: float) -> None:
-        if gamma <= self.max_gamma:  # a request may ask for more
+    def stepped(self, rows: int, gamma: int | None, seconds: float) -> None:
+        """`gamma` is what a chain of the draft's had; None: something else was drafted."""
+        if gamma is not None and gamma <= self.max_gamma:  # a request may ask for more
             rechecked = gamma == 0 and self._drafted >= RECHECK_STEPS
             self.costs.observe(rows, gamma, seconds, RECHECK_LEARNS if rechecked else GAMMA_LEARNS)
-        self._drafted = self._drafted + 1 if gamma else 0
+        self._drafted = 0 if gamma == 0 else self._drafted + 1
         if gamma == 0:
             self.credit_s = min(self.credit_s + PROBE_SHARE * seconds, seconds)
 

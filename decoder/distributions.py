@@ -172,12 +172,22 @@ def _overlap(p_V: Any, q_V: Any) -> Any:
 
 
 @njit(**EXACT)
-def verify_greedy(logits_TV: Any, tokens_G: Any, drafted: Any) -> Any:
-    accepted, token = 0, best(logits_TV[0])
-    while accepted < drafted and tokens_G[accepted] == token:
-        accepted += 1
-        token = best(logits_TV[accepted])
-    return accepted, token
+def walk_greedily(
+    logits_TV: Any, tokens_N: Any, parents_N: Any, sources_N: Any, chain: Any, drafted: Any, path_N: Any
+) -> Any:
+    node = accepted = compared = 0
+    overlap, token, seen = np.float32(0), best(logits_TV[0]), -1
+    for n in range(drafted):
+        if (n if chain else parents_N[n]) != node:
+            continue
+        told = seen != node and (chain or sources_N[n] >= 0)
+        compared += told
+        overlap += np.float32(tokens_N[n] == token and told)
+        seen = node
+        if tokens_N[n] == token:
+            path_N[accepted], node = n, n + 1
+            accepted, token = accepted + 1, best(logits_TV[node])
+    return accepted, token, overlap, compared
 
 
 @njit(**EXACT)
@@ -187,27 +197,78 @@ def _lenient(p: Any, scale: Any, power: Any) -> Any:
 
 
 @njit(**EXACT)
-def verify(
-    logits_TV: Any, probs_TV: Any, given: Any, divisor: Any, draft_probs_GV: Any, tokens_G: Any, drafted: Any,
-    accept_G: Any, emit: Any, scale: Any, power: Any, p_V: Any, rest_V: Any,
-) -> Any:  # fmt: skip
-    """Leaves in `p_V` what the target says where the last token is emitted; `rest_V` is scratch."""
-    accepted, overlap = 0, np.float32(0)
-    while True:
-        if given:
-            for v in range(len(p_V)):
-                p_V[v] = probs_TV[accepted, v]
-        else:
-            soften(logits_TV[accepted], divisor, p_V)
-        if accepted == drafted:
-            return accepted, draw(p_V, total(p_V), emit), overlap
-        q_V, token = draft_probs_GV[accepted], tokens_G[accepted]
-        overlap += _overlap(p_V, q_V)
-        if accept_G[accepted] * np.float64(q_V[token]) < _lenient(np.float64(p_V[token]), scale, power):
-            accepted += 1
-            continue
+def _target(logits_TV: Any, probs_TV: Any, given: Any, divisor: Any, node: Any, p_V: Any) -> None:
+    """What the target says behind a node."""
+    if given:
         for v in range(len(p_V)):
-            rest_V[v] = max(p_V[v] - q_V[v], np.float32(0))
-        # p = q leaves no residual, and then nothing is rejected but by rounding: p itself is right.
-        mass = total(rest_V)
-        return accepted, draw(rest_V, mass, emit) if mass > 0 else draw(p_V, total(p_V), emit), overlap
+            p_V[v] = probs_TV[node, v]
+    else:
+        soften(logits_TV[node], divisor, p_V)
+
+
+@njit(**EXACT)
+def _reject(p_V: Any, q_V: Any, scale: Any, rest_V: Any) -> None:
+    """norm(max(0, p − scale q)); p itself where nothing is left: then nothing is rejected but by rounding."""
+    mass = 0.0
+    for v in range(len(p_V)):
+        mass += np.float64(max(p_V[v] - scale * q_V[v], np.float32(0)))
+    if mass > 0:
+        factor = np.float32(1 / mass)
+        for v in range(len(p_V)):
+            rest_V[v] = factor * max(p_V[v] - scale * q_V[v], np.float32(0))
+    else:
+        for v in range(len(p_V)):
+            rest_V[v] = p_V[v]
+
+
+@njit(**EXACT)
+def _reject_chosen(p_V: Any, token: Any, rest_V: Any) -> None:
+    """The same where q has all its mass on one token."""
+    mass = total(p_V[:token]) + total(p_V[token + 1 :])
+    factor = np.float32(1 / mass) if mass > 0 else np.float32(1)
+    for v in range(len(p_V)):
+        rest_V[v] = factor * p_V[v] if v != token or mass == 0 else np.float32(0)
+
+
+@njit(**EXACT)
+def walk(
+    logits_TV: Any, probs_TV: Any, given: Any, divisor: Any, draft_probs_QV: Any, tokens_N: Any, parents_N: Any,
+    sources_N: Any, distinct: Any, chain: Any, drafted: Any, accept_N: Any, emit: Any, scale: Any, power: Any, p_V: Any,
+    rest_V: Any, own_V: Any, path_N: Any,
+) -> Any:  # fmt: skip
+    """Leaves in `p_V` what the target says where the last token is emitted; `rest_V` and `own_V` are scratch."""
+    node = accepted = compared = tried = drawn = 0
+    overlap = np.float32(0)
+    _target(logits_TV, probs_TV, given, divisor, node, p_V)
+    for n in range(drafted):
+        if (n if chain else parents_N[n]) != node:
+            continue
+        token, source = tokens_N[n], n if chain else sources_N[n]
+        here_V = rest_V if tried else p_V
+        if source < 0:
+            q, q_mass, q_V = 1.0, 1.0, own_V
+        else:
+            q_V = own_V if drawn and distinct else draft_probs_QV[source]
+            compared += tried == 0
+            overlap += _overlap(p_V, q_V) if tried == 0 else np.float32(0)
+            q_mass = total(q_V) if drawn and distinct else 1.0
+            q = np.float64(q_V[token]) / q_mass if q_mass > 0 else 0.0
+            if q == 0:  # there were fewer tokens to draw than siblings
+                continue
+        if accept_N[n] * q < _lenient(np.float64(here_V[token]), scale, power):
+            path_N[accepted], node = n, n + 1
+            accepted, tried, drawn = accepted + 1, 0, 0
+            _target(logits_TV, probs_TV, given, divisor, node, p_V)
+            continue
+        if source < 0:
+            _reject_chosen(here_V, token, rest_V)
+        else:
+            _reject(here_V, q_V, np.float32(1 / q_mass), rest_V)
+            if distinct:
+                for v in range(len(own_V)):
+                    own_V[v] = q_V[v]
+                own_V[token] = 0
+            drawn += 1
+        tried += 1
+    here_V = rest_V if tried else p_V
+    return accepted, draw(here_V, total(here_V), emit), overlap, compared

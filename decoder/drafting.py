@@ -6,19 +6,25 @@ Legend: B rows, T tokens, G drafted positions, V vocabulary.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
 import torch
 
 from decoder.control import Control
-from decoder.drafters.chain import Proposal, propose_chain
+from decoder.drafters import Drafter, Group
+from decoder.drafters.model import ModelDrafter
 from decoder.drafts import LiveDraft
 from decoder.plan import StepPlan
+from decoder.proposal import Proposal
 from decoder.ragged import encode, fit, integers, ragged, slots_of
 from decoder.rows import Row
 from decoder.sampling import Sampling, probabilities
+from decoder.shapes import NOTHING, Scheme
+from decoder.verify import HostVerdict
+from online.messages import DrafterName
 from online.metrics import ServiceMetrics
 
 log = logging.getLogger("slipstream.drafting")
@@ -27,6 +33,12 @@ R = TypeVar("R")
 FEED = 8  # tokens that a draft may lack and still get with its first forward; more are encoded before
 DRAFT_PREFILL = 4  # prompt tokens of a draft that cost about as much as one of the target
 PROBED = 8  # tokens that a row must have emitted plainly before its draft is probed on them
+
+
+DRAFTERS: dict[DrafterName, Drafter] = {
+    "chain": ModelDrafter(trees=False),
+    "tree": ModelDrafter(trees=True),
+}
 
 
 class Drafting:
@@ -45,6 +57,7 @@ class Drafting:
         self._prefill_tokens, self._vocab_size = prefill_tokens, vocab_size
         self._metrics, self._device = metrics, device
         self._empty: dict[int, Proposal] = {}
+        self._groups: list[tuple[list[int], Group]] = []  # of the step under way
 
     def copy(self, row: Row, source: int, destination: int) -> None:
         """What the row's draft has encoded of its context goes to another slot."""
@@ -52,17 +65,28 @@ class Drafting:
         if draft.usable and row.draft_cached:
             self._guarded(draft, lambda: draft.model.copy(source, destination, row.draft_cached))
 
-    def choose(self, rows: list[Row]) -> list[int]:
-        """How many tokens each row drafts in this step."""
-        usable = [row.draft.usable for row in rows]
-        ours = [i for i, row in enumerate(rows) if usable[i] and row.query.gamma is None]
+    def choose(self, rows: list[Row]) -> list[Scheme]:
+        """What each row drafts in this step."""
+        modelled = [DRAFTERS[row.query.drafter].uses_model for row in rows]
+        ours = [i for i, row in enumerate(rows) if modelled[i] and row.draft.usable and row.query.gamma is None]
         gamma = self.control.gamma([rows[i].acceptance.rate for i in ours], len(rows))
         if gamma == 0 and self.control.credit_s > 0:
             self._probe(ours)
-        drafted = [row.drafted(gamma) if able else 0 for row, able in zip(rows, usable, strict=True)]
+        wanted = [self._wanted(row, gamma) for row in rows]
         feed = FEED if len(rows) > 1 else self._prefill_tokens  # more than one row would be padded to the longest
-        self._catch_up([i for i, count in enumerate(drafted) if count and rows[i].draft_lag > feed])
-        return [0 if rows[i].draft_lag > feed else count for i, count in enumerate(drafted)]
+        fed = [i for i, scheme in enumerate(wanted) if scheme.candidates and modelled[i]]
+        self._catch_up([i for i in fed if rows[i].draft_lag > feed])
+        for i in fed:
+            if not rows[i].draft.usable or rows[i].draft_lag > feed:
+                wanted[i] = NOTHING
+        return wanted
+
+    def _wanted(self, row: Row, gamma: int) -> Scheme:
+        asked, drafter = row.query.gamma, DRAFTERS[row.query.drafter]
+        if drafter.uses_model and not row.draft.usable:
+            return NOTHING
+        counts = (gamma, self.control.max_gamma) if asked is None else (asked, asked)
+        return drafter.scheme(row, *counts).first(row.room)
 
     # ── context ──
 
@@ -75,12 +99,7 @@ class Drafting:
             starts = [self.rows[i].draft_cached for i in fed]
             self._guarded(draft, lambda d=draft, f=fed, p=pieces, s=starts: encode(d.model, f, p, s, self._device))  # type: ignore[misc]
             for i, piece in zip(fed, pieces, strict=True):
-                self._fed(self.rows[i], draft, len(piece))
-
-    def _fed(self, row: Row, draft: LiveDraft, tokens: int) -> None:
-        if row.draft_cached == 0:
-            row.draft_version = draft.version
-        row.draft_cached += tokens if draft.usable else 0
+                self.rows[i].draft_holds(self.rows[i].draft_cached + len(piece))
 
     def _probe(self, members: list[int]) -> None:
         """Plain steps say nothing of the draft: now and then a row's own output shows what would be accepted."""
@@ -112,28 +131,31 @@ class Drafting:
         overlap, compared = float(np.minimum(1, q / p)[drawn].sum()), int(drawn.sum())
         row.stats.add_probe(overlap, compared)
         row.acceptance.add(overlap, compared)
-        self._fed(row, draft, len(fed))
+        row.draft_holds(start + len(fed))
 
     # ── proposals ──
 
     def draft(self, plan: StepPlan) -> Proposal:
-        """One proposal for all rows; each draft fills in its own rows' part."""
-        members = [i for i, count in enumerate(plan.drafted) if count]
-        if not members:
-            return self._nothing(len(plan.rows))
-        groups = self._by_draft(members)
-        proposals = [self._guarded(d, lambda d=d, g=group: self._propose(d, g, plan)) for d, group in groups]  # type: ignore[misc]
-        if len(groups) == 1 and len(members) == len(plan.rows) and proposals[0] is not None:
-            return proposals[0]
-        gamma, greedy, vocabulary = plan.gamma, plan.sampling.all_greedy, self._vocab_size
-        proposal = Proposal.empty(len(plan.rows), gamma, vocabulary, self._device, greedy)
-        for (_, group), part in zip(groups, proposals, strict=True):
+        """One proposal for all rows, of what each group's drafter proposes for its own."""
+        self._groups, parts = [], []
+        for members, group in self._grouped(plan):
+            part = self._guarded(group.draft, lambda g=group: DRAFTERS[g.scheme.drafter].propose(g))  # type: ignore[misc]
+            for i, count in zip(members, group.drafted, strict=True):
+                plan.schemes[i] = NOTHING if part is None else plan.schemes[i].first(count)
             if part is not None:
-                proposal.put(group, part)
-            else:
-                for i in group:
-                    plan.drafted[i] = 0
-        return proposal
+                self._groups.append((members, group))
+                parts.append((members, part))
+        if not parts:
+            return self._nothing(len(plan.rows))
+        if len(parts) == 1 and len(parts[0][0]) == len(plan.rows):
+            return parts[0][1]
+        return Proposal.joined(parts, len(plan.rows), self._vocab_size, plan.sampling.all_greedy)
+
+    def settle(self, verdicts: Sequence[HostVerdict]) -> None:
+        """Before the rows take their verdicts' tokens: what drafts hold of them becomes a part of their contexts."""
+        for members, group in self._groups:
+            kept = [verdicts[i].path[: verdicts[i].accepted] for i in members]
+            self._guarded(group.draft, lambda g=group, k=kept: DRAFTERS[g.scheme.drafter].settle(g, k))  # type: ignore[misc]
 
     def _nothing(self, rows: int) -> Proposal:
         """The plain step's proposal: the same one every time."""
@@ -141,27 +163,29 @@ class Drafting:
             self._empty[rows] = Proposal.empty(rows, 0, self._vocab_size, self._device, greedy=False)
         return self._empty[rows]
 
-    def _propose(self, draft: LiveDraft, members: list[int], plan: StepPlan) -> Proposal:
-        rows = [plan.rows[i] for i in members]
-        unseen = [row.tokens[row.draft_cached :] for row in rows]
-        everyone = len(members) == len(plan.rows)
-        gamma = max(plan.drafted[i] for i in members)
-        proposal = propose_chain(
-            draft.model,
-            slots_of(members),
-            ragged(unseen, self._device),
-            integers([len(tokens) for tokens in unseen], self._device),
-            integers([row.draft_cached for row in rows], self._device),
-            max(len(row.tokens) for row in rows),
-            integers([plan.drafted[i] for i in members], self._device),
-            gamma,
-            plan.sampling if everyone else plan.sampling.select(members),
-            plan.draft_uniform_BG if everyone else plan.draft_uniform_BG[members],
-        )
-        for row in rows:
-            # Cut back in _commit, where a rejection came earlier.
-            self._fed(row, draft, len(row.tokens) + gamma - 1 - row.draft_cached)
-        return proposal
+    def _grouped(self, plan: StepPlan) -> list[tuple[list[int], Group]]:
+        """Rows that one draft drafts for in one shape; some of them fewer candidates of it than others."""
+        alike: dict[tuple[LiveDraft, Scheme], list[int]] = {}
+        for i, (row, scheme) in enumerate(zip(plan.rows, plan.schemes, strict=True)):
+            if scheme.candidates:
+                alike.setdefault((row.draft, replace(scheme, candidates=0)), []).append(i)
+        found = []
+        for (draft, _), members in alike.items():
+            everyone = len(members) == len(plan.rows)
+            schemes = [plan.schemes[i] for i in members]
+            group = Group(
+                draft,
+                max(schemes, key=lambda scheme: scheme.candidates),
+                slots_of(members),
+                [plan.rows[i] for i in members],
+                [scheme.candidates for scheme in schemes],
+                plan.sampling if everyone else plan.sampling.select(members),
+                plan.draft_uniform_BN if everyone else plan.draft_uniform_BN[members],
+                self._vocab_size,
+                self._device,
+            )
+            found.append((members, group))
+        return found
 
     def _by_draft(self, members: list[int]) -> list[tuple[LiveDraft, list[int]]]:
         groups: dict[LiveDraft, list[int]] = {}

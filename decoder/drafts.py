@@ -10,7 +10,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from decoder.control import ROUTE_MEMORY, Acceptance
+from decoder.control import ROUTE_MEMORY, Acceptance, Ranks
 from decoder.models import ServedModel
 from online.artifacts import WEIGHTS
 from online.errors import ArtifactError
@@ -27,6 +27,7 @@ class LiveDraft:
         self.version = 0  # 0: the weights it was built with, not registered yet
         self.usable = True  # False after a forward failed: the route is decoded plainly until weights are installed
         self.acceptance = Acceptance(ROUTE_MEMORY)  # of the route's recent rows
+        self.ranks = Ranks(self.acceptance)
         self._failed_at = -math.inf
 
     def assigned(self, query_id: str) -> "LiveDraft":
@@ -90,6 +91,7 @@ class LiveDraft:
         self.usable = self.model.install(staged)
         self.version, self.follows = version, False
         self.acceptance.forget()
+        self.ranks.forget()
         if not self.usable:
             raise ArtifactError(f"version {version}: the device does not hold the weights that were copied")
 

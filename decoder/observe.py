@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from decoder.device import Download, compiled
-from decoder.drafters.chain import Proposal
+from decoder.proposal import Proposal
 from decoder.verify import Verdict
 from online.messages import TokenLogprob
 
@@ -49,6 +49,7 @@ class Seen:
     draft_ids_BG: NDArray[np.int64]
     draft_logp_BG: Array
     draft_top_logp_BGK: Array
+    drafted_B: NDArray[np.int64]
     emitted_logp_BT: Array | None = None  # the target's, of the token that was emitted there
 
 
@@ -59,9 +60,13 @@ class StepTrace:
     observation: Observation
     row: int
     start: int  # index into the output of the first token that the step could emit
-    drafted: int
     accepted: int
     version: int
+
+    @property
+    def drafted(self) -> int:
+        """Of a chain its tokens; of a tree those that were walked to, and behind them each node's first candidate."""
+        return int(self.observation.seen.drafted_B[self.row])
 
 
 def join(steps: Sequence[StepTrace]) -> dict[str, NDArray[Any]]:
@@ -92,13 +97,14 @@ def observe(
 ) -> Observation:
     """`record_k` tokens a position go into signals; `report_k` is the most a client asked for, None if nobody did."""
     k = min(max(record_k, report_k or 0), logits_BTV.shape[-1])
-    looked_at = logits_BTV, proposal.logits_B1V, proposal.tokens_BG, proposal.drafted_B, k
+    proposal, logits_BTV = proposal.along(verdict.accepted_B, verdict.path_BN, logits_BTV)
+    looked_at = logits_BTV, proposal.logits_BQV, proposal.tokens_BN, proposal.drafted_B, k
     fused = compiled(logits_BTV)
     ids, logp, norm_BT, *of_draft = look(*looked_at) if fused is None else fused.observe(*looked_at)
-    arrays = [ids, logp, proposal.tokens_BG, *of_draft]
+    arrays = [ids, logp, proposal.tokens_BN, *of_draft, proposal.drafted_B]
     if report_k is not None:
         # The emitted tokens in place: accepted drafts, then the target's own.
-        emitted_BT = torch.nn.functional.pad(proposal.tokens_BG, (0, 1))
+        emitted_BT = torch.nn.functional.pad(proposal.tokens_BN, (0, 1))
         emitted_BT = emitted_BT.scatter_(1, verdict.accepted_B[:, None], verdict.next_B[:, None])
         arrays.append(logits_BTV.gather(-1, emitted_BT[..., None]).squeeze(-1) - norm_BT)
     return Observation(Download(arrays), record_k)

@@ -1,6 +1,6 @@
 """What a step is about to do with its rows: tokens to draft, sampling parameters, and the randomness it will use.
 
-Legend: B rows, G drafted positions, U uniforms of a row.
+Legend: B rows, N candidates of a row at most, U uniforms of a row.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from decoder.device import upload
 from decoder.lenience import Lenient
 from decoder.rows import Row
 from decoder.sampling import Sampling
+from decoder.shapes import Scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,19 +22,26 @@ class StepPlan:
     """What one step is about to do with its rows."""
 
     rows: list[Row]
-    drafted: list[int]  # tokens to draft, by row
+    schemes: list[Scheme]  # what each row drafts
     sampling: Sampling
-    draft_uniform_BG: Tensor
-    accept_uniform_BG: Tensor
+    draft_uniform_BN: Tensor
+    accept_uniform_BN: Tensor
     emit_uniform_B: Tensor
     lenient: Lenient | None = None  # None: all rows are exact
 
     @property
-    def gamma(self) -> int:
-        return max(self.drafted)
+    def drafted(self) -> list[int]:
+        """Candidates, by row."""
+        return [scheme.candidates for scheme in self.schemes]
+
+    @property
+    def gamma(self) -> int | None:
+        """The longest of its chains; None where anything else is drafted."""
+        chained = all(scheme.drafter == "chain" for scheme in self.schemes if scheme.candidates)
+        return max(self.drafted) if chained else None
 
 
-Uniforms = tuple[Tensor, Tensor, Tensor]  # for drafting [B, G], for accepting [B, G], for emitting [B]
+Uniforms = tuple[Tensor, Tensor, Tensor]  # for drafting [B, N], for accepting [B, N], for emitting [B]
 
 
 class Planner:
@@ -42,27 +50,28 @@ class Planner:
         self._known: tuple[list[Row], Sampling, Lenient | None] | None = None
         self._undrawn: dict[tuple[int, int], Uniforms] = {}
 
-    def plan(self, rows: list[Row], drafted: list[int]) -> StepPlan:
-        (sampling, lenient), gamma = self._asked_by(rows), max(drafted)
+    def plan(self, rows: list[Row], schemes: list[Scheme]) -> StepPlan:
+        (sampling, lenient), drafted = self._asked_by(rows), [scheme.candidates for scheme in schemes]
+        most = max(drafted)
         if not sampling.all_greedy:
-            return StepPlan(rows, drafted, sampling, *self._draw(rows, drafted, gamma), lenient)
-        if (key := (len(rows), gamma)) not in self._undrawn:
-            self._undrawn[key] = self._split(np.zeros((len(rows), 2 * gamma + 1)), gamma)
-        return StepPlan(rows, drafted, sampling, *self._undrawn[key])
+            return StepPlan(rows, schemes, sampling, *self._draw(rows, drafted, most), lenient)
+        if (key := (len(rows), most)) not in self._undrawn:
+            self._undrawn[key] = self._split(np.zeros((len(rows), 2 * most + 1)), most)
+        return StepPlan(rows, schemes, sampling, *self._undrawn[key])
 
-    def _draw(self, rows: list[Row], drafted: list[int], gamma: int) -> Uniforms:
-        uniform = np.zeros((len(rows), 2 * gamma + 1))
+    def _draw(self, rows: list[Row], drafted: list[int], most: int) -> Uniforms:
+        uniform = np.zeros((len(rows), 2 * most + 1))
         for i, (row, count) in enumerate(zip(rows, drafted, strict=True)):
             if row.query.temperature > 0:
                 # A row draws only for itself, so its randomness does not depend on who shares the batch.
                 own = row.rng.random(2 * count + 1)
-                uniform[i, :count], uniform[i, gamma : gamma + count] = own[:count], own[count:-1]
+                uniform[i, :count], uniform[i, most : most + count] = own[:count], own[count:-1]
                 uniform[i, -1] = own[-1]
-        return self._split(uniform, gamma)
+        return self._split(uniform, most)
 
-    def _split(self, uniform: NDArray[np.float64], gamma: int) -> Uniforms:
+    def _split(self, uniform: NDArray[np.float64], most: int) -> Uniforms:
         uniform_BU = upload(uniform, self._device)
-        return uniform_BU[:, :gamma], uniform_BU[:, gamma:-1], uniform_BU[:, -1]
+        return uniform_BU[:, :most], uniform_BU[:, most:-1], uniform_BU[:, -1]
 
     def _asked_by(self, rows: list[Row]) -> tuple[Sampling, Lenient | None]:
         """Made anew only when other rows decode than in the step before."""

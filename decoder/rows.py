@@ -58,10 +58,16 @@ class Row:
         """The same of the draft's slot."""
         return len(self.tokens) - self.draft_cached
 
-    def drafted(self, gamma: int) -> int:
-        """Tokens to draft now: the request's own wish, else `gamma`; the last one comes from the target anyway."""
-        wanted = gamma if self.query.gamma is None else self.query.gamma
-        return max(0, min(wanted, self.query.max_tokens - self.emitted - 1))
+    def draft_holds(self, tokens: int) -> None:
+        """The draft's slot holds so many tokens of the context."""
+        if self.draft_cached == 0:
+            self.draft_version = self.draft.version
+        self.draft_cached = tokens if self.draft.usable else 0
+
+    @property
+    def room(self) -> int:
+        """Tokens that may be drafted: the last one comes from the target anyway."""
+        return self.query.max_tokens - self.emitted - 1
 
     def extend(self, token_ids: list[int]) -> tuple[int, str]:
         """Takes a step's tokens until one of them ends the row. Returns how many were taken, and the text they make."""

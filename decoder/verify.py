@@ -1,61 +1,85 @@
-"""Verification of drafted chains: the emitted tokens follow the target's distribution, whatever the draft proposed.
+"""Verification of what was drafted: the emitted tokens follow the target's distribution, whatever the draft proposed.
 
-Speculative sampling (Leviathan et al., arXiv 2211.17192, algorithm 1; Chen et al., arXiv 2302.01318, algorithm 2).
-Pure functions; randomness comes in as uniforms in [0, 1). Rows that ask for lenience give exactness up, and only they:
-see `decoder/lenience.py`.
+Chains by speculative sampling (Leviathan et al., arXiv 2211.17192, algorithm 1; Chen et al., arXiv 2302.01318,
+algorithm 2), all positions at once; trees as in `decoder/walk.py`. On a CPU the two are one, compiled. Pure functions;
+randomness comes in as uniforms in [0, 1). Rows that ask for lenience give exactness up, and only they: see
+`decoder/lenience.py`.
 
-Legend: B rows, G drafted positions (γ at most), T = G + 1 verified positions, V vocabulary.
+Legend: B rows, N candidates of a row at most (G of a chain), T = N + 1 verified nodes, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from decoder.device import compiled, to_host
-from decoder.drafters.chain import Proposal
 from decoder.lenience import Lenient
+from decoder.proposal import Proposal
 from decoder.sampling import Sampling, most_likely, probabilities, sample
-
-HostVerdict = tuple[int, int, float, float, list[int]]  # accepted, next, next_p, overlap, the row's draft
+from decoder.walk import walk, walk_greedily
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    accepted_B: Tensor  # drafted tokens kept
+    accepted_B: Tensor  # candidates kept
+    path_BN: Tensor  # which ones, in order; padded
     next_B: Tensor  # the token after them, the target's own
     next_p_B: Tensor  # its probability under the target
-    overlap_B: Tensor  # Σ over compared positions (up to the first rejection) of Σ_x min(p(x), q(x))
+    overlap_B: Tensor  # Σ over compared nodes of Σ_x min(p(x), q(x)), where q is of the node's first candidate
+    compared_B: Tensor  # nodes on the way that had a candidate of a draft's
 
-    def read(self, tokens_BG: Tensor) -> "list[HostVerdict]":
+    def read(self, tokens_BN: Tensor) -> "list[HostVerdict]":
         """Everything the host needs, by row, in the step's one transfer."""
-        columns = to_host(self.accepted_B, self.next_B, self.next_p_B, self.overlap_B, tokens_BG)
-        return list(zip(*columns, strict=True))
+        columns = to_host(*(getattr(self, field.name) for field in fields(self)), tokens_BN)
+        return list(map(HostVerdict._make, zip(*columns, strict=True)))
+
+
+class HostVerdict(NamedTuple):
+    """One row's."""
+
+    accepted: int
+    path: list[int]
+    next: int
+    next_p: float
+    overlap: float
+    compared: int
+    tokens: list[int]  # all candidates
+
+    @property
+    def emitted(self) -> list[int]:
+        return [*(self.tokens[n] for n in self.path[: self.accepted]), self.next]
 
 
 def judge(
     logits_BTV: Tensor,
     proposal: Proposal,
     sampling: Sampling,
-    accept_uniform_BG: Tensor,
+    accept_uniform_BN: Tensor,
     emit_uniform_B: Tensor,
     lenient: Lenient | None = None,
 ) -> Verdict:
-    """What a step emits, given the target's logits at the last token and at every drafted one."""
+    """What a step emits, given the target's logits at the last token and at every candidate."""
+    tree, own = proposal.tree, (sampling.divisor_B, sampling.greedy_B)
+    proposed = proposal.probs_BQV, proposal.tokens_BN
+    drawn = accept_uniform_BN, emit_uniform_B
     if (fused := compiled(logits_BTV)) is not None:
         truncated = sampling.any_truncated and not sampling.all_greedy
         probs = probabilities(logits_BTV, sampling) if truncated else None
-        own, drawn = (sampling.divisor_B, sampling.greedy_B), (accept_uniform_BG, emit_uniform_B)
-        proposed = proposal.probs_BGV, proposal.tokens_BG, proposal.drafted_B
         factors = () if lenient is None else (lenient.scale_B, lenient.power_B)
-        return Verdict(*fused.judge(logits_BTV, probs, *proposed, *own, *drawn, *factors))
+        return Verdict(*fused.judge(logits_BTV, probs, *proposed, tree, proposal.drafted_B, *own, *drawn, *factors))
     if sampling.all_greedy:
-        return verify_greedy(most_likely(logits_BTV), proposal.tokens_BG, proposal.drafted_B)
+        best_BT = most_likely(logits_BTV)
+        if tree is None:
+            return verify_greedy(best_BT, proposal.tokens_BN, proposal.drafted_B)
+        return Verdict(*walk_greedily(best_BT, proposal.tokens_BN, tree, proposal.drafted_B))
     probs_BTV = probabilities(logits_BTV, sampling)
     if logits_BTV.shape[1] == 1:
         return _plain(probs_BTV[:, 0], emit_uniform_B)
-    proposed = proposal.probs_BGV, proposal.tokens_BG, proposal.drafted_B
-    return verify(probs_BTV, *proposed, accept_uniform_BG, emit_uniform_B, lenient)
+    if tree is None:
+        return verify(probs_BTV, *proposed, proposal.drafted_B, *drawn, lenient)
+    return Verdict(*walk(probs_BTV, *proposed, tree, proposal.drafted_B, sampling.greedy_B, *drawn, lenient))
 
 
 def verify_greedy(best_BT: Tensor, draft_tokens_BG: Tensor, drafted_B: Tensor) -> Verdict:
@@ -66,13 +90,14 @@ def verify_greedy(best_BT: Tensor, draft_tokens_BG: Tensor, drafted_B: Tensor) -
         drafted_BG = torch.arange(draft_tokens_BG.shape[1], device=drafted_B.device) < drafted_B[:, None]
         accepted_B = ((draft_tokens_BG == best_BT[:, :-1]) & drafted_BG).long().cumprod(-1).sum(-1)
     next_B = best_BT.gather(1, accepted_B[:, None]).squeeze(1)
-    return Verdict(accepted_B, next_B, torch.ones_like(accepted_B), accepted_B)
+    return _of_chain(draft_tokens_BG, drafted_B, accepted_B, next_B, torch.ones_like(accepted_B), accepted_B)
 
 
 def _plain(probs_BV: Tensor, emit_uniform_B: Tensor) -> Verdict:
     next_B = sample(probs_BV, emit_uniform_B)
     nothing_B = torch.zeros_like(next_B)
-    return Verdict(nothing_B, next_B, probs_BV.gather(1, next_B[:, None]).squeeze(1), nothing_B)
+    next_p_B = probs_BV.gather(1, next_B[:, None]).squeeze(1)
+    return _of_chain(next_B[:, None][:, :0], nothing_B, nothing_B, next_B, next_p_B, nothing_B)
 
 
 def verify(
@@ -105,7 +130,16 @@ def verify(
     emit_BV = _emit_probs(target_probs_BTV, draft_probs_BGV, accepted_B, drafted_B)
     next_B = sample(emit_BV, emit_uniform_B)
     row_B = torch.arange(len(next_B), device=next_B.device)
-    return Verdict(accepted_B, next_B, target_probs_BTV[row_B, accepted_B, next_B], (overlap_BG * compared_BG).sum(-1))
+    next_p_B, overlap_B = target_probs_BTV[row_B, accepted_B, next_B], (overlap_BG * compared_BG).sum(-1)
+    return _of_chain(draft_tokens_BG, drafted_B, accepted_B, next_B, next_p_B, overlap_B)
+
+
+def _of_chain(
+    tokens_BG: Tensor, drafted_B: Tensor, accepted_B: Tensor, next_B: Tensor, next_p_B: Tensor, overlap_B: Tensor
+) -> Verdict:
+    path_BN = torch.arange(tokens_BG.shape[1], device=tokens_BG.device).expand_as(tokens_BG)
+    compared_B = torch.minimum(accepted_B + 1, drafted_B)
+    return Verdict(accepted_B, path_BN, next_B, next_p_B, overlap_B, compared_B)
 
 
 def _emit_probs(target_probs_BTV: Tensor, draft_probs_BGV: Tensor, accepted_B: Tensor, drafted_B: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from numba import carray, types
 from torch import Tensor
 
 from decoder.compiled import EXACT, SUMS, at, bools, doubles, floats, integers, njit
-from decoder.distributions import best, draw, largest, norm, soften, top, total, verify, verify_greedy
+from decoder.distributions import best, draw, largest, norm, soften, top, total, walk, walk_greedily
+from decoder.proposal import Tree
 
 _int = types.int64
 
@@ -48,33 +49,36 @@ def sample(probs: Tensor, uniform: Tensor) -> Tensor:
 def judge(
     logits_BTV: Tensor,
     probs_BTV: Tensor | None,
-    draft_probs_BGV: Tensor,
-    draft_tokens_BG: Tensor,
+    draft_probs_BQV: Tensor,
+    tokens_BN: Tensor,
+    tree: Tree | None,
     drafted_B: Tensor,
     divisor_B: Tensor,
     greedy_B: Tensor,
-    accept_uniform_BG: Tensor,
+    accept_uniform_BN: Tensor,
     emit_uniform_B: Tensor,
     scale_B: Tensor | None = None,
     power_B: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """accepted_B, next_B, next_p_B, overlap_B. `probs_BTV` is given where it is more than a temperature's doing.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What a `Verdict` holds. `probs_BTV` is given where it is more than a temperature's doing.
 
     `scale_B` and `power_B` are given where a row is lenient.
     """
-    B, T, V = logits_BTV.shape
-    logits_BTV, draft_probs_BGV = logits_BTV.contiguous(), draft_probs_BGV.float().contiguous()
-    draft_tokens_BG = draft_tokens_BG.contiguous()
-    accept_uniform_BG, emit_uniform_B = accept_uniform_BG.contiguous(), emit_uniform_B.contiguous()
-    assert accept_uniform_BG.dtype == emit_uniform_B.dtype == torch.float64, "numbers are read as they lie"
-    assert draft_probs_BGV.shape[1] in (0, T - 1), "kernels read as far as they are told"  # 0: all rows are greedy
-    accepted_B, next_B = torch.empty(B, dtype=torch.long), torch.empty(B, dtype=torch.long)
-    next_p_B, overlap_B = torch.empty(B), torch.empty(B)
-    told = at(draft_probs_BGV), at(draft_tokens_BG), at(drafted_B), at(divisor_B), at(greedy_B)
-    drawn, lenient = (at(accept_uniform_BG), at(emit_uniform_B)), (at(scale_B), at(power_B))
-    verdict = at(accepted_B), at(next_B), at(next_p_B), at(overlap_B)
-    _judge(at(logits_BTV), at(probs_BTV), *told, *drawn, *lenient, *verdict, B, T, V)
-    return accepted_B, next_B, next_p_B, overlap_B
+    (B, T, V), (_, N), Q = logits_BTV.shape, tokens_BN.shape, draft_probs_BQV.shape[1]
+    logits_BTV, draft_probs_BQV = logits_BTV.contiguous(), draft_probs_BQV.float().contiguous()
+    tokens_BN, accept_uniform_BN = tokens_BN.contiguous(), accept_uniform_BN.contiguous()
+    emit_uniform_B = emit_uniform_B.contiguous()
+    assert accept_uniform_BN.dtype == emit_uniform_B.dtype == torch.float64, "numbers are read as they lie"
+    assert (accept_uniform_BN.shape, T) == ((B, N), N + 1), "kernels read as far as they are told"
+    assert tree is not None or Q in (0, N), "kernels read as far as they are told"
+    accepted_B, next_B, compared_B = (torch.empty(B, dtype=torch.long) for _ in range(3))
+    next_p_B, overlap_B, path_BN = torch.empty(B), torch.empty(B), torch.zeros((B, N), dtype=torch.long)
+    shape = (0, 0, 0) if tree is None else (at(tree.parents_BN), at(tree.sources_BN), at(tree.distinct_B))
+    told = at(draft_probs_BQV), at(tokens_BN), *shape, at(drafted_B), at(divisor_B), at(greedy_B)
+    drawn, lenient = (at(accept_uniform_BN), at(emit_uniform_B)), (at(scale_B), at(power_B))
+    verdict = at(accepted_B), at(path_BN), at(next_B), at(next_p_B), at(overlap_B), at(compared_B)
+    _judge(at(logits_BTV), at(probs_BTV), *told, *drawn, *lenient, *verdict, B, N, Q, V)
+    return accepted_B, path_BN, next_B, next_p_B, overlap_B, compared_B
 
 
 def observe(
@@ -130,32 +134,41 @@ def _sample(probs_at: Any, stride: Any, uniform_at: Any, token_at: Any, N: Any, 
         token_N[n] = draw(probs_V, total(probs_V), uniform_N[n])
 
 
-@njit(types.void(*[_int] * 18), **SUMS)
+@njit(types.void(*[_int] * 24), **SUMS)
 def _judge(
-    logits_at: Any, probs_at: Any, draft_probs_at: Any, tokens_at: Any, drafted_at: Any, divisor_at: Any,
-    greedy_at: Any, accept_at: Any, emit_at: Any, scale_at: Any, power_at: Any, accepted_at: Any, next_at: Any,
-    next_p_at: Any, overlap_at: Any, B: Any, T: Any, V: Any,
+    logits_at: Any, probs_at: Any, draft_probs_at: Any, tokens_at: Any, parents_at: Any, sources_at: Any,
+    distinct_at: Any, drafted_at: Any, divisor_at: Any, greedy_at: Any, accept_at: Any, emit_at: Any, scale_at: Any,
+    power_at: Any, accepted_at: Any, path_at: Any, next_at: Any, next_p_at: Any, overlap_at: Any, compared_at: Any,
+    B: Any, N: Any, Q: Any, V: Any,
 ) -> None:  # fmt: skip
-    G, p_V, rest_V = T - 1, np.empty(V, np.float32), np.empty(V, np.float32)
+    T, p_V, rest_V, own_V = N + 1, np.empty(V, np.float32), np.empty(V, np.float32), np.empty(V, np.float32)
     logits_BTV, probs_BTV = carray(floats(logits_at), (B, T, V)), carray(floats(probs_at), (B, T, V))
-    draft_probs_BGV = carray(floats(draft_probs_at), (B, G, V))
-    tokens_BG, drafted_B = carray(integers(tokens_at), (B, G)), carray(integers(drafted_at), (B,))
+    draft_probs_BQV, tokens_BN = carray(floats(draft_probs_at), (B, Q, V)), carray(integers(tokens_at), (B, N))
+    parents_BN, sources_BN = carray(integers(parents_at), (B, N)), carray(integers(sources_at), (B, N))
+    distinct_B, drafted_B = carray(bools(distinct_at), (B,)), carray(integers(drafted_at), (B,))
     divisor_B, greedy_B = carray(floats(divisor_at), (B,)), carray(bools(greedy_at), (B,))
-    accept_BG, emit_B = carray(doubles(accept_at), (B, G)), carray(doubles(emit_at), (B,))
+    accept_BN, emit_B = carray(doubles(accept_at), (B, N)), carray(doubles(emit_at), (B,))
     scale_B, power_B = carray(doubles(scale_at), (B,)), carray(doubles(power_at), (B,))
-    accepted_B, next_B = carray(integers(accepted_at), (B,)), carray(integers(next_at), (B,))
-    next_p_B, overlap_B = carray(floats(next_p_at), (B,)), carray(floats(overlap_at), (B,))
+    accepted_B, path_BN = carray(integers(accepted_at), (B,)), carray(integers(path_at), (B, N))
+    next_B, next_p_B = carray(integers(next_at), (B,)), carray(floats(next_p_at), (B,))
+    overlap_B, compared_B = carray(floats(overlap_at), (B,)), carray(integers(compared_at), (B,))
+    chain = parents_at == 0
     for b in range(B):
         if greedy_B[b]:
-            accepted, following = verify_greedy(logits_BTV[b], tokens_BG[b], drafted_B[b])
-            overlap, p_V[following] = np.float32(accepted), np.float32(1)
+            accepted, following, overlap, compared = walk_greedily(
+                logits_BTV[b], tokens_BN[b], parents_BN[b], sources_BN[b], chain, drafted_B[b], path_BN[b]
+            )
+            p_V[following] = np.float32(1)
         else:
             scale, power = (scale_B[b], power_B[b]) if scale_at != 0 else (1.0, 1.0)
-            accepted, following, overlap = verify(
-                logits_BTV[b], probs_BTV[b], probs_at != 0, divisor_B[b], draft_probs_BGV[b], tokens_BG[b],
-                drafted_B[b], accept_BG[b], emit_B[b], scale, power, p_V, rest_V,
+            distinct = distinct_B[b] if not chain else False
+            accepted, following, overlap, compared = walk(
+                logits_BTV[b], probs_BTV[b], probs_at != 0, divisor_B[b], draft_probs_BQV[b], tokens_BN[b],
+                parents_BN[b], sources_BN[b], distinct, chain, drafted_B[b], accept_BN[b], emit_B[b], scale, power,
+                p_V, rest_V, own_V, path_BN[b],
             )  # fmt: skip
-        accepted_B[b], next_B[b], next_p_B[b], overlap_B[b] = accepted, following, p_V[following], overlap
+        accepted_B[b], next_B[b], next_p_B[b] = accepted, following, p_V[following]
+        overlap_B[b], compared_B[b] = overlap, compared
 
 
 @njit(types.void(*[_int] * 14), **EXACT)

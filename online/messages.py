@@ -4,10 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-MAX_GAMMA = 16  # drafted tokens a step that may be asked for
+MAX_GAMMA = 16  # drafted tokens, one behind another, that may be asked for
+MAX_CANDIDATES = 64  # drafted tokens of a step, beside and behind one another
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 LenienceFunction = Literal["lin", "sq", "exp"]
+DrafterName = Literal["chain", "tree"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,9 @@ class Query:
     top_k: int = 0  # 0: all
     seed: int = 0
     gamma: int | None = None  # drafted tokens a step; None: what the server finds fastest
+    drafter: DrafterName = "chain"
+    widths: tuple[int, ...] = ()  # of a tree: candidates behind every node, by depth; empty: as is best
+    replacement: bool = False  # of a tree: siblings may be the same token
     lenience: Lenience | None = None  # None: exact
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -59,7 +64,7 @@ class SpeculationStats:
     drafted: int = 0
     accepted: int = 0
     overlap: float = 0.0  # Σ over compared positions of Σ_x min(p(x), q(x))
-    compared: int = 0  # drafted positions up to and with the first rejected one
+    compared: int = 0  # positions up to and with the first rejected one that a draft model said something about
     histogram: dict[int, int] = field(default_factory=dict)  # accepted tokens of a step → steps
     versions: list[tuple[int, int, int]] = field(default_factory=list)  # half-open token ranges: start, end, version
 
@@ -73,12 +78,12 @@ class SpeculationStats:
         self.overlap += overlap
         self.compared += compared
 
-    def add_step(self, drafted: int, accepted: int, overlap: float, emitted: int, version: int) -> None:
+    def add_step(self, drafted: int, accepted: int, overlap: float, compared: int, emitted: int, version: int) -> None:
         self.steps += 1
         self.drafted += drafted
         self.accepted += accepted
         self.overlap += overlap
-        self.compared += min(accepted + 1, drafted)
+        self.compared += compared
         self.histogram[accepted] = self.histogram.get(accepted, 0) + 1
         end = self.versions[-1][1] if self.versions else 0
         if self.versions and self.versions[-1][2] == version:

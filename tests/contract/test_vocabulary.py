@@ -1,15 +1,18 @@
 """What a step does over the vocabulary: torch's operations, in float64, are the reference of the compiled ones."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from decoder import vocabulary
-from decoder.drafters.chain import Proposal
 from decoder.lenience import Lenient
 from decoder.observe import look
+from decoder.proposal import CHOSEN, Proposal, Tree
 from decoder.sampling import Sampling, most_likely, probabilities, sample
+from decoder.shapes import Shape
 from decoder.verify import judge
 from online.messages import Lenience
 
@@ -57,15 +60,49 @@ def test_verdicts(size: int, top_k: int, lenient: Lenient | None) -> None:
         tokens_BG = sample(q_BGV, torch.rand(B, G, dtype=torch.float64))
         proposal = Proposal(tokens_BG, q_BGV.float(), [], torch.tensor([3, 3, 2, 1, 3, 0]))
         drawn = torch.rand(B, G, dtype=torch.float64), torch.rand(B, dtype=torch.float64)
-        compiled, reference = (
-            judge(logits_BTV, proposal, own, *drawn, lenient),
-            judge(logits_BTV.double(), proposal, own, *drawn, lenient),
-        )
-        for field in fields(compiled):
-            found, expected = getattr(compiled, field.name).double(), getattr(reference, field.name).double()
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, msg=field.name)
-        reached |= set(compiled.accepted_B.tolist())
+        reached |= judged_alike(logits_BTV, proposal, own, *drawn, lenient)
     assert reached == set(range(G + 1))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("distinct", [False, True], ids=["with replacement", "without"])
+@pytest.mark.parametrize("lenient", [None, LENIENT], ids=["exact", "lenient"])
+def test_verdicts_on_trees(size: int, distinct: bool, lenient: Lenient | None) -> None:
+    """Of candidates that were drawn, and of some that were chosen."""
+    shape, reached = Shape((0, 0, 0, 1, 1, 2, 4)), set()
+    for _ in range(20):
+        logits_BTV = 2 * torch.randn(B, 8, size)
+        draft_BQV = logits_BTV[:, list(shape.expanded)] + torch.rand(B, 1, 1) * torch.randn(B, 4, size)
+        own, tree = sampling(size), Tree.of(shape, B, distinct, "cpu")
+        q_BQV, left_BQV = (probabilities(draft_BQV.double(), own) for _ in range(2))
+        tokens = []
+        for source in tree.sources_BN[0].tolist():
+            tokens.append(sample(left_BQV[:, source], torch.rand(B, dtype=torch.float64)))
+            if distinct:
+                left_BQV[:, source].scatter_(1, tokens[-1][:, None], 0.0)
+        chosen_BN = torch.rand(B, 7) < 0.2
+        proposal = Proposal(
+            torch.stack(tokens, 1),
+            q_BQV.float(),
+            [],
+            torch.tensor([7, 7, 5, 7, 1, 0]),
+            replace(tree, sources_BN=torch.where(chosen_BN, CHOSEN, tree.sources_BN)),
+        )
+        drawn = torch.rand(B, 7, dtype=torch.float64), torch.rand(B, dtype=torch.float64)
+        reached |= judged_alike(logits_BTV, proposal, own, *drawn, lenient)
+    assert reached == set(range(shape.depth + 1))
+
+
+def judged_alike(logits_BTV: Tensor, proposal: Proposal, *more: Any) -> set[int]:
+    """How many candidates were kept."""
+    compiled, reference = judge(logits_BTV, proposal, *more), judge(logits_BTV.double(), proposal, *more)
+    walked_BN = torch.arange(proposal.candidates) < compiled.accepted_B[:, None]  # behind it a path is padding
+    for field in fields(compiled):
+        found, expected = getattr(compiled, field.name).double(), getattr(reference, field.name).double()
+        if field.name == "path_BN":
+            found, expected = found * walked_BN, expected * walked_BN
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, msg=field.name)
+    return set(compiled.accepted_B.tolist())
 
 
 @pytest.mark.parametrize(("size", "k"), [(3, 3), (64, 32), (1000, 32), (4099, 5)])
@@ -89,5 +126,5 @@ def test_logits_that_are_no_numbers_end_nowhere_else() -> None:
         proposal = Proposal.empty(B, G, 100, "cpu", greedy=False)
         drawn = torch.rand(B, G, dtype=torch.float64), torch.rand(B, dtype=torch.float64)
         assert judge(logits_BTV, proposal, own, *drawn).next_B.max() < 100
-        ids = vocabulary.observe(logits_BTV, proposal.logits_B1V, proposal.tokens_BG, torch.full((B,), G), 8)[0]
+        ids = vocabulary.observe(logits_BTV, proposal.logits_BQV, proposal.tokens_BN, torch.full((B,), G), 8)[0]
         assert 0 <= ids.min() <= ids.max() < 100

@@ -15,9 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from decoder.drafters.chain import Proposal, propose_chain
+from decoder.drafters.model import propose as propose_tokens
+from decoder.proposal import Proposal
 from decoder.sampling import Sampling, probabilities, sample
+from decoder.shapes import chain
 from decoder.verify import Verdict, judge, verify
+from lab.enumeration import LEFT, boundary, outcome_masses
 from tests.tabular import TableModel
 
 V, G, PROMPT = 4, 3, [1, 2]
@@ -63,22 +66,6 @@ def target_joint(target: TableModel, setting: tuple[float, int, float], length: 
     return joint
 
 
-def boundary(reaches: Callable[[Tensor], Tensor], count: int) -> Tensor:
-    """Per row the largest uniform for which `reaches` holds, by bisection of [0, 1)."""
-    low, high = torch.zeros(count, dtype=torch.float64), torch.ones(count, dtype=torch.float64)
-    for _ in range(55):
-        middle = (low + high) / 2
-        holds = reaches(middle)
-        low, high = torch.where(holds, middle, low), torch.where(holds, high, middle)
-    return (low + high) / 2
-
-
-def outcome_masses(draw: Callable[[Tensor], Tensor], count: int) -> Tensor:
-    """Measure of the uniforms that `draw` maps to each token, [count, V]. `draw` is non-decreasing in its uniform."""
-    edges = [boundary(lambda u, v=v: draw(u) <= v, count) for v in range(V)]
-    return torch.diff(torch.stack([torch.zeros(count, dtype=torch.float64), *edges], 1), dim=1)
-
-
 def enumerate_drafts(draft: TableModel, sampling: Sampling, drafted: int) -> tuple[Proposal, Tensor]:
     """Every draft sequence as one row of a real proposal, and its probability [C] measured through `sample`."""
     sequences = torch.tensor(list(itertools.product(range(V), repeat=G)))
@@ -87,23 +74,23 @@ def enumerate_drafts(draft: TableModel, sampling: Sampling, drafted: int) -> tup
     uniform_CG = torch.zeros(count, G, dtype=torch.float64)
     if sampling.all_greedy:  # nothing is drawn: one sequence, whatever the uniforms
         proposal = propose(draft, sampling, uniform_CG, drafted)
-        return proposal, (proposal.tokens_BG == sequences).all(1).to(torch.float64)
+        return proposal, (proposal.tokens_BN == sequences).all(1).to(torch.float64)
     for g in range(G):
         proposal = propose(draft, sampling, uniform_CG, drafted)
-        masses = outcome_masses(lambda u, p=proposal.probs_BGV[:, g]: sample(p, u), count)
+        masses = outcome_masses(lambda u, p=proposal.probs_BQV[:, g]: sample(p, u), count, V)
         wanted = sequences[:, g : g + 1]
         mass = masses.gather(1, wanted).squeeze(1)
         uniform_CG[:, g] = masses.cumsum(1).gather(1, wanted).squeeze(1) - mass / 2
         probability *= mass
     proposal = propose(draft, sampling, uniform_CG, drafted)
-    possible = probability > 1e-12  # bisection leaves tokens of no mass 2^-55 of it
-    assert torch.equal(proposal.tokens_BG[possible], sequences[possible])
+    possible = probability > LEFT
+    assert torch.equal(proposal.tokens_BN[possible], sequences[possible])
     return proposal, probability
 
 
 def propose(draft: TableModel, sampling: Sampling, uniform_CG: Tensor, drafted: int) -> Proposal:
     count = len(uniform_CG)
-    return propose_chain(
+    return propose_tokens(
         draft,
         slice(0, count),
         torch.tensor([PROMPT] * count),
@@ -111,7 +98,7 @@ def propose(draft: TableModel, sampling: Sampling, uniform_CG: Tensor, drafted: 
         torch.zeros(count, dtype=torch.long),
         len(PROMPT),
         torch.full((count,), drafted),
-        G,
+        chain(G),
         sampling,
         uniform_CG,
     )
@@ -136,7 +123,7 @@ def emitted_joint(
     temperature, top_k, top_p = setting
     sampling = Sampling.of([temperature] * count, [top_k] * count, [top_p] * count, V)
     proposal, probability_C = enumerate_drafts(draft, sampling, drafted)
-    logits_BTV = target_logits(target, proposal.tokens_BG)
+    logits_BTV = target_logits(target, proposal.tokens_BN)
 
     def run(accept_CG: Tensor, emit_C: Tensor) -> Verdict:
         return judged(logits_BTV, proposal, sampling, accept_CG, emit_C)
@@ -159,10 +146,10 @@ def emitted_joint(
             pass_C = boundary(passes, count)
             accept_CG[:, accepted] = never
         stop_C = reach_C * (1 - pass_C)
-        emit_CV = outcome_masses(lambda u, a=accept_CG: run(a, u).next_B, count)
+        emit_CV = outcome_masses(lambda u, a=accept_CG: run(a, u).next_B, count, V)
         for c in range(count):
             if stop_C[c] > 1e-15:
-                kept = proposal.tokens_BG[c, :accepted].tolist()
+                kept = proposal.tokens_BN[c, :accepted].tolist()
                 for v in range(V):
                     _spread(joint, target, setting, [*kept, v], float(stop_C[c] * emit_CV[c, v]))
         reach_C = reach_C * pass_C
@@ -232,10 +219,10 @@ def test_a_plain_step_draws_from_the_target(setting: tuple[float, int, float], d
     target = TableModel(V, 0, dtype=dtype)
     sampling = Sampling.of(*([value] for value in setting), V)  # type: ignore[arg-type]
     proposal = Proposal.empty(1, 0, V, "cpu", sampling.all_greedy)
-    logits_BTV = target_logits(target, proposal.tokens_BG)
+    logits_BTV = target_logits(target, proposal.tokens_BN)
     run = lambda u: judge(logits_BTV, proposal, sampling, torch.zeros(1, 0, dtype=torch.float64), u)
     expected = reference_distribution(target.logits(PROMPT), *setting)
-    assert np.abs(outcome_masses(lambda u: run(u).next_B, 1)[0].numpy() - expected).sum() / 2 <= LIMIT
+    assert np.abs(outcome_masses(lambda u: run(u).next_B, 1, V)[0].numpy() - expected).sum() / 2 <= LIMIT
     for uniform in np.linspace(0, 1, 50, endpoint=False):
         verdict = run(torch.tensor([uniform], dtype=torch.float64))
         assert verdict.next_p_B.item() == pytest.approx(expected[verdict.next_B.item()], abs=LIMIT)
@@ -278,7 +265,7 @@ def test_greedy_rows_are_judged_alike_in_greedy_and_in_mixed_batches(dtype: torc
     short = judge(logits_BTV, proposal, sampling, accept_BG, emit_B)
     one_hot_BGV = torch.nn.functional.one_hot(tokens_BG, V).double()
     mixed = Sampling.of([*[0.0] * V**G, 1.0], [0] * (V**G + 1), [1.0] * (V**G + 1), V)
-    long = judge(logits_BTV, replace(proposal, probs_BGV=one_hot_BGV), mixed, accept_BG, emit_B)
+    long = judge(logits_BTV, replace(proposal, probs_BQV=one_hot_BGV), mixed, accept_BG, emit_B)
     for field in ("accepted_B", "next_B", "next_p_B", "overlap_B"):
         assert torch.equal(getattr(short, field)[:-1].double(), getattr(long, field)[:-1].double()), field
 
@@ -288,7 +275,7 @@ def _greedy(tokens_BG: Tensor, drafted: int) -> tuple[Proposal, Sampling, Tensor
     count = len(tokens_BG)
     proposal = replace(
         Proposal.empty(count, G, V, "cpu", greedy=True),
-        tokens_BG=tokens_BG,
+        tokens_BN=tokens_BG,
         drafted_B=torch.full((count,), drafted),
     )
     half_BG = torch.full((count, G), 0.5, dtype=torch.float64)

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from decoder.drafters.chain import Proposal
 from decoder.lenience import Lenient
+from decoder.proposal import Proposal
 from decoder.sampling import Sampling, probabilities, sample
 from decoder.verify import Verdict, judge
 from online.messages import Lenience
@@ -136,7 +136,7 @@ def beside(
 ) -> Verdict:
     """`judge` of rows that ask for `own` in a batch where each is followed by a copy of it that asks for `other`."""
     twice = lambda tensor: tensor.repeat_interleave(2, 0)
-    doubled = Proposal(twice(proposal.tokens_BG), twice(proposal.probs_BGV), [], twice(proposal.drafted_B))
+    doubled = Proposal(twice(proposal.tokens_BN), twice(proposal.probs_BQV), [], twice(proposal.drafted_B))
     members = [i for i in range(len(logits_BTV)) for _ in range(2)]
     drawn = twice(accept_uniform_BG), twice(emit_uniform_B)
     lenient = Lenient.of([own, other] * len(logits_BTV))

@@ -1,0 +1,195 @@
+"""How far what serves is from the target alone: trees are verified, and nothing is sampled.
+
+Every assignment of tokens to a tree's candidates is a row of one batch, with the probability that it is drafted. The
+verifier takes its randomness as uniforms, and the intervals of uniforms that lead to each decision are found by
+bisection: it is measured as a black box, as it serves. Two models are tables of logits.
+
+Legend: B rows, N candidates, Q distributions, V vocabulary.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from decoder.proposal import CHOSEN, Proposal, Tree
+from decoder.sampling import Sampling, probabilities
+from decoder.shapes import Shape
+from decoder.verify import Verdict
+
+Floats = NDArray[np.float64]
+Setting = tuple[float, int, float]  # temperature, top-k, top-p
+V = 3
+HALVINGS = 34  # of [0, 1): 6e-11 of it are left
+LEFT = 1e-9  # measure that may be no more than what halving leaves
+TABLES = 304  # almost everywhere two tokens are left when the first is rejected: with one there is nothing to get wrong
+TARGET, DRAFT = 0, 1
+SHAPES = {  # the parent of each candidate
+    "chain": (0, 1, 2),
+    "three at the root": (0, 0, 0),
+    "two, then one each": (0, 0, 1, 2),
+    "two, then two": (0, 0, 1, 1, 2),
+    "siblings after a grandchild": (0, 1, 0, 2, 2),
+    "wide below": (0, 1, 1, 1),
+}
+WAYS = ["replaced", "distinct", "chosen", "chosen before drawn"]
+
+
+def logits(who: int, tokens: list[int], dtype: torch.dtype) -> Tensor:
+    """Those of a model behind some tokens, drawn once."""
+    return torch.from_numpy(np.random.default_rng([who, TABLES, *tokens]).normal(0, 1.5, V)).to(dtype)
+
+
+def way(shape: tuple[int, ...], node: int) -> list[int]:
+    """The nodes from below the root to this one."""
+    return [] if node == 0 else [*way(shape, shape[node - 1]), node]
+
+
+def sources(shape: tuple[int, ...], way: str) -> list[int]:
+    first = [n == shape.index(parent) for n, parent in enumerate(shape)]
+    return [
+        CHOSEN if way == "chosen" or (way == "chosen before drawn" and is_first) else parent
+        for parent, is_first in zip(shape, first, strict=True)
+    ]
+
+
+def boundary(reaches: Callable[[Tensor], Tensor], count: int) -> Tensor:
+    """Per row the largest uniform for which `reaches` holds, by bisection of [0, 1)."""
+    low, high = torch.zeros(count, dtype=torch.float64), torch.ones(count, dtype=torch.float64)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        holds = reaches(middle)
+        low, high = torch.where(holds, middle, low), torch.where(holds, high, middle)
+    return (low + high) / 2
+
+
+def outcome_masses(draw: Callable[[Tensor], Tensor], count: int, vocab_size: int) -> Tensor:
+    """Measure of the uniforms that `draw` maps to each token, [count, V]. `draw` is non-decreasing in its uniform."""
+    edges = [boundary(lambda u, v=v: draw(u) <= v, count) for v in range(vocab_size)]
+    return torch.diff(torch.stack([torch.zeros(count, dtype=torch.float64), *edges], 1), dim=1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rows of one shape: tokens that may be drafted, what the models say of them, and how probable each row is."""
+
+    shape: tuple[int, ...]
+    rows: Sequence[tuple[int, ...]]
+    setting: Setting
+    logits_BTV: Tensor  # the target's
+    proposal: Proposal
+    probability_B: Tensor
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], way: str, setting: Setting, dtype: torch.dtype) -> "Case":
+        """All assignments of tokens to a tree's candidates, drawn or chosen in one of `WAYS`."""
+        rows, source = list(itertools.product(range(V), repeat=len(shape))), sources(shape, way)
+        sampling = of_all(setting, len(rows))
+        q_BQV = probabilities(told(DRAFT, shape, rows, dtype), sampling)
+        tree = Tree.of(Shape(shape), len(rows), way != "replaced", "cpu")
+        tree = replace(tree, sources_BN=torch.tensor([source] * len(rows)))
+        proposal = Proposal(torch.tensor(rows), q_BQV, [], torch.full((len(rows),), len(shape)), tree)
+        probability_B = torch.tensor(
+            [_probability(shape, row, q_BQV[b], source, way) for b, row in enumerate(rows)], dtype=torch.float64
+        )
+        return cls(shape, rows, setting, told(TARGET, shape, rows, dtype), proposal, probability_B)
+
+    @property
+    def sampling(self) -> Sampling:
+        return of_all(self.setting, len(self.rows))
+
+    @property
+    def depth(self) -> int:
+        return max(len(way(self.shape, node)) for node in range(len(self.shape) + 1))
+
+
+def of_all(setting: Setting, rows: int) -> Sampling:
+    return Sampling.of(*([value] * rows for value in setting), V)  # type: ignore[arg-type]
+
+
+def told(who: int, shape: tuple[int, ...], rows: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Tensor:
+    """What a model says behind every node of every row, [B, T, V]."""
+    nodes = range(len(shape) + 1)
+    said = [logits(who, [row[n - 1] for n in way(shape, node)], dtype) for row in rows for node in nodes]
+    return torch.stack(said).view(len(rows), len(nodes), V)
+
+
+def _probability(shape: tuple[int, ...], row: tuple[int, ...], q_QV: Tensor, source: list[int], way: str) -> float:
+    """That a drafter draws these candidates; one that chooses takes the least likely token, whatever is drawn."""
+    found = 1.0
+    for n, parent in enumerate(shape):
+        q = q_QV[parent].double().clone()
+        if source[n] == CHOSEN:
+            found *= row[n] == (int(q.argmin()) + n) % V
+            continue
+        if way != "replaced":
+            for m in range(n):
+                if shape[m] == parent and source[m] != CHOSEN:
+                    q[row[m]] = 0
+        mass = float(q.sum())
+        # A drafter that has nothing to draw from gives anything: here always the first token.
+        found *= float(q[row[n]]) / mass if mass > 0 else row[n] == 0
+    return found
+
+
+def emitted(judged: Callable[..., Verdict], case: Case, length: int) -> Floats:
+    """What the rows add to the joint distribution of the next tokens; the target goes on where a step emits fewer."""
+    count, N = len(case.rows), len(case.shape)
+    half_B, always, never = torch.full((count,), 0.5, dtype=torch.float64), 0.0, 1 - 2.0**-53
+
+    def run(accept_BN: Tensor, emit_B: Tensor) -> Verdict:
+        return judged(case.logits_BTV, case.proposal, case.sampling, accept_BN, emit_B)
+
+    joint: Floats = np.zeros((V,) * length)
+    for node in range(N + 1):  # the walk that stops there
+        accept_BN, reach_B = torch.zeros(count, N, dtype=torch.float64), case.probability_B.clone()
+        path = way(case.shape, node)
+        for n in range(N):
+            parent = case.shape[n]
+            if parent not in (0, *path) or (
+                parent != node and n + 1 > next(c for c in path if case.shape[c - 1] == parent)
+            ):
+                continue
+            kept = n + 1 in path
+
+            def passes(u: Tensor, n: int = n, before_BN: Tensor = accept_BN.clone()) -> Tensor:
+                trial_BN = before_BN.clone()
+                trial_BN[:, n] = u
+                trial_BN[:, n + 1 :] = never
+                verdict = run(trial_BN, half_B)
+                return ((verdict.path_BN == n) & (torch.arange(N) < verdict.accepted_B[:, None])).any(1)
+
+            pass_B = boundary(passes, count)
+            reach_B = reach_B * (pass_B if kept else 1 - pass_B)
+            accept_BN[:, n] = always if kept else never
+        emit_BV = outcome_masses(lambda u, a=accept_BN: run(a, u).next_B, count, V)
+        verdict = run(accept_BN, half_B)
+        for b in range(count):
+            if reach_B[b] > LEFT:
+                assert verdict.path_BN[b, : verdict.accepted_B[b]].tolist() == [n - 1 for n in path]
+                tokens = [case.rows[b][n - 1] for n in path]
+                for v in range(V):
+                    spread(joint, case, [*tokens, v], float(reach_B[b] * emit_BV[b, v]))
+    return joint
+
+
+def spread(joint: Floats, case: Case, tokens: list[int], mass: float) -> None:
+    if len(tokens) == joint.ndim:
+        joint[tuple(tokens)] += mass
+        return
+    said = logits(TARGET, tokens, case.logits_BTV.dtype)[None, None]
+    for v, p in enumerate(probabilities(said, of_all(case.setting, 1))[0, 0].double().tolist()):
+        spread(joint, case, [*tokens, v], mass * p)
+
+
+def distance(judged: Callable[..., Verdict], *cases: Case) -> float:
+    """Total variation between what is emitted and the target alone; the cases are one drafter's, of several shapes."""
+    length = max(case.depth for case in cases) + 1
+    found: Floats = sum(emitted(judged, case, length) for case in cases)  # type: ignore[assignment]
+    expected = np.zeros_like(found)
+    spread(expected, cases[0], [], 1.0)
+    return float(np.abs(found - expected).sum() / 2)

@@ -1,0 +1,55 @@
+"""Trees verified exactly, by enumeration."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from decoder.proposal import CHOSEN, Tree
+from decoder.verify import Verdict, judge
+from lab.enumeration import SHAPES, WAYS, Case, distance
+from tests.unit.test_exactness import LIMIT, SETTINGS, either
+
+SMALL = ("chain", "three at the root", "two, then one each")
+CASES = [(shape, "plain") for shape in SHAPES] + [
+    (shape, setting) for shape in SMALL for setting in ("all three", "greedy")
+]
+
+
+@either
+@pytest.mark.parametrize("way_", WAYS)
+@pytest.mark.parametrize(("shape", "setting"), CASES)
+def test_emitted_distribution_is_the_targets(shape: str, way_: str, setting: str, dtype: torch.dtype) -> None:
+    case = Case.of(SHAPES[shape], way_, SETTINGS[setting], dtype)
+    assert case.probability_B.sum().item() == pytest.approx(1)
+    assert distance(judge, case) <= LIMIT
+
+
+@either
+def test_enumeration_catches_mutants(dtype: torch.dtype) -> None:
+    """Siblings drawn without replacement taken for ones with it, and chosen ones for drawn ones, are far outside."""
+    distinct = Case.of(SHAPES["two, then two"], "distinct", SETTINGS["plain"], dtype)
+    mutant = replace(distinct.proposal.tree, distinct_B=torch.zeros_like(distinct.proposal.tree.distinct_B))
+    assert distance(judging(mutant), distinct) > 1e-2
+    chosen = Case.of(SHAPES["three at the root"], "chosen", SETTINGS["plain"], dtype)
+    mutant = replace(chosen.proposal.tree, sources_BN=torch.zeros_like(chosen.proposal.tree.sources_BN))
+    assert distance(judging(mutant), chosen) > 1e-2
+
+
+@either
+def test_what_was_drawn_may_count_as_chosen(dtype: torch.dtype) -> None:
+    """Exact, if wasteful: kept with p(x) alone, whatever q was."""
+    case = Case.of(SHAPES["three at the root"], "distinct", SETTINGS["plain"], dtype)
+    assert (
+        distance(
+            judging(replace(case.proposal.tree, sources_BN=torch.full_like(case.proposal.tree.sources_BN, CHOSEN))),
+            case,
+        )
+        <= LIMIT
+    )
+
+
+def judging(tree: Tree) -> Callable[..., Verdict]:
+    """What takes the proposal for another tree's."""
+    return lambda logits_BTV, proposal, *more: judge(logits_BTV, replace(proposal, tree=tree), *more)
