@@ -15,7 +15,9 @@ import torch
 
 from decoder.control import Control
 from decoder.drafters import Drafter, Group
+from decoder.drafters.cascade import CascadeDrafter
 from decoder.drafters.model import ModelDrafter
+from decoder.drafters.ngrams import NgramDrafter
 from decoder.drafts import LiveDraft
 from decoder.plan import StepPlan
 from decoder.proposal import Proposal
@@ -38,6 +40,8 @@ PROBED = 8  # tokens that a row must have emitted plainly before its draft is pr
 DRAFTERS: dict[DrafterName, Drafter] = {
     "chain": ModelDrafter(trees=False),
     "tree": ModelDrafter(trees=True),
+    "ngrams": NgramDrafter(),
+    "cascade": CascadeDrafter(),
 }
 
 
