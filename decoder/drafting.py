@@ -16,6 +16,7 @@ import torch
 from decoder.control import Control
 from decoder.drafters import Drafter, Group
 from decoder.drafters.cascade import CascadeDrafter
+from decoder.drafters.graph import GraphDrafter
 from decoder.drafters.model import ModelDrafter
 from decoder.drafters.ngrams import NgramDrafter
 from decoder.drafts import LiveDraft
@@ -42,6 +43,7 @@ DRAFTERS: dict[DrafterName, Drafter] = {
     "tree": ModelDrafter(trees=True),
     "ngrams": NgramDrafter(),
     "cascade": CascadeDrafter(),
+    "graph": GraphDrafter(),
 }
 
 

@@ -9,7 +9,7 @@ MAX_CANDIDATES = 64  # drafted tokens of a step, beside and behind one another
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 LenienceFunction = Literal["lin", "sq", "exp"]
-DrafterName = Literal["chain", "tree", "ngrams", "cascade"]  # what they are: docs/drafters.md
+DrafterName = Literal["chain", "tree", "graph", "ngrams", "cascade"]  # what they are: docs/drafters.md
 
 
 @dataclass(frozen=True, slots=True)
