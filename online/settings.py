@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from online.messages import MAX_GAMMA
+from online.speculation import Drafting
 
 _NAME = re.compile(r"^[a-z0-9][a-z0-9_-]{0,62}$")
 _SHA256 = re.compile(r"^[0-9a-f]{64}$")
@@ -47,6 +48,9 @@ class Settings(BaseSettings):
     max_context: int = Field(2048, ge=16, description="tokens of prompt and output together, capped by the model's own")
     gamma: int = Field(
         6, ge=0, le=MAX_GAMMA, description="drafted tokens a step, at most: steps draft as many as is fastest"
+    )
+    drafters: dict[str, Drafting] = Field(
+        {}, description='JSON: by route what drafts where a request does not say, as {"default": {"drafter": "tree"}}'
     )
     lenience_floor: float = Field(
         1.0, gt=0, le=1, description="smallest epsilon of lossy decoding that a request may ask for; 1: all is exact"
@@ -150,6 +154,8 @@ class Settings(BaseSettings):
             raise ValueError("routes: at least one is needed")
         if unknown := set(self.closed_routes) - set(self.routes):
             raise ValueError(f"closed_routes: {sorted(unknown)} are not among routes")
+        if unknown := set(self.drafters) - set(self.routes):
+            raise ValueError(f"drafters: {sorted(unknown)} are not among routes")
         if taken := set(self.cluster_routes) & set(self.routes):
             raise ValueError(f"learnt_routes: {sorted(taken)} would be clusters' names, but are among routes")
         if self.learnt_routes and not _NAME.match(self.cluster_routes[-1]):
@@ -177,6 +183,10 @@ class Settings(BaseSettings):
     @property
     def default_route(self) -> str:
         return self.routes[0]
+
+    def drafting(self, route: str) -> Drafting:
+        """Of a route's requests, where they don't say; a cluster's is that of the route it is a part of."""
+        return self.drafters.get(self.default_route if route in self.cluster_routes else route, Drafting())
 
     @property
     def cluster_routes(self) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from online.clusters import Clusters
 from online.errors import InvalidRequest, NotFound, SlipstreamError
 from online.messages import EngineClient, Lenience, Query, TextCodec
 from online.settings import Settings
+from online.speculation import Drafting, candidates
 
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
 
@@ -38,7 +39,7 @@ class Generation:
         return {"with_logprobs": with_logprobs, "with_ids": bool(self.body.return_token_ids)}
 
     def metrics(self, answers: Sequence[shapes.Answer]) -> dict[str, Any] | None:
-        return shapes.speculation_metrics(answers, self.gamma, self.queries[0].lenience, self.queries[0].route)
+        return shapes.speculation_metrics(answers, self.gamma, self.queries[0])
 
 
 class Generator:
@@ -106,9 +107,7 @@ class Generator:
             request_id, chat, self._codec.model_name, f"fp_{self._engine.status().target_fingerprint}"
         )
         queries = self._queries(body, request_id, prompts, max_tokens, logprobs, caller)
-        wanted = body.speculation.gamma if body.speculation else None
-        gamma = self._settings.gamma if wanted is None else wanted
-        return Generation(envelope, queries, body, sum(map(len, prompts)), gamma)
+        return Generation(envelope, queries, body, sum(map(len, prompts)), self._most_drafted(queries[0]))
 
     def _queries(
         self,
@@ -122,6 +121,7 @@ class Generator:
         seed = secrets.randbits(63) if body.seed is None else body.seed % 2**64
         lenience, asked = self._lenience(body), self._route(body.metadata)
         routes = [asked or self._cluster(prompt, body.store is not False) for prompt in prompts]
+        drafting = [(body.speculation or Drafting()).over(self._settings.drafting(route)) for route in routes]
         return [
             Query(
                 id=f"{request_id}-{index}#{copy}",
@@ -132,7 +132,10 @@ class Generator:
                 top_p=body.top_p or 1.0,
                 top_k=max(0, body.top_k or 0),
                 seed=(seed + index * 64 + copy) % 2**64,
-                gamma=body.speculation.gamma if body.speculation else None,
+                gamma=drafting[index].gamma,
+                drafter=drafting[index].drafter or "chain",
+                widths=tuple(drafting[index].widths or ()),
+                replacement=bool(drafting[index].replacement),
                 lenience=lenience,
                 stop=body.stops,
                 stop_token_ids=tuple(body.stop_token_ids or ()),
@@ -144,6 +147,11 @@ class Generator:
             for index, prompt in enumerate(prompts)
             for copy in range(body.n or 1)
         ]
+
+    def _most_drafted(self, query: Query) -> int:
+        if query.widths:
+            return candidates(query.widths)
+        return self._settings.gamma if query.gamma is None else query.gamma
 
     def _route(self, metadata: dict[str, str] | None) -> str | None:
         """The route that was asked for. Clusters can't be: what is in one is for the prompts to say."""

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from online.messages import MAX_GAMMA, LenienceFunction
+from online.messages import LenienceFunction
+from online.speculation import Drafting
 
 
 def _encodable(text: str) -> str:
@@ -38,11 +39,7 @@ class LenienceOptions(BaseModel):
     epsilon: float = Field(gt=0, le=1, description="1: exact; no smaller than the server's lenience_floor")
 
 
-class Speculation(BaseModel):
-    model_config = Body
-    gamma: int | None = Field(
-        None, ge=0, le=MAX_GAMMA, description="tokens drafted a step; 0: none; null: as is fastest"
-    )
+class Speculation(Drafting):
     lenience: LenienceOptions | None = Field(
         None, description="lossy: drafted tokens are kept more often than the target's distribution allows; null: exact"
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from online.messages import Delta, Lenience, SpeculationStats, TextCodec, TokenLogprob
+from online.messages import Delta, Query, SpeculationStats, TextCodec, TokenLogprob
 
 Json = dict[str, Any]
 
@@ -89,11 +89,12 @@ def usage(prompt_tokens: int, answers: Sequence[Answer]) -> Json:
     }
 
 
-def speculation_metrics(answers: Sequence[Answer], gamma: int, lenience: Lenience | None, route: str) -> Json | None:
+def speculation_metrics(answers: Sequence[Answer], gamma: int, query: Query) -> Json | None:
     """vLLM's per-request acceptance metrics, and ours: Σ min(p, q), and the draft version of every token range.
 
     As in vLLM they describe one sequence, so there are none for several; but whether exactness was given up is told.
     """
+    lenience = query.lenience
     rule = {"lossless": lenience is None or lenience.lossless, "lenience": lenience and asdict(lenience)}
     if len(answers) != 1:
         return None if rule["lossless"] else {"speculative_decoding": rule}
@@ -111,7 +112,8 @@ def speculation_metrics(answers: Sequence[Answer], gamma: int, lenience: Lenienc
             "acceptance_rate": stats.acceptance_rate,
             "tokens_per_target_forward": tokens / stats.steps if stats.steps else None,
             "draft_versions": [{"start": s, "end": e, "version": v} for s, e, v in stats.versions],
-            "route": route,
+            "route": query.route,
+            "drafter": query.drafter,
             **rule,
         }
     }

@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from online.settings import Settings
+from online.speculation import Drafting
 from online.stack import environment
 
 HASH = "a" * 64
@@ -30,6 +31,7 @@ def test_children_get_the_settings_of_their_parent(monkeypatch: pytest.MonkeyPat
         generation_keys=(f"app:{HASH}",),
         admin_keys=(f"ops:{HASH}",),
         tick_s=0.25,
+        drafters={"a": Drafting(drafter="tree", widths=[2, 1]), "b": Drafting(gamma=3)},
         artifacts_dir=tmp_path / "weights",
         database_url="postgresql://u:p%40ss@h/d",
     )
@@ -49,6 +51,8 @@ def test_children_get_the_settings_of_their_parent(monkeypatch: pytest.MonkeyPat
         ({"admin_keys": "plain"}, "name:sha256"),
         ({"gamma": 17}, "less than or equal to 16"),
         ({"dtype": "int8"}, "pattern"),
+        ({"drafters": {"x": {"drafter": "tree"}}}, "not among routes"),
+        ({"drafters": {"default": {"widths": [2]}}}, "for the drafter"),
         ({"learnt_routes": 9}, "less than or equal to 8"),
         ({"routes": "a,a-c2", "learnt_routes": 2}, r"learnt_routes: \['a-c2'\] would be clusters' names"),
         ({"routes": "a" * 61, "learnt_routes": 1}, "too long a name"),
