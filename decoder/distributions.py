@@ -272,3 +272,47 @@ def walk(
         tried += 1
     here_V = rest_V if tried else p_V
     return accepted, draw(here_V, total(here_V), emit), overlap, compared
+
+
+@njit(**EXACT)
+def block(
+    logits_TV: Any, probs_TV: Any, given: Any, divisor: Any, draft_probs_GV: Any, tokens_G: Any, drafted: Any,
+    accept_G: Any, emit: Any, p_V: Any, rest_V: Any, path_G: Any,
+) -> Any:  # fmt: skip
+    """A chain's, as a whole. Leaves in `p_V` what the target says where the last token is emitted."""
+    accepted, ratio, kept_ratio = 0, 1.0, 1.0
+    overlaps_G = np.empty(drafted, np.float32)
+    for g in range(drafted):
+        _target(logits_TV, probs_TV, given, divisor, g, p_V)
+        q_V, token = draft_probs_GV[g], tokens_G[g]
+        overlaps_G[g] = _overlap(p_V, q_V)
+        if g > 0:
+            left = _rest_mass(p_V, q_V, np.float32(ratio))
+            if accept_G[g - 1] * (left + 1 - ratio) < left:
+                accepted, kept_ratio = g, ratio
+        ratio = min(1.0, ratio * np.float64(p_V[token]) / np.float64(q_V[token])) if q_V[token] > 0 else 0.0
+    if drafted > 0 and accept_G[drafted - 1] < ratio:
+        accepted = drafted
+    for g in range(accepted):
+        path_G[g] = g
+    _target(logits_TV, probs_TV, given, divisor, accepted, p_V)
+    compared = min(accepted + 1, drafted)
+    overlap = total(overlaps_G[:compared])
+    if accepted == drafted:
+        return accepted, draw(p_V, total(p_V), emit), overlap, compared
+    q_V, scale = draft_probs_GV[accepted], np.float32(kept_ratio)
+    for v in range(len(p_V)):
+        rest_V[v] = max(scale * p_V[v] - q_V[v], np.float32(0))
+    mass = total(rest_V)
+    # p = q leaves nothing, and then nothing is rejected but by rounding: p itself is right.
+    following = draw(rest_V, mass, emit) if mass > 0 else draw(p_V, total(p_V), emit)
+    return accepted, following, overlap, compared
+
+
+@njit(**SUMS)
+def _rest_mass(p_V: Any, q_V: Any, scale: Any) -> Any:
+    mass = np.float32(0)
+    for v in range(len(p_V)):
+        rest = scale * p_V[v] - q_V[v]
+        mass += rest if rest > 0 else np.float32(0)
+    return np.float64(mass)

@@ -43,6 +43,10 @@ class Lenient:
         scale_B, power_B = torch.tensor(factors, dtype=torch.float64).T.contiguous().to(device)
         return cls(scale_B, power_B)
 
+    @property
+    def exact_B(self) -> Tensor:
+        return (self.scale_B == 1) & (self.power_B == 1)
+
     def __call__(self, p_BG: Tensor) -> Tensor:
         # p^1 may be off by a bit, and an exact row's p must not be.
         p_BG, power_B1 = p_BG.double(), self.power_B[:, None]

@@ -1,9 +1,9 @@
 """Verification of what was drafted: the emitted tokens follow the target's distribution, whatever the draft proposed.
 
-Chains by speculative sampling (Leviathan et al., arXiv 2211.17192, algorithm 1; Chen et al., arXiv 2302.01318,
-algorithm 2), all positions at once; trees as in `decoder/walk.py`. On a CPU the two are one, compiled. Pure functions;
-randomness comes in as uniforms in [0, 1). Rows that ask for lenience give exactness up, and only they: see
-`decoder/lenience.py`.
+Chains as a whole, by block verification (arXiv 2403.10444, algorithm 2), which keeps more of a chain than speculative
+sampling, token by token, does (Leviathan et al., arXiv 2211.17192); trees as in `decoder/walk.py`. For CPUs all of it
+is compiled, too. Pure functions; randomness comes in as uniforms in [0, 1). Rows that ask for lenience give exactness
+up, and only they: see `decoder/lenience.py`.
 
 Legend: B rows, N candidates of a row at most (G of a chain), T = N + 1 verified nodes, V vocabulary.
 """
@@ -109,29 +109,59 @@ def verify(
     emit_uniform_B: Tensor,
     lenient: Lenient | None = None,
 ) -> Verdict:
-    """Accepts a prefix of each row's draft and draws the token that follows it.
+    """Accepts a prefix of each row's chain and draws the token that follows it.
 
-    Token x at position i is kept with probability min(1, p_i(x) / q_i(x)). At the first one that is not, the next token
-    comes from norm(max(0, p_i - q_i)); when all are kept, from p at the position after them. Both distributions are the
-    ones after temperature, top-k and top-p. Positions from `drafted_B[b]` on are padding.
-    A lenient row keeps x with probability min(1, f(p_i(x)) / q_i(x)), and all else is the same.
+    A prefix of i tokens is worth r_i = min(1, r_{i−1} p_i / q_i). Of those that pass, each by a uniform of its own, the
+    longest is kept: the whole chain passes with probability r_γ, and a shorter one with R_i / (R_i + 1 − r_i), where
+    R_i = Σ max(0, r_i p − q) over what may follow it; then comes a token from norm(max(0, r_i p − q)). In the mean that
+    keeps no fewer tokens than one by one. Distributions are the ones after temperature, top-k and top-p. Positions from
+    `drafted_B[b]` on are padding.
+    A lenient row keeps one token after another, x with probability min(1, f(p(x)) / q(x)), and the next one comes from
+    norm(max(0, p − q)).
     """
-    target_probs_BGV = target_probs_BTV[:, :-1]
-    p_BG = target_probs_BGV.gather(-1, draft_tokens_BG[..., None]).squeeze(-1)
-    q_BG = draft_probs_BGV.gather(-1, draft_tokens_BG[..., None]).squeeze(-1)
-    position_G = torch.arange(draft_tokens_BG.shape[1], device=p_BG.device)
-    drafted_BG = position_G < drafted_B[:, None]
-    kept_BG = (accept_uniform_BG * q_BG < (p_BG if lenient is None else lenient(p_BG))) & drafted_BG
-    accepted_B = kept_BG.long().cumprod(-1).sum(-1)
+    target_BGV, told = target_probs_BTV[:, :-1], (draft_tokens_BG[..., None], drafted_B, accept_uniform_BG)
+    accepted_B, worth_B = _whole(target_BGV, draft_probs_BGV, *told)
+    if lenient is not None:
+        one_by_one_B = _one_by_one(target_BGV, draft_probs_BGV, *told, lenient)
+        accepted_B = torch.where(lenient.exact_B, accepted_B, one_by_one_B)
+        worth_B = torch.where(lenient.exact_B, worth_B, 1.0)
+    position_G = torch.arange(draft_tokens_BG.shape[1], device=drafted_B.device)
+    compared_BG = (position_G < drafted_B[:, None]) & (position_G <= accepted_B[:, None])
+    overlap_BG = torch.minimum(target_BGV, draft_probs_BGV).sum(-1)
 
-    compared_BG = drafted_BG & (position_G <= accepted_B[:, None])
-    overlap_BG = torch.minimum(target_probs_BGV, draft_probs_BGV).sum(-1)
-
-    emit_BV = _emit_probs(target_probs_BTV, draft_probs_BGV, accepted_B, drafted_B)
+    emit_BV = _emit_probs(target_probs_BTV, draft_probs_BGV, accepted_B, drafted_B, worth_B)
     next_B = sample(emit_BV, emit_uniform_B)
     row_B = torch.arange(len(next_B), device=next_B.device)
     next_p_B, overlap_B = target_probs_BTV[row_B, accepted_B, next_B], (overlap_BG * compared_BG).sum(-1)
     return _of_chain(draft_tokens_BG, drafted_B, accepted_B, next_B, next_p_B, overlap_B)
+
+
+def _whole(
+    p_BGV: Tensor, q_BGV: Tensor, tokens_BG1: Tensor, drafted_B: Tensor, uniform_BG: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The length of the prefix that is kept, and what it is worth."""
+    p_BG, q_BG = (x_BGV.gather(-1, tokens_BG1).squeeze(-1).double() for x_BGV in (p_BGV, q_BGV))
+    accepted_B, worth_B = torch.zeros_like(drafted_B), torch.ones_like(p_BG[:, 0])
+    kept_worth_B = worth_B
+    for g in range(p_BG.shape[1]):
+        if g:
+            left_B = (worth_B[:, None] * p_BGV[:, g] - q_BGV[:, g]).clamp(min=0).sum(-1)
+            kept_B = (uniform_BG[:, g - 1] * (left_B + 1 - worth_B) < left_B) & (g < drafted_B)
+            accepted_B = torch.where(kept_B, g, accepted_B)
+            kept_worth_B = torch.where(kept_B, worth_B, kept_worth_B)
+        follows_B = torch.where(q_BG[:, g] > 0, worth_B * p_BG[:, g] / q_BG[:, g], 0.0).clamp(max=1)
+        worth_B = torch.where(g < drafted_B, follows_B, worth_B)
+    last_B = uniform_BG.gather(1, (drafted_B - 1).clamp(min=0)[:, None]).squeeze(1)
+    all_B = (last_B < worth_B) & (drafted_B > 0)
+    return torch.where(all_B, drafted_B, accepted_B), torch.where(all_B, worth_B, kept_worth_B)
+
+
+def _one_by_one(
+    p_BGV: Tensor, q_BGV: Tensor, tokens_BG1: Tensor, drafted_B: Tensor, uniform_BG: Tensor, lenient: Lenient
+) -> Tensor:
+    p_BG, q_BG = (x_BGV.gather(-1, tokens_BG1).squeeze(-1) for x_BGV in (p_BGV, q_BGV))
+    drafted_BG = torch.arange(p_BG.shape[1], device=p_BG.device) < drafted_B[:, None]
+    return ((uniform_BG * q_BG < lenient(p_BG)) & drafted_BG).long().cumprod(-1).sum(-1)
 
 
 def _of_chain(
@@ -142,12 +172,14 @@ def _of_chain(
     return Verdict(accepted_B, path_BN, next_B, next_p_B, overlap_B, compared_B)
 
 
-def _emit_probs(target_probs_BTV: Tensor, draft_probs_BGV: Tensor, accepted_B: Tensor, drafted_B: Tensor) -> Tensor:
+def _emit_probs(
+    target_probs_BTV: Tensor, draft_probs_BGV: Tensor, accepted_B: Tensor, drafted_B: Tensor, worth_B: Tensor
+) -> Tensor:
     """What the token after the accepted prefix is drawn from, unnormalised [B, V]."""
     row_B = torch.arange(len(accepted_B), device=accepted_B.device)
     target_BV = target_probs_BTV[row_B, accepted_B]
     draft_BV = draft_probs_BGV[row_B, accepted_B.clamp(max=draft_probs_BGV.shape[1] - 1)]
-    residual_BV = (target_BV - draft_BV).clamp(min=0)
+    residual_BV = (worth_B[:, None].to(target_BV.dtype) * target_BV - draft_BV).clamp(min=0)
     # p = q leaves no residual, and then nothing is rejected but by rounding: p itself is right.
     rejected_B1 = ((accepted_B < drafted_B) & (residual_BV.sum(-1) > 0))[:, None]
     return torch.where(rejected_B1, residual_BV, target_BV)

@@ -16,7 +16,7 @@ from numba import carray, types
 from torch import Tensor
 
 from decoder.compiled import EXACT, SUMS, at, bools, doubles, floats, integers, njit
-from decoder.distributions import best, draw, largest, norm, soften, top, total, walk, walk_greedily
+from decoder.distributions import best, block, draw, largest, norm, soften, top, total, walk, walk_greedily
 from decoder.proposal import Tree
 
 _int = types.int64
@@ -159,6 +159,11 @@ def _judge(
                 logits_BTV[b], tokens_BN[b], parents_BN[b], sources_BN[b], chain, drafted_B[b], path_BN[b]
             )
             p_V[following] = np.float32(1)
+        elif chain and (scale_at == 0 or (scale_B[b] == 1 and power_B[b] == 1)):
+            accepted, following, overlap, compared = block(
+                logits_BTV[b], probs_BTV[b], probs_at != 0, divisor_B[b], draft_probs_BQV[b], tokens_BN[b],
+                drafted_B[b], accept_BN[b], emit_B[b], p_V, rest_V, path_BN[b],
+            )  # fmt: skip
         else:
             scale, power = (scale_B[b], power_B[b]) if scale_at != 0 else (1.0, 1.0)
             distinct = distinct_B[b] if not chain else False

@@ -128,31 +128,30 @@ def emitted_joint(
     def run(accept_CG: Tensor, emit_C: Tensor) -> Verdict:
         return judged(logits_BTV, proposal, sampling, accept_CG, emit_C)
 
-    anything_C = torch.full((count,), 0.5, dtype=torch.float64)
-    always_CG = torch.zeros(count, G, dtype=torch.float64)
-    never = 1 - 2.0**-53
-    reach_C = probability_C.clone()
+    anything_C, never = torch.full((count,), 0.5, dtype=torch.float64), 1 - 2.0**-53
+    pass_CG = torch.zeros(count, drafted, dtype=torch.float64)
+    for at in range(drafted):
+
+        def passes(u: Tensor, at: int = at) -> Tensor:
+            """Where all before it pass, and none behind it."""
+            trial_CG = torch.zeros(count, G, dtype=torch.float64)
+            trial_CG[:, at], trial_CG[:, at + 1 :] = u, never
+            return run(trial_CG, anything_C).accepted_B > at
+
+        pass_CG[:, at] = boundary(passes, count)
     joint = np.zeros((V,) * (drafted + 1))
-    for accepted in range(drafted + 1):
-        pass_C = torch.zeros(count, dtype=torch.float64)
-        accept_CG = always_CG.clone()
-        if accepted < drafted:
-
-            def passes(u: Tensor, at: int = accepted) -> Tensor:
-                trial_CG = always_CG.clone()
-                trial_CG[:, at] = u
-                return run(trial_CG, anything_C).accepted_B > at
-
-            pass_C = boundary(passes, count)
-            accept_CG[:, accepted] = never
-        stop_C = reach_C * (1 - pass_C)
+    for passed in itertools.product([True, False], repeat=drafted):
+        passed_G = torch.tensor(passed, dtype=torch.bool)
+        accept_CG = torch.zeros(count, G, dtype=torch.float64)
+        accept_CG[:, :drafted] = torch.where(passed_G, 0.0, never)
+        mass_C = probability_C * torch.where(passed_G, pass_CG, 1 - pass_CG).prod(1)
+        accepted_C = run(accept_CG, anything_C).accepted_B.tolist()
         emit_CV = outcome_masses(lambda u, a=accept_CG: run(a, u).next_B, count, V)
         for c in range(count):
-            if stop_C[c] > 1e-15:
-                kept = proposal.tokens_BN[c, :accepted].tolist()
+            if mass_C[c] > LEFT:
+                kept = proposal.tokens_BN[c, : accepted_C[c]].tolist()
                 for v in range(V):
-                    _spread(joint, target, setting, [*kept, v], float(stop_C[c] * emit_CV[c, v]))
-        reach_C = reach_C * pass_C
+                    _spread(joint, target, setting, [*kept, v], float(mass_C[c] * emit_CV[c, v]))
     return joint
 
 
