@@ -2,7 +2,9 @@
 supervised position.
 
 A rejected branch stands behind its sequence and shares the forward: its tokens have the positions that they were
-drafted at, and a tree mask lets each see the emitted tokens before the branch and the branch's own before it.
+drafted at, and a tree mask lets each see the emitted tokens before the branch and the branch's own before it. So do
+mask tokens, for drafts that draft a whole chain in one forward (ParallelSpec, arXiv 2410.05589): behind every other
+emitted token stand some, and learn what the target said at the places that they hold.
 
 Legend: B sequences, T tokens (emitted and of branches), N supervised positions of the batch, K = top-k.
 """
@@ -21,6 +23,8 @@ from trainer.divergences import Truncated
 
 LOGITS_AT_ONCE = 2**27  # numbers: half a gibibyte, and a few times that with their gradients
 HELD_OUT_SHARE = 5  # one request in so many is never trained on
+MASKED = 2  # one emitted token in so many has masks behind it
+PATH, BRANCH, MASK = 0, 1, 2  # kinds of supervised positions
 Ints = NDArray[np.int64]
 
 
@@ -34,17 +38,17 @@ class Lesson:
     own_T: Ints  # and those from here up to itself
     column_N: Ints  # whose logits predict what the target's distribution was logged of
     logged_N: Ints  # which of the signal's verified positions that is
-    branch_N: NDArray[np.bool_]
+    kind_N: Ints  # PATH, BRANCH or MASK
     signal: Signal
 
     @classmethod
-    def of(cls, signal: Signal, branch_tokens: int = 0) -> "Lesson":
-        """With the first `branch_tokens` tokens of every rejected branch."""
+    def of(cls, signal: Signal, branch_tokens: int = 0, masks: int = 0, mask_id: int = 0) -> "Lesson":
+        """With the first `branch_tokens` tokens of every rejected branch, and so many `masks` a place."""
         emitted = np.concatenate([signal.prompt_ids, signal.output_ids]).astype(np.int64)
         prompt, length = len(signal.prompt_ids), len(emitted)
         path = np.array(list(signal.path()), np.int64).reshape(-1, 2)
         ids, positions, seen, own = [emitted], [np.arange(length)], [np.arange(1, length + 1)], [np.arange(length)]
-        columns, logged, end = [prompt + path[:, 0] - 1], [path[:, 1]], length
+        columns, logged, kinds, end = [prompt + path[:, 0] - 1], [path[:, 1]], [np.full(len(path), PATH)], length
         for start, drafted, count, verified in signal.branches() if branch_tokens else ():
             count = min(count, branch_tokens)
             ids.append(signal.draft_ids[drafted : drafted + count].astype(np.int64))
@@ -53,10 +57,24 @@ class Lesson:
             own.append(np.full(count, end))
             columns.append(end + np.arange(count))
             logged.append(verified + np.arange(count))
+            kinds.append(np.full(count, BRANCH))
+            end += count
+        for first in range(1, len(path) if masks else 0, MASKED):  # of the places that masks behind one token hold
+            count = min(masks, len(path) - first)
+            place, column = path[first, 0], prompt + path[first, 0] - 1
+            if (path[first : first + count, 0] != np.arange(place, place + count)).any():
+                continue
+            ids.append(np.full(count, mask_id))
+            positions.append(column + np.arange(count))
+            seen.append(np.full(count, column))
+            own.append(np.full(count, end))
+            columns.append(end + np.arange(count))
+            logged.append(path[first : first + count, 1])
+            kinds.append(np.full(count, MASK))
             end += count
         ids_T, position_T, seen_T, own_T = (np.concatenate(parts) for parts in (ids, positions, seen, own))
-        column_N = np.concatenate(columns)
-        return cls(ids_T, position_T, seen_T, own_T, column_N, np.concatenate(logged), column_N >= length, signal)
+        column_N, logged_N, kind_N = (np.concatenate(parts) for parts in (columns, logged, kinds))
+        return cls(ids_T, position_T, seen_T, own_T, column_N, logged_N, kind_N, signal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +84,7 @@ class Batch:
     mask: Tensor  # [B, T]: 1 where there is a token; with branches [B, 1, T, T]: what each token sees
     row_N: Tensor
     column_N: Tensor
-    branch_N: Tensor  # whether the position lies on a rejected branch
+    kind_N: Tensor
     truth: Truncated
     temperature_B: Tensor
 
@@ -105,14 +123,14 @@ def collate(lessons: Sequence[Lesson], pad_id: int, device: torch.device | str) 
         _mask(lessons, length).to(device),
         torch.from_numpy(np.concatenate(rows)).to(device),
         torch.from_numpy(np.concatenate([lesson.column_N for lesson in lessons])).to(device),
-        torch.from_numpy(np.concatenate([lesson.branch_N for lesson in lessons])).to(device),
+        torch.from_numpy(np.concatenate([lesson.kind_N for lesson in lessons])).to(device),
         truth,
         torch.tensor([lesson.signal.temperature for lesson in lessons], device=device),
     )
 
 
 def _mask(lessons: Sequence[Lesson], length: int) -> Tensor:
-    if not any(lesson.branch_N.any() for lesson in lessons):
+    if not any(lesson.kind_N.any() for lesson in lessons):
         mask_BT = torch.zeros(len(lessons), length, dtype=torch.long)
         for i, lesson in enumerate(lessons):
             mask_BT[i, : len(lesson.ids_T)] = 1

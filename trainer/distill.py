@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import cycle, islice
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ class Recipe:
     beta: Annotated[float, Field(ge=0, le=1)] = 0.5  # of the divergences that have one
     branch_tokens: Annotated[int, Field(ge=0)] = 0  # learnt from of every rejected branch: the draft's own samples
     branch_weight: Annotated[float, Field(ge=0)] = 0.1  # of a position on one; on the emitted path it is 1
+    masks: Annotated[int, Field(ge=0)] = 0  # mask tokens in a row that are learnt from, for drafting in one forward
+    mask_weight: Annotated[float, Field(ge=0)] = 0.5  # of a place that one holds
+    exit_weight: Annotated[float, Field(ge=0)] = 0.0  # of what earlier layers say; the last one's has 1
     follow_temperature: bool = False  # compare at the request's temperature instead of at 1
     selected_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # AdaSPEC: those positions with the most to gain
     rehearsal: Annotated[float, Field(ge=0)] = 0.5  # weight of what a former draft could do, on its own samples
@@ -78,6 +81,24 @@ def draft_logits(module: nn.Module, batch: Batch) -> Tensor:
     return out[batch.row_N, batch.column_N - first].float()
 
 
+def exit_logits(module: nn.Module, batch: Batch) -> list[Tensor]:
+    """The same from every layer, the last one first: all by the draft's own norm and head (S2D, arXiv 2407.01955).
+
+    Raises:
+        ValueError: the model does not have its layers, its norm and its head where Llama has them.
+    """
+    body: Any = getattr(module, "model", None)
+    if not isinstance(getattr(body, "norm", None), nn.Module):
+        raise ValueError("recipe: exit_weight is for drafts that are built as Llama is")
+    placed = {"position_ids": batch.position_BT} if batch.mask.ndim == 4 else {}
+    states = body(
+        input_ids=batch.ids_BT, attention_mask=batch.mask, use_cache=False, output_hidden_states=True, **placed
+    ).hidden_states
+    head: Any = module.get_output_embeddings()  # type: ignore[operator]
+    *early, last = (state[batch.row_N, batch.column_N] for state in states[1:])
+    return [head(state_NE).float() for state_NE in (last, *(body.norm(state_NE) for state_NE in early))]
+
+
 def takes_branches(module: nn.Module) -> bool:
     """Whether the model can be told where a token stands; those that count by themselves get no branches."""
     return "position_ids" in inspect.signature(module.forward).parameters
@@ -106,8 +127,8 @@ def distill(
     `former` is the draft whose knowledge is rehearsed; by default what `module` is now.
     """
     started = time.monotonic()
-    branch_tokens = recipe.branch_tokens if takes_branches(module) else 0
-    made = {id(signal): Lesson.of(signal, branch_tokens) for signals in passes for signal in signals}
+    more = (recipe.branch_tokens, recipe.masks) if takes_branches(module) else (0, 0)
+    made = {id(signal): Lesson.of(signal, *more, pad_id) for signals in passes for signal in signals}
     lessons = [[made[id(signal)] for signal in signals] for signals in passes]
     reference = None
     if recipe.selected_share < 1:
@@ -145,8 +166,8 @@ def _train(
         whole = sum(len(lesson.column_N) for lesson in group)
         for part in fitting(group, module.config.vocab_size, recipe.batch_signals):  # type: ignore[union-attr, arg-type]
             batch = collate(part, pad_id, device)
-            loss_N = losses(draft_logits(module, batch), batch, measure, recipe.follow_temperature)
-            weight_N = torch.where(batch.branch_N, recipe.branch_weight, 1.0)
+            loss_N = _loss(module, batch, measure, recipe)
+            weight_N = torch.tensor([1.0, recipe.branch_weight, recipe.mask_weight], device=device)[batch.kind_N]
             if reference is not None:
                 weight_N = weight_N * _selected(loss_N, batch, measure, recipe, reference)
             loss = (loss_N * weight_N).sum() / weight_N.sum() * (len(loss_N) / whole)
@@ -160,6 +181,13 @@ def _train(
         schedule.step()
     module.eval()
     return told, positions
+
+
+def _loss(module: nn.Module, batch: Batch, measure: Divergence, recipe: Recipe) -> Tensor:
+    if not recipe.exit_weight:
+        return losses(draft_logits(module, batch), batch, measure, recipe.follow_temperature)
+    last, *early = (losses(said, batch, measure, recipe.follow_temperature) for said in exit_logits(module, batch))
+    return (last + recipe.exit_weight * sum(early)) / (1 + recipe.exit_weight * len(early))
 
 
 def epochs(passes: Sequence[Sequence[Lesson]], recipe: Recipe) -> Iterator[list[Lesson]]:

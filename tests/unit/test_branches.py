@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 from online.signals import Signal
 from tests.signals import signal, taught
 from tests.tiny import TinyPair
-from trainer.batches import Lesson, collate
-from trainer.distill import Recipe, distill, draft_logits, takes_branches
+from trainer.batches import BRANCH, MASK, Lesson, collate
+from trainer.distill import Recipe, distill, draft_logits, losses, takes_branches
+from trainer.divergences import divergence
 
 
 def drafted(request_id: str = "r", prompt: tuple[int, ...] = (5, 6, 7)) -> Signal:
@@ -71,8 +72,8 @@ def test_branches_add_their_positions_once() -> None:
     """All verified positions are on the path or on a branch, none twice."""
     lesson = Lesson.of(drafted(), branch_tokens=16)
     assert sorted(lesson.logged_N.tolist()) == list(range(12))
-    assert lesson.branch_N.sum() == 5
-    assert Lesson.of(drafted(), branch_tokens=1).branch_N.sum() == 2
+    assert (lesson.kind_N == BRANCH).sum() == 5
+    assert (Lesson.of(drafted(), branch_tokens=1).kind_N == BRANCH).sum() == 2
 
 
 def test_an_answer_that_ended_inside_a_draft_has_no_branch_there() -> None:
@@ -106,3 +107,35 @@ def test_models_that_count_positions_themselves_get_no_branches() -> None:
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None: ...
 
     assert not takes_branches(Alibi())
+
+
+def test_masks_hold_the_places_of_what_follows(pair: TinyPair) -> None:
+    """Behind every other emitted token: each is computed as in a forward of the context and the masks before it."""
+    taught_by = signal("m", prompt_ids=np.array([5, 6, 7], np.int32))
+    module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
+    lesson, text = Lesson.of(taught_by, 0, 3, 3), [5, 6, 7, *taught_by.output_ids.tolist()]
+    path = [place for place, _ in taught_by.path()]
+    expected = [
+        (start, path[at + k]) for at, start in enumerate(path) if at % 2 == 1 for k in range(min(3, len(path) - at))
+    ]
+    with torch.no_grad():
+        masked = lesson.kind_N == MASK
+        assert masked.sum() == len(expected)
+        found_NV = draft_logits(module, collate([lesson, Lesson.of(signal("longer"), 0, 2, 3)], 3, "cpu"))
+        for n, (start, place) in zip(np.flatnonzero(masked), expected, strict=True):
+            fed = [*text[: 3 + start - 1], *[3] * (place - start + 1)]
+            assert torch.allclose(found_NV[n], module(torch.tensor([fed])).logits[0, -1], atol=1e-4)
+            assert lesson.logged_N[n] == dict(taught_by.path())[place]
+
+
+def test_masks_are_learnt_from(pair: TinyPair) -> None:
+    """What the draft says two places ahead comes nearer to the target than a draft's that has learnt without."""
+    signals, told = taught(pair.target, 60), {}
+    for masks in (0, 2):
+        module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
+        distill(module, [signals], Recipe(epochs=4, rehearsal=0, masks=masks), pad_id=3)
+        batch = collate([Lesson.of(one, 0, 2, 3) for one in signals[:20]], 3, "cpu")
+        with torch.no_grad():
+            loss_N = losses(draft_logits(module, batch), batch, divergence("forward_kl", 0.5), False)
+        told[masks] = loss_N[batch.kind_N == MASK].mean().item()
+    assert told[2] < told[0] - 0.1

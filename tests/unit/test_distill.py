@@ -11,7 +11,8 @@ import trainer.batches
 from tests.signals import signal, taught
 from tests.tiny import VOCABULARY, TinyPair
 from trainer.batches import Lesson, batches, collate, fitting, held_out, usable
-from trainer.distill import Recipe, distill
+from trainer.distill import Recipe, distill, draft_logits, exit_logits, losses
+from trainer.divergences import divergence
 from trainer.gate import judge
 from trainer.marks import evaluate
 
@@ -147,3 +148,17 @@ def test_temperatures_are_followed(pair: TinyPair, name: str) -> None:
     module = AutoModelForCausalLM.from_pretrained(pair.spoilt, dtype=torch.float32)
     told = distill(module, [signals], Recipe(epochs=6, divergence=name, follow_temperature=True), pad_id=3)
     assert told.last_loss < told.first_loss
+
+
+def test_earlier_layers_learn_where_a_recipe_says_so(pair: TinyPair) -> None:
+    """The first layer of two comes nearer to the target than where only the last one is taught."""
+    signals, told = taught(pair.target, 60), {}
+    for weight in (0.0, 1.0):
+        module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
+        distill(module, [signals], Recipe(epochs=4, rehearsal=0, exit_weight=weight), pad_id=3)
+        batch, measure = collate([Lesson.of(one) for one in signals[:20]], 3, "cpu"), divergence("forward_kl", 0.5)
+        with torch.no_grad():
+            said = exit_logits(module, batch)
+            assert torch.allclose(said[0], draft_logits(module, batch), atol=1e-4)
+            told[weight] = [losses(each, batch, measure, False).mean().item() for each in said]
+    assert told[1.0][1] < told[0.0][1] - 0.1
