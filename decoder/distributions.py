@@ -276,33 +276,43 @@ def walk(
 
 @njit(**EXACT)
 def block(
-    logits_TV: Any, probs_TV: Any, given: Any, divisor: Any, draft_probs_GV: Any, tokens_G: Any, drafted: Any,
-    accept_G: Any, emit: Any, p_V: Any, rest_V: Any, path_G: Any,
+    logits_TV: Any, probs_TV: Any, given: Any, divisor: Any, draft_probs_QV: Any, tokens_G: Any, sources_G: Any,
+    drawn: Any, drafted: Any, accept_G: Any, emit: Any, p_V: Any, rest_V: Any, path_G: Any,
 ) -> Any:  # fmt: skip
-    """A chain's, as a whole. Leaves in `p_V` what the target says where the last token is emitted."""
+    """A chain's, as a whole; `drawn`: each candidate from the distribution of its number.
+
+    Leaves in `p_V` what the target says where the last token is emitted.
+    """
     accepted, ratio, kept_ratio = 0, 1.0, 1.0
-    overlaps_G = np.empty(drafted, np.float32)
+    overlaps_G, compared_G = np.zeros(drafted, np.float32), np.zeros(drafted, np.int64)
     for g in range(drafted):
         _target(logits_TV, probs_TV, given, divisor, g, p_V)
-        q_V, token = draft_probs_GV[g], tokens_G[g]
-        overlaps_G[g] = _overlap(p_V, q_V)
-        if g > 0:
-            left = _rest_mass(p_V, q_V, np.float32(ratio))
-            if accept_G[g - 1] * (left + 1 - ratio) < left:
-                accepted, kept_ratio = g, ratio
-        ratio = min(1.0, ratio * np.float64(p_V[token]) / np.float64(q_V[token])) if q_V[token] > 0 else 0.0
+        token, source = tokens_G[g], g if drawn else sources_G[g]
+        p, q, left = np.float64(p_V[token]), 1.0, 0.0
+        if source >= 0:
+            q_V = draft_probs_QV[source]
+            q, overlaps_G[g], compared_G[g] = np.float64(q_V[token]), _overlap(p_V, q_V), 1
+            left = _rest_mass(p_V, q_V, np.float32(ratio)) if g > 0 else 0.0
+        else:
+            left = ratio * (1 - p)
+        if g > 0 and accept_G[g - 1] * (left + 1 - ratio) < left:
+            accepted, kept_ratio = g, ratio
+        ratio = min(1.0, ratio * p / q) if q > 0 else 0.0
     if drafted > 0 and accept_G[drafted - 1] < ratio:
         accepted = drafted
     for g in range(accepted):
         path_G[g] = g
     _target(logits_TV, probs_TV, given, divisor, accepted, p_V)
-    compared = min(accepted + 1, drafted)
-    overlap = total(overlaps_G[:compared])
+    overlap, compared = total(overlaps_G[: accepted + 1]), compared_G[: accepted + 1].sum()
     if accepted == drafted:
         return accepted, draw(p_V, total(p_V), emit), overlap, compared
-    q_V, scale = draft_probs_GV[accepted], np.float32(kept_ratio)
-    for v in range(len(p_V)):
-        rest_V[v] = max(scale * p_V[v] - q_V[v], np.float32(0))
+    source, scale = accepted if drawn else sources_G[accepted], np.float32(kept_ratio)
+    if source >= 0:
+        q_V = draft_probs_QV[source]
+        for v in range(len(p_V)):
+            rest_V[v] = max(scale * p_V[v] - q_V[v], np.float32(0))
+    else:
+        _reject_chosen(p_V, tokens_G[accepted], rest_V)
     mass = total(rest_V)
     # p = q leaves nothing, and then nothing is rejected but by rounding: p itself is right.
     following = draw(rest_V, mass, emit) if mass > 0 else draw(p_V, total(p_V), emit)

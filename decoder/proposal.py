@@ -4,7 +4,7 @@ Legend: B rows, N candidates of a row at most, Q distributions that they were dr
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class Tree:
     visible_BTT: Tensor  # which nodes a node may look at: its ancestors and itself
     depth: int  # of the deepest
     forks: bool  # False: every row's is a chain
+    chains: list[bool]  # by row: each candidate behind the one before. Not for what drawn tokens have to do with it
 
     @classmethod
     def of(cls, shape: Shape, rows: int, distinct: bool, device: torch.device | str) -> "Tree":
@@ -43,6 +44,7 @@ class Tree:
             shape.visible.to(device).expand(rows, -1, -1),
             shape.depth,
             not shape.is_chain,
+            [shape.is_chain] * rows,
         )
 
     @classmethod
@@ -53,7 +55,7 @@ class Tree:
         visible_BTT = alone_TT.repeat(rows, 1, 1)
         depth, forks = max(tree.depth for tree in like), any(tree.forks for tree in like)
         distinct_B = torch.zeros(rows, dtype=torch.bool, device=device)
-        return cls(nothing_BN, nothing_BN.clone(), distinct_B, visible_BTT, depth, forks)
+        return cls(nothing_BN, nothing_BN.clone(), distinct_B, visible_BTT, depth, forks, [False] * rows)
 
     def nodes(self, behind: int) -> Nodes | None:
         """Where a forward of all nodes stands that is fed so many tokens of the context before them, too; None: where
@@ -67,11 +69,23 @@ class Tree:
             seen_BTT = whole_BCC
         return Nodes(seen_BTT.sum(-1) - 1, seen_BTT)
 
+    def of_rows(self, rows: list[int]) -> "Tree":
+        return replace(
+            self,
+            parents_BN=self.parents_BN[rows],
+            sources_BN=self.sources_BN[rows],
+            distinct_B=self.distinct_B[rows],
+            visible_BTT=self.visible_BTT[rows],
+            chains=[self.chains[row] for row in rows],
+        )
+
     def put(self, members: list[int], part: "Tree") -> None:
         size = part.parents_BN.shape[1]
         self.parents_BN[members, :size], self.sources_BN[members, :size] = part.parents_BN, part.sources_BN
         self.distinct_B[members] = part.distinct_B
         self.visible_BTT[members, : size + 1, : size + 1] = part.visible_BTT
+        for member, is_chain in zip(members, part.chains, strict=True):
+            self.chains[member] = is_chain
 
 
 @dataclass(frozen=True, slots=True)

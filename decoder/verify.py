@@ -16,7 +16,7 @@ from torch import Tensor
 
 from decoder.device import compiled, to_host
 from decoder.lenience import Lenient
-from decoder.proposal import Proposal
+from decoder.proposal import CHOSEN, Proposal, Tree
 from decoder.sampling import Sampling, most_likely, probabilities, sample
 from decoder.walk import walk, walk_greedily
 
@@ -79,7 +79,49 @@ def judge(
         return _plain(probs_BTV[:, 0], emit_uniform_B)
     if tree is None:
         return verify(probs_BTV, *proposed, proposal.drafted_B, *drawn, lenient)
-    return Verdict(*walk(probs_BTV, *proposed, tree, proposal.drafted_B, sampling.greedy_B, *drawn, lenient))
+    return _apart(probs_BTV, proposal, tree, sampling.greedy_B, *drawn, lenient)
+
+
+def _apart(
+    probs_BTV: Tensor,
+    proposal: Proposal,
+    tree: Tree,
+    greedy_B: Tensor,
+    accept_uniform_BN: Tensor,
+    emit_uniform_B: Tensor,
+    lenient: Lenient | None,
+) -> Verdict:
+    """Chains as a whole, and the other rows."""
+    parts = []
+    for rows in ([b for b, chain in enumerate(tree.chains) if chain == wanted] for wanted in (True, False)):
+        if not rows:
+            continue
+        own, part = None if lenient is None else lenient.of_rows(rows), tree.of_rows(rows)
+        p_BTV, q_BQV, tokens_BN = probs_BTV[rows], proposal.probs_BQV[rows], proposal.tokens_BN[rows]
+        drafted_B, drawn = proposal.drafted_B[rows], (accept_uniform_BN[rows], emit_uniform_B[rows])
+        if tree.chains[rows[0]]:
+            q_BNV = _by_candidate(q_BQV, tokens_BN, part.sources_BN)
+            found = verify(p_BTV, q_BNV, tokens_BN, drafted_B, *drawn, own, part.sources_BN == CHOSEN)
+        else:
+            found = Verdict(*walk(p_BTV, q_BQV, tokens_BN, part, drafted_B, greedy_B[rows], *drawn, own))
+        parts.append((rows, found))
+    if len(parts) == 1:
+        return parts[0][1]
+    order_B = torch.tensor([row for rows, _ in parts for row in rows]).argsort().to(probs_BTV.device)
+    return Verdict(
+        *(torch.cat([getattr(found, field.name) for _, found in parts])[order_B] for field in fields(Verdict))
+    )
+
+
+def _by_candidate(q_BQV: Tensor, tokens_BN: Tensor, sources_BN: Tensor) -> Tensor:
+    """What each candidate was drawn from; a chosen one from a distribution that is sure of it."""
+    sure_BNV = torch.zeros((*tokens_BN.shape, q_BQV.shape[-1]), dtype=q_BQV.dtype, device=q_BQV.device)
+    sure_BNV.scatter_(2, tokens_BN[..., None], 1.0)
+    if not q_BQV.shape[1]:
+        return sure_BNV
+    row_B1, last = torch.arange(len(tokens_BN), device=tokens_BN.device)[:, None], q_BQV.shape[1] - 1
+    drawn_BNV = q_BQV[row_B1, sources_BN.clamp(0, last)]  # padding has a source of its shape's, which may not be there
+    return torch.where((sources_BN == CHOSEN)[..., None], sure_BNV, drawn_BNV)
 
 
 def verify_greedy(best_BT: Tensor, draft_tokens_BG: Tensor, drafted_B: Tensor) -> Verdict:
@@ -90,14 +132,15 @@ def verify_greedy(best_BT: Tensor, draft_tokens_BG: Tensor, drafted_B: Tensor) -
         drafted_BG = torch.arange(draft_tokens_BG.shape[1], device=drafted_B.device) < drafted_B[:, None]
         accepted_B = ((draft_tokens_BG == best_BT[:, :-1]) & drafted_BG).long().cumprod(-1).sum(-1)
     next_B = best_BT.gather(1, accepted_B[:, None]).squeeze(1)
-    return _of_chain(draft_tokens_BG, drafted_B, accepted_B, next_B, torch.ones_like(accepted_B), accepted_B)
+    compared_B = torch.minimum(accepted_B + 1, drafted_B)
+    return _of_chain(draft_tokens_BG, accepted_B, next_B, torch.ones_like(accepted_B), accepted_B, compared_B)
 
 
 def _plain(probs_BV: Tensor, emit_uniform_B: Tensor) -> Verdict:
     next_B = sample(probs_BV, emit_uniform_B)
     nothing_B = torch.zeros_like(next_B)
     next_p_B = probs_BV.gather(1, next_B[:, None]).squeeze(1)
-    return _of_chain(next_B[:, None][:, :0], nothing_B, nothing_B, next_B, next_p_B, nothing_B)
+    return _of_chain(next_B[:, None][:, :0], nothing_B, next_B, next_p_B, nothing_B, nothing_B)
 
 
 def verify(
@@ -108,14 +151,17 @@ def verify(
     accept_uniform_BG: Tensor,
     emit_uniform_B: Tensor,
     lenient: Lenient | None = None,
+    chosen_BG: Tensor | None = None,
 ) -> Verdict:
     """Accepts a prefix of each row's chain and draws the token that follows it.
 
     A prefix of i tokens is worth r_i = min(1, r_{i−1} p_i / q_i). Of those that pass, each by a uniform of its own, the
     longest is kept: the whole chain passes with probability r_γ, and a shorter one with R_i / (R_i + 1 − r_i), where
     R_i = Σ max(0, r_i p − q) over what may follow it; then comes a token from norm(max(0, r_i p − q)). In the mean that
-    keeps no fewer tokens than one by one. Distributions are the ones after temperature, top-k and top-p. Positions from
-    `drafted_B[b]` on are padding.
+    keeps no fewer tokens than one by one. A prefix is kept with probability r_i in the mean over all that may follow
+    it. So q_i, whether there is a token i + 1, and whether it is one that q is sure of (`chosen_BG`) may depend on the
+    tokens before, but nothing else on what was drawn, least of all this rule. Distributions are the ones after
+    temperature, top-k and top-p. Positions from `drafted_B[b]` on are padding.
     A lenient row keeps one token after another, x with probability min(1, f(p(x)) / q(x)), and the next one comes from
     norm(max(0, p − q)).
     """
@@ -127,13 +173,15 @@ def verify(
         worth_B = torch.where(lenient.exact_B, worth_B, 1.0)
     position_G = torch.arange(draft_tokens_BG.shape[1], device=drafted_B.device)
     compared_BG = (position_G < drafted_B[:, None]) & (position_G <= accepted_B[:, None])
+    if chosen_BG is not None:
+        compared_BG &= ~chosen_BG
     overlap_BG = torch.minimum(target_BGV, draft_probs_BGV).sum(-1)
 
     emit_BV = _emit_probs(target_probs_BTV, draft_probs_BGV, accepted_B, drafted_B, worth_B)
     next_B = sample(emit_BV, emit_uniform_B)
     row_B = torch.arange(len(next_B), device=next_B.device)
     next_p_B, overlap_B = target_probs_BTV[row_B, accepted_B, next_B], (overlap_BG * compared_BG).sum(-1)
-    return _of_chain(draft_tokens_BG, drafted_B, accepted_B, next_B, next_p_B, overlap_B)
+    return _of_chain(draft_tokens_BG, accepted_B, next_B, next_p_B, overlap_B, compared_BG.sum(-1))
 
 
 def _whole(
@@ -165,10 +213,9 @@ def _one_by_one(
 
 
 def _of_chain(
-    tokens_BG: Tensor, drafted_B: Tensor, accepted_B: Tensor, next_B: Tensor, next_p_B: Tensor, overlap_B: Tensor
+    tokens_BG: Tensor, accepted_B: Tensor, next_B: Tensor, next_p_B: Tensor, overlap_B: Tensor, compared_B: Tensor
 ) -> Verdict:
     path_BN = torch.arange(tokens_BG.shape[1], device=tokens_BG.device).expand_as(tokens_BG)
-    compared_B = torch.minimum(accepted_B + 1, drafted_B)
     return Verdict(accepted_B, path_BN, next_B, next_p_B, overlap_B, compared_B)
 
 

@@ -73,11 +73,12 @@ def judge(
     assert tree is not None or Q in (0, N), "kernels read as far as they are told"
     accepted_B, next_B, compared_B = (torch.empty(B, dtype=torch.long) for _ in range(3))
     next_p_B, overlap_B, path_BN = torch.empty(B), torch.empty(B), torch.zeros((B, N), dtype=torch.long)
+    chains_B = None if tree is None else torch.tensor(tree.chains)
     shape = (0, 0, 0) if tree is None else (at(tree.parents_BN), at(tree.sources_BN), at(tree.distinct_B))
     told = at(draft_probs_BQV), at(tokens_BN), *shape, at(drafted_B), at(divisor_B), at(greedy_B)
     drawn, lenient = (at(accept_uniform_BN), at(emit_uniform_B)), (at(scale_B), at(power_B))
     verdict = at(accepted_B), at(path_BN), at(next_B), at(next_p_B), at(overlap_B), at(compared_B)
-    _judge(at(logits_BTV), at(probs_BTV), *told, *drawn, *lenient, *verdict, B, N, Q, V)
+    _judge(at(logits_BTV), at(probs_BTV), at(chains_B), *told, *drawn, *lenient, *verdict, B, N, Q, V)
     return accepted_B, path_BN, next_B, next_p_B, overlap_B, compared_B
 
 
@@ -134,17 +135,18 @@ def _sample(probs_at: Any, stride: Any, uniform_at: Any, token_at: Any, N: Any, 
         token_N[n] = draw(probs_V, total(probs_V), uniform_N[n])
 
 
-@njit(types.void(*[_int] * 24), **SUMS)
+@njit(types.void(*[_int] * 25), **SUMS)
 def _judge(
-    logits_at: Any, probs_at: Any, draft_probs_at: Any, tokens_at: Any, parents_at: Any, sources_at: Any,
-    distinct_at: Any, drafted_at: Any, divisor_at: Any, greedy_at: Any, accept_at: Any, emit_at: Any, scale_at: Any,
-    power_at: Any, accepted_at: Any, path_at: Any, next_at: Any, next_p_at: Any, overlap_at: Any, compared_at: Any,
-    B: Any, N: Any, Q: Any, V: Any,
+    logits_at: Any, probs_at: Any, chains_at: Any, draft_probs_at: Any, tokens_at: Any, parents_at: Any,
+    sources_at: Any, distinct_at: Any, drafted_at: Any, divisor_at: Any, greedy_at: Any, accept_at: Any,
+    emit_at: Any, scale_at: Any, power_at: Any, accepted_at: Any, path_at: Any, next_at: Any, next_p_at: Any,
+    overlap_at: Any, compared_at: Any, B: Any, N: Any, Q: Any, V: Any,
 ) -> None:  # fmt: skip
     T, p_V, rest_V, own_V = N + 1, np.empty(V, np.float32), np.empty(V, np.float32), np.empty(V, np.float32)
     logits_BTV, probs_BTV = carray(floats(logits_at), (B, T, V)), carray(floats(probs_at), (B, T, V))
     draft_probs_BQV, tokens_BN = carray(floats(draft_probs_at), (B, Q, V)), carray(integers(tokens_at), (B, N))
     parents_BN, sources_BN = carray(integers(parents_at), (B, N)), carray(integers(sources_at), (B, N))
+    chains_B = carray(bools(chains_at), (B,))
     distinct_B, drafted_B = carray(bools(distinct_at), (B,)), carray(integers(drafted_at), (B,))
     divisor_B, greedy_B = carray(floats(divisor_at), (B,)), carray(bools(greedy_at), (B,))
     accept_BN, emit_B = carray(doubles(accept_at), (B, N)), carray(doubles(emit_at), (B,))
@@ -159,10 +161,10 @@ def _judge(
                 logits_BTV[b], tokens_BN[b], parents_BN[b], sources_BN[b], chain, drafted_B[b], path_BN[b]
             )
             p_V[following] = np.float32(1)
-        elif chain and (scale_at == 0 or (scale_B[b] == 1 and power_B[b] == 1)):
+        elif (chain or chains_B[b]) and (scale_at == 0 or (scale_B[b] == 1 and power_B[b] == 1)):
             accepted, following, overlap, compared = block(
                 logits_BTV[b], probs_BTV[b], probs_at != 0, divisor_B[b], draft_probs_BQV[b], tokens_BN[b],
-                drafted_B[b], accept_BN[b], emit_B[b], p_V, rest_V, path_BN[b],
+                sources_BN[b], chain, drafted_B[b], accept_BN[b], emit_B[b], p_V, rest_V, path_BN[b],
             )  # fmt: skip
         else:
             scale, power = (scale_B[b], power_B[b]) if scale_at != 0 else (1.0, 1.0)

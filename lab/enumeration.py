@@ -8,7 +8,7 @@ Legend: B rows, N candidates, Q distributions, V vocabulary.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -37,6 +37,10 @@ SHAPES = {  # the parent of each candidate
     "wide below": (0, 1, 1, 1),
 }
 WAYS = ["replaced", "distinct", "chosen", "chosen before drawn"]
+WHOLE = "whole"  # a chain, each candidate drawn from its own distribution, and verified as one
+CHOSEN_WHOLE = "whole, chosen"
+AHEAD, BEHIND = "whole, chosen ahead", "whole, chosen behind"  # of drawn ones, and it ends where these say so
+CHAINS = [WHOLE, CHOSEN_WHOLE, AHEAD, BEHIND]
 
 
 def logits(who: int, tokens: list[int], dtype: torch.dtype) -> Tensor:
@@ -51,10 +55,19 @@ def way(shape: tuple[int, ...], node: int) -> list[int]:
 
 def sources(shape: tuple[int, ...], way: str) -> list[int]:
     first = [n == shape.index(parent) for n, parent in enumerate(shape)]
-    return [
-        CHOSEN if way == "chosen" or (way == "chosen before drawn" and is_first) else parent
-        for parent, is_first in zip(shape, first, strict=True)
-    ]
+    chosen = {
+        "chosen": [True] * len(shape),
+        CHOSEN_WHOLE: [True] * len(shape),
+        "chosen before drawn": first,
+        AHEAD: [n == 0 for n in range(len(shape))],
+        BEHIND: [n == len(shape) - 1 for n in range(len(shape))],
+    }.get(way, [False] * len(shape))
+    return [CHOSEN if is_chosen else parent for parent, is_chosen in zip(shape, chosen, strict=True)]
+
+
+def ends_early(row: tuple[int, ...], way: str) -> bool:
+    """A chain of unsteady length: for all but the first tokens of some it is a candidate shorter."""
+    return way in (AHEAD, BEHIND) and sum(row[:-1]) % V == 0
 
 
 def boundary(reaches: Callable[[Tensor], Tensor], count: int) -> Tensor:
@@ -91,12 +104,21 @@ class Case:
         sampling = of_all(setting, len(rows))
         q_BQV = probabilities(told(DRAFT, shape, rows, dtype), sampling)
         tree = Tree.of(Shape(shape), len(rows), way != "replaced", "cpu")
-        tree = replace(tree, sources_BN=torch.tensor([source] * len(rows)))
-        proposal = Proposal(torch.tensor(rows), q_BQV, [], torch.full((len(rows),), len(shape)), tree)
+        tree = replace(tree, sources_BN=torch.tensor([source] * len(rows)), chains=[way in CHAINS] * len(rows))
+        drafted_B = torch.tensor([len(shape) - ends_early(row, way) for row in rows])
+        of_tree = None if way == WHOLE else tree
+        proposal = Proposal(
+            torch.tensor(rows), q_BQV[:, : len(shape)] if way == WHOLE else q_BQV, [], drafted_B, of_tree
+        )
         probability_B = torch.tensor(
             [_probability(shape, row, q_BQV[b], source, way) for b, row in enumerate(rows)], dtype=torch.float64
         )
         return cls(shape, rows, setting, told(TARGET, shape, rows, dtype), proposal, probability_B)
+
+    @property
+    def whole(self) -> bool:
+        tree = self.proposal.tree
+        return tree is None or tree.chains[0]
 
     @property
     def sampling(self) -> Sampling:
@@ -123,6 +145,9 @@ def _probability(shape: tuple[int, ...], row: tuple[int, ...], q_QV: Tensor, sou
     found = 1.0
     for n, parent in enumerate(shape):
         q = q_QV[parent].double().clone()
+        if n == len(shape) - 1 and ends_early(row, way):
+            found *= row[n] == 0  # padding
+            continue
         if source[n] == CHOSEN:
             found *= row[n] == (int(q.argmin()) + n) % V
             continue
@@ -144,28 +169,31 @@ def emitted(judged: Callable[..., Verdict], case: Case, length: int) -> Floats:
     def run(accept_BN: Tensor, emit_B: Tensor) -> Verdict:
         return judged(case.logits_BTV, case.proposal, case.sampling, accept_BN, emit_B)
 
+    def passing(n: int, before_BN: Tensor) -> Tensor:
+        """The measure of the uniforms of candidate n that keep it, after these of others, where none behind it is."""
+
+        def passes(u: Tensor) -> Tensor:
+            trial_BN = before_BN.clone()
+            trial_BN[:, n], trial_BN[:, n + 1 :] = u, never
+            verdict = run(trial_BN, half_B)
+            return ((verdict.path_BN == n) & (torch.arange(N) < verdict.accepted_B[:, None])).any(1)
+
+        return boundary(passes, count)
+
     joint: Floats = np.zeros((V,) * length)
     for node in range(N + 1):  # the walk that stops there
         accept_BN, reach_B = torch.zeros(count, N, dtype=torch.float64), case.probability_B.clone()
         path = way(case.shape, node)
-        for n in range(N):
-            parent = case.shape[n]
-            if parent not in (0, *path) or (
-                parent != node and n + 1 > next(c for c in path if case.shape[c - 1] == parent)
-            ):
-                continue
-            kept = n + 1 in path
-
-            def passes(u: Tensor, n: int = n, before_BN: Tensor = accept_BN.clone()) -> Tensor:
-                trial_BN = before_BN.clone()
-                trial_BN[:, n] = u
-                trial_BN[:, n + 1 :] = never
-                verdict = run(trial_BN, half_B)
-                return ((verdict.path_BN == n) & (torch.arange(N) < verdict.accepted_B[:, None])).any(1)
-
-            pass_B = boundary(passes, count)
-            reach_B = reach_B * (pass_B if kept else 1 - pass_B)
-            accept_BN[:, n] = always if kept else never
+        if case.whole:  # the longest prefix of a chain that passes is kept
+            for n in range(max(0, node - 1), N):
+                pass_B = passing(n, torch.zeros_like(accept_BN))
+                reach_B = reach_B * (pass_B if n < node else 1 - pass_B)
+            accept_BN[:, node:] = never
+        else:
+            for n in met(case.shape, path):
+                pass_B, kept = passing(n, accept_BN), n + 1 in path
+                reach_B = reach_B * (pass_B if kept else 1 - pass_B)
+                accept_BN[:, n] = always if kept else never
         emit_BV = outcome_masses(lambda u, a=accept_BN: run(a, u).next_B, count, V)
         verdict = run(accept_BN, half_B)
         for b in range(count):
@@ -175,6 +203,14 @@ def emitted(judged: Callable[..., Verdict], case: Case, length: int) -> Floats:
                 for v in range(V):
                     spread(joint, case, [*tokens, v], float(reach_B[b] * emit_BV[b, v]))
     return joint
+
+
+def met(shape: tuple[int, ...], path: list[int]) -> Iterator[int]:
+    """The candidates that are tried on a walk along these nodes."""
+    for n, parent in enumerate(shape):
+        onward = next((child for child in path if shape[child - 1] == parent), len(shape) + 1)
+        if parent in (0, *path) and n + 1 <= onward:
+            yield n
 
 
 def spread(joint: Floats, case: Case, tokens: list[int], mass: float) -> None:

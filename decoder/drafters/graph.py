@@ -208,4 +208,6 @@ def _joined(trees: Sequence[Sequence[tuple[Hypothesis, int]]], device: torch.dev
     visible = upload(visible_BTT, device)
     distinct_B = torch.ones(count, dtype=torch.bool, device=device)
     depth = int(visible_BTT.sum(-1).max()) - 1
-    return Tree(upload(parents_BN, device), upload(sources_BN, device), distinct_B, visible, depth, True)
+    return Tree(
+        upload(parents_BN, device), upload(sources_BN, device), distinct_B, visible, depth, True, [False] * count
+    )

@@ -12,7 +12,7 @@ from decoder.lenience import Lenient
 from decoder.observe import look
 from decoder.proposal import CHOSEN, Proposal, Tree
 from decoder.sampling import Sampling, most_likely, probabilities, sample
-from decoder.shapes import Shape
+from decoder.shapes import Shape, chain
 from decoder.verify import judge
 from online.messages import Lenience
 
@@ -91,6 +91,25 @@ def test_verdicts_on_trees(size: int, distinct: bool, lenient: Lenient | None) -
         drawn = torch.rand(B, 7, dtype=torch.float64), torch.rand(B, dtype=torch.float64)
         reached |= judged_alike(logits_BTV, proposal, own, *drawn, lenient)
     assert reached == set(range(shape.depth + 1))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("lenient", [None, LENIENT], ids=["exact", "lenient"])
+def test_verdicts_on_chains_of_drawn_and_chosen(size: int, lenient: Lenient | None) -> None:
+    """Distributions are there of drawn ones only, and some rows are trees."""
+    reached, drawn_of = set(), torch.tensor([[0, 1, CHOSEN, 2], [CHOSEN, 0, 1, CHOSEN], [CHOSEN] * 4] * (B // 3))
+    for _ in range(20):
+        logits_BTV = 2 * torch.randn(B, 5, size)
+        q_BQV = probabilities(
+            (logits_BTV[:, :3] + torch.rand(B, 1, 1) * torch.randn(B, 3, size)).double(), sampling(size)
+        )
+        drawn_BN, best_BN = sample(q_BQV[:, [0, 1, 2, 2]], torch.rand(B, 4, dtype=torch.float64)), logits_BTV.argmax(-1)
+        tokens_BN = torch.where(drawn_of == CHOSEN, best_BN[:, :4], drawn_BN)
+        tree = replace(Tree.of(chain(4), B, True, "cpu"), sources_BN=drawn_of, chains=[True] * (B - 1) + [False])
+        proposal = Proposal(tokens_BN, q_BQV.float(), [], torch.tensor([4, 3, 4, 4, 4, 4]), tree)
+        drawn = torch.rand(B, 4, dtype=torch.float64), torch.rand(B, dtype=torch.float64)
+        reached |= judged_alike(logits_BTV, proposal, sampling(size), *drawn, lenient)
+    assert reached == set(range(5))
 
 
 def judged_alike(logits_BTV: Tensor, proposal: Proposal, *more: Any) -> set[int]:

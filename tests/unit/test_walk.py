@@ -8,7 +8,7 @@ import torch
 
 from decoder.proposal import CHOSEN, Tree
 from decoder.verify import Verdict, judge
-from lab.enumeration import SHAPES, WAYS, Case, distance
+from lab.enumeration import BEHIND, CHAINS, SHAPES, WAYS, Case, distance
 from tests.unit.test_exactness import LIMIT, SETTINGS, either
 
 SMALL = ("chain", "three at the root", "two, then one each")
@@ -27,6 +27,16 @@ def test_emitted_distribution_is_the_targets(shape: str, way_: str, setting: str
 
 
 @either
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("way_", CHAINS)
+def test_chains_verified_as_a_whole_emit_the_targets(way_: str, setting: str, dtype: torch.dtype) -> None:
+    """By the longest prefix that passes."""
+    case = Case.of(SHAPES["chain"], way_, SETTINGS[setting], dtype)
+    assert case.probability_B.sum().item() == pytest.approx(1)
+    assert distance(judge, case) <= LIMIT
+
+
+@either
 def test_enumeration_catches_mutants(dtype: torch.dtype) -> None:
     """Siblings drawn without replacement taken for ones with it, and chosen ones for drawn ones, are far outside."""
     distinct = Case.of(SHAPES["two, then two"], "distinct", SETTINGS["plain"], dtype)
@@ -35,6 +45,14 @@ def test_enumeration_catches_mutants(dtype: torch.dtype) -> None:
     chosen = Case.of(SHAPES["three at the root"], "chosen", SETTINGS["plain"], dtype)
     mutant = replace(chosen.proposal.tree, sources_BN=torch.zeros_like(chosen.proposal.tree.sources_BN))
     assert distance(judging(mutant), chosen) > 1e-2
+
+
+@either
+def test_a_chain_may_not_choose_its_rule_by_what_was_drawn(dtype: torch.dtype) -> None:
+    """As a whole where it goes on, and one by one where it ends early: each is exact, and the two are not."""
+    case = Case.of(SHAPES["chain"], BEHIND, SETTINGS["plain"], dtype)
+    tree, drafted = case.proposal.tree, case.proposal.drafted_B.tolist()
+    assert distance(judging(replace(tree, chains=[count == 3 for count in drafted])), case) > 1e-3
 
 
 @either
