@@ -107,9 +107,11 @@ class Batch:
         verdict, observation = self._verify(plan, proposal)
         verdicts = verdict.read(proposal.tokens_BN)
         self._settle(plan, verdicts)
-        self._commit(plan, verdicts, observation)
+        emitted = self._commit(plan, verdicts, observation)
         if not alone:
-            self.control.stepped(ready, plan.gamma, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            self.control.stepped(ready, plan.gamma, seconds, self._drafting.work)
+            self._drafting.choice.stepped(emitted, seconds)
 
     # ── joining and leaving ──
 
@@ -119,6 +121,7 @@ class Batch:
         for row in rows:
             row.draft = self.drafts[row.query.route].assigned(row.query.id)
             row.acceptance.parent = row.draft.acceptance
+            self._drafting.take_in(row)
             self._reuse(row, len(self.rows), live)
             self._metrics.prefix(len(row.tokens) - 1, row.cached)
             self.rows.append(row)
@@ -145,6 +148,7 @@ class Batch:
             if row.finish_reason is None:
                 continue
             finished.append(row)
+            self._drafting.take_leave(row)
             context = self._context(slot)
             if (kept := self._prefixes.keep(context)) is not None:
                 self._copy(row, slot, kept)
@@ -227,7 +231,8 @@ class Batch:
                 self.target.gather(i, len(row.tokens), path)
         self._drafting.settle(verdicts)
 
-    def _commit(self, plan: StepPlan, verdicts: list[HostVerdict], seen: Observation | None) -> None:
+    def _commit(self, plan: StepPlan, verdicts: list[HostVerdict], seen: Observation | None) -> int:
+        """Returns how many tokens were emitted."""
         emitted = 0
         for i, (row, drafted, verdict) in enumerate(zip(plan.rows, plan.drafted, verdicts, strict=True)):
             start, version, accepted, new = row.emitted, row.draft.version, verdict.accepted, verdict.emitted
@@ -245,3 +250,4 @@ class Batch:
                 logprobs = tuple(seen.token_logprob(i, j, new[j], top) for j in range(taken))
             row.deliver(text, new[:taken], logprobs)
         self._metrics.step(plan.drafted, [verdict.accepted for verdict in verdicts], emitted)
+        return emitted

@@ -7,9 +7,11 @@ where a row with acceptance rate α emits (1 − α^(γ+1)) / (1 − α) tokens 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+
+from decoder.prices import Price, Prices
 
 FIRST_GUESS = 0.7  # acceptance of a draft that nothing is known about: high enough to be tried
 ROUTE_MEMORY = 2000.0  # compared positions that a route's mean remembers
@@ -132,6 +134,8 @@ class Control:
     costs: StepCosts
     max_gamma: int
     credit_s: float = 0.0  # time that probes may spend
+    prices: Prices = field(default_factory=Prices)
+    _pace: float = 1.0  # what a row emits in the time of a plain step
     _drafted: int = 0  # steps since the last plain one
 
     def gamma(self, rates_B: Sequence[float], rows: int) -> int:
@@ -142,14 +146,27 @@ class Control:
         tokens, others = expected_tokens(rates_B, self.max_gamma), rows - len(rates_B)
         speed = [(count + others) / cost for count, cost in zip(tokens, seconds, strict=True)]
         best = speed.index(max(speed))
-        if speed[best] <= MARGIN * speed[0] or self._drafted >= RECHECK_STEPS:
+        self._pace = speed[best] / speed[0]
+        if speed[best] <= MARGIN * speed[0] or self.rechecks:
             return 0
         return best
 
-    def stepped(self, rows: int, gamma: int | None, seconds: float) -> None:
-        """`gamma` is what a chain of the draft's had; None: something else was drafted."""
+    @property
+    def rechecks(self) -> bool:
+        """Whether the next step is to be a plain one, whatever drafts."""
+        return self._drafted >= RECHECK_STEPS
+
+    def price(self, rows: int) -> Price:
+        """What drafting costs a step of so many rows, in tokens of each."""
+        return self.prices.of(rows, self._pace)
+
+    def stepped(self, rows: int, gamma: int | None, seconds: float, drafted: tuple[int, int] | None = None) -> None:
+        """`gamma` is what a chain of the draft's had; None: something else was drafted. `drafted`: the most candidates
+        of a row, and the draft's forwards for them, where these are known."""
+        if drafted is not None and drafted[0]:
+            self.prices.observe(rows, *drafted, seconds / self.costs.seconds(rows)[0])
         if gamma is not None and gamma <= self.max_gamma:  # a request may ask for more
-            rechecked = gamma == 0 and self._drafted >= RECHECK_STEPS
+            rechecked = gamma == 0 and self.rechecks
             self.costs.observe(rows, gamma, seconds, RECHECK_LEARNS if rechecked else GAMMA_LEARNS)
         self._drafted = 0 if gamma == 0 else self._drafted + 1
         if gamma == 0:

@@ -13,12 +13,15 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from decoder.bandit import Choice
 from decoder.control import Control
 from decoder.drafters import Drafter, Group
 from decoder.drafters.cascade import CascadeDrafter
+from decoder.drafters.exits import ExitDrafter
 from decoder.drafters.graph import GraphDrafter
 from decoder.drafters.model import ModelDrafter
 from decoder.drafters.ngrams import NgramDrafter
+from decoder.drafters.parallel import ParallelDrafter
 from decoder.drafts import LiveDraft
 from decoder.plan import StepPlan
 from decoder.proposal import Proposal
@@ -26,8 +29,9 @@ from decoder.ragged import encode, fit, integers, ragged, slots_of
 from decoder.rows import Row
 from decoder.sampling import Sampling, probabilities
 from decoder.shapes import NOTHING, Scheme
+from decoder.suffixes import Recent, Suffixes
 from decoder.verify import HostVerdict
-from online.messages import DrafterName
+from online.messages import MASKS
 from online.metrics import ServiceMetrics
 
 log = logging.getLogger("slipstream.drafting")
@@ -38,13 +42,17 @@ DRAFT_PREFILL = 4  # prompt tokens of a draft that cost about as much as one of 
 PROBED = 8  # tokens that a row must have emitted plainly before its draft is probed on them
 
 
-DRAFTERS: dict[DrafterName, Drafter] = {
+DRAFTERS: dict[str, Drafter] = {
     "chain": ModelDrafter(trees=False),
     "tree": ModelDrafter(trees=True),
     "ngrams": NgramDrafter(),
     "cascade": CascadeDrafter(),
+    "parallel_cascade": CascadeDrafter(MASKS),
     "graph": GraphDrafter(),
+    "parallel": ParallelDrafter(),
+    "exits": ExitDrafter(),
 }
+AUTO = ("chain", "cascade", "parallel_cascade", "ngrams")  # which of them the engine chooses from by itself
 
 
 class Drafting:
@@ -64,6 +72,26 @@ class Drafting:
         self._metrics, self._device = metrics, device
         self._empty: dict[int, Proposal] = {}
         self._groups: list[tuple[list[int], Group]] = []  # of the step under way
+        self._recent: dict[str, Recent] = {}  # by route
+        self.choice = Choice(AUTO)
+
+    def take_in(self, row: Row) -> None:
+        """A row joins."""
+        row.suffixes = Suffixes(self._recent.setdefault(row.query.route, Recent()), row.query.temperature == 0)
+
+    def take_leave(self, row: Row) -> None:
+        """A row has come to its end: others may draft from what it says, if it may be learnt from."""
+        if row.trace is not None and row.finish_reason in ("stop", "length"):
+            row.suffixes.recent.answered(row.tokens, len(row.query.prompt_ids))
+
+    @property
+    def work(self) -> tuple[int, int] | None:
+        """The most candidates of a row in this step, and the draft's forwards for them; None: that is not known."""
+        groups = [group for _, group in self._groups]
+        if not all(group.scheme.drafter in ("chain", "cascade", "parallel_cascade", "ngrams") for group in groups):
+            return None
+        forwards = [max(group.drafted) if group.scheme.drafter == "chain" else group.forwards for group in groups]
+        return max((max(group.drafted) for group in groups), default=0), sum(forwards)
 
     def copy(self, row: Row, source: int, destination: int) -> None:
         """What the row's draft has encoded of its context goes to another slot."""
@@ -73,12 +101,13 @@ class Drafting:
 
     def choose(self, rows: list[Row]) -> list[Scheme]:
         """What each row drafts in this step."""
-        modelled = [DRAFTERS[row.query.drafter].uses_model for row in rows]
+        drafters = [DRAFTERS[name] for name in self._named(rows)]
+        modelled = [drafter.uses_model for drafter in drafters]
         ours = [i for i, row in enumerate(rows) if modelled[i] and row.draft.usable and row.query.gamma is None]
         gamma = self.control.gamma([rows[i].acceptance.rate for i in ours], len(rows))
         if gamma == 0 and self.control.credit_s > 0:
             self._probe(ours)
-        wanted = [self._wanted(row, gamma) for row in rows]
+        wanted = [self._wanted(row, drafter, gamma) for row, drafter in zip(rows, drafters, strict=True)]
         feed = FEED if len(rows) > 1 else self._prefill_tokens  # more than one row would be padded to the longest
         fed = [i for i, scheme in enumerate(wanted) if scheme.candidates and modelled[i]]
         self._catch_up([i for i in fed if rows[i].draft_lag > feed])
@@ -87,11 +116,20 @@ class Drafting:
                 wanted[i] = NOTHING
         return wanted
 
-    def _wanted(self, row: Row, gamma: int) -> Scheme:
-        asked, drafter = row.query.gamma, DRAFTERS[row.query.drafter]
+    def _named(self, rows: list[Row]) -> list[str]:
+        """What drafts for each row: what its query says, or what is fastest for all that leave it to us."""
+        if not (ours := [row for row in rows if row.query.drafter == "auto"]):
+            return [row.query.drafter for row in rows]
+        greedy = 2 * sum(row.query.temperature == 0 for row in ours) > len(ours)
+        chosen = self.choice.choose((ours[0].query.route, (len(rows) - 1).bit_length(), greedy))
+        return [chosen if row.query.drafter == "auto" else row.query.drafter for row in rows]
+
+    def _wanted(self, row: Row, drafter: Drafter, gamma: int) -> Scheme:
+        asked = row.query.gamma
         if drafter.uses_model and not row.draft.usable:
             return NOTHING
-        counts = (gamma, self.control.max_gamma) if asked is None else (asked, asked)
+        most = 0 if self.control.rechecks else self.control.max_gamma
+        counts = (gamma, most) if asked is None else (asked, asked)
         return drafter.scheme(row, *counts).first(row.room)
 
     # ── context ──
@@ -189,6 +227,7 @@ class Drafting:
                 plan.draft_uniform_BN if everyone else plan.draft_uniform_BN[members],
                 self._vocab_size,
                 self._device,
+                self.control.price(len(plan.rows)),
             )
             found.append((members, group))
         return found

@@ -47,6 +47,9 @@ class Lenient:
     def exact_B(self) -> Tensor:
         return (self.scale_B == 1) & (self.power_B == 1)
 
+    def of_rows(self, rows: list[int]) -> "Lenient":
+        return Lenient(self.scale_B[rows], self.power_B[rows])
+
     def __call__(self, p_BG: Tensor) -> Tensor:
         # p^1 may be off by a bit, and an exact row's p must not be.
         p_BG, power_B1 = p_BG.double(), self.power_B[:, None]

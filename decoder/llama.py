@@ -73,7 +73,7 @@ class Llama:
     def __init__(self, module: nn.Module, cache: SlotCache, vocab_size: int) -> None:
         config: PretrainedConfig = module.config  # type: ignore[assignment]
         state = {name: tensor.detach() for name, tensor in module.state_dict().items()}
-        self.vocab_size, self.cache = vocab_size, cache
+        self.vocab_size, self.mask_id, self.cache = vocab_size, int(config.pad_token_id or 0), cache
         self.embedding = state["model.embed_tokens.weight"]
         self.norm, self.eps = state["model.norm.weight"], config.rms_norm_eps
         self.device, self._dtype = self.embedding.device, self.embedding.dtype
@@ -103,6 +103,32 @@ class Llama:
     @torch.inference_mode()
     def encode(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> None:
         self._run(rows, ids_BT.to(self.device), starts_B.to(self.device), upto)
+
+    # ── layer by layer ──
+
+    def embed(self, ids_BT: Tensor) -> "Residual":
+        return Residual(F.embedding(ids_BT, self.embedding).float(), None)
+
+    @torch.inference_mode()
+    def through(self, rows: Rows, tokens: "Residual", starts_B: Tensor, upto: int, layer: Layer) -> "Residual":
+        """One layer over tokens that have passed the ones before, from `starts_B` on; `tokens` is used up."""
+        place = self._ops.place(rows, starts_B, tokens.count, min(upto, self.cache.capacity))
+        size, shape = padded(tokens.x_BTE.shape[:2].numel(), self.embedding), tokens.x_BTE.shape
+        x_NE, y_NE = (None if z is None else _pad(z.flatten(0, 1), size) for z in (tokens.x_BTE, tokens.y_BTE))
+        assert x_NE is not None
+        y_NE = layer(x_NE, y_NE, place, self.cache)
+        return Residual(*(z[: shape[:2].numel()].view(shape).clone() for z in (x_NE, y_NE)))
+
+    @torch.inference_mode()
+    def say(self, tokens: "Residual") -> Tensor:
+        """What the head makes of them, [B, T, V]."""
+        (B, T, E), rows = tokens.x_BTE.shape, padded(tokens.x_BTE.shape[:2].numel(), self.embedding)
+        x_NE, y_NE = (
+            None if z is None else _pad(z.reshape(B * T, E).clone(), rows) for z in (tokens.x_BTE, tokens.y_BTE)
+        )
+        assert x_NE is not None
+        logits_NV = self.head(self._ops.add_norm(x_NE, y_NE, self.norm, self.eps))[: B * T]
+        return fit_vocabulary(logits_NV.view(B, T, -1), self.vocab_size)
 
     def gather(self, slot: int, start: int, nodes: Sequence[int]) -> None:
         self.cache.gather(slot, start, nodes)
@@ -149,6 +175,29 @@ class Llama:
             self._rest[name].copy_(tensor)
         held = all(linear.holds(packed) for linear, packed in zip(self._linears, staged.packed, strict=True))
         return held and all(torch.equal(self._rest[name], tensor) for name, tensor in staged.rest.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """Tokens on their way through the layers: the residual stream, and what the last layer adds to it."""
+
+    x_BTE: Tensor
+    y_BTE: Tensor | None
+
+    @property
+    def count(self) -> int:
+        return self.x_BTE.shape[1]
+
+    @property
+    def last(self) -> "Residual":
+        return Residual(self.x_BTE[:, -1:], None if self.y_BTE is None else self.y_BTE[:, -1:])
+
+    def behind(self, before: "Residual | None") -> "Residual":
+        """Together with those that have come as far, and stand before them."""
+        if before is None:
+            return self
+        pairs = ((before.x_BTE, self.x_BTE), (before.y_BTE, self.y_BTE))
+        return Residual(*(torch.cat(pair, 1) for pair in pairs))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ class LanguageModel(Protocol):
     """What the batch, the drafters and the enumeration test call. Tests have a tabular one."""
 
     vocab_size: int
+    mask_id: int  # the token that holds a place in drafts that learnt to be asked so: padding, which no text has
 
     def forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None = None) -> Tensor:
         """Appends `ids_BT` to the rows' contexts, row b from position `starts_B[b]` on, and returns logits [B, T, V].

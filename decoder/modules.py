@@ -17,6 +17,7 @@ class ModuleModel:
 
     def __init__(self, module: nn.Module, cache: "ModuleCache", vocab_size: int) -> None:
         self.module, self.cache, self.vocab_size = module, cache, vocab_size
+        self.mask_id = int(module.config.pad_token_id or 0)  # type: ignore[union-attr, arg-type]
         self.device = next(module.parameters()).device
 
     @torch.inference_mode()

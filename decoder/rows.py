@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from decoder.control import ROW_MEMORY, Acceptance
 from decoder.drafts import LiveDraft
 from decoder.recorder import Trace
-from decoder.suffixes import Suffixes
+from decoder.suffixes import Recent, Suffixes
 from decoder.text import TextStream
 from online.messages import Delta, FinishReason, Query, SpeculationStats, TokenLogprob
 
@@ -28,7 +28,7 @@ class Row:
         self.acceptance = Acceptance(ROW_MEMORY)
         self.emitted_p: list[float] = []  # of each output token: its probability, where it was the target's own draw
         self.rng = np.random.Generator(np.random.Philox(query.seed))
-        self.suffixes = Suffixes()
+        self.suffixes = Suffixes(Recent(), query.temperature == 0)  # its route's, from admission on
         self.text = TextStream(tokenizer, query.stop)
         self.stats = SpeculationStats()
         self.trace = Trace(query) if recorded else None

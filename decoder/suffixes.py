@@ -1,30 +1,124 @@
-"""What followed the last tokens of a text when they stood there before: drafting from the text itself."""
+"""Drafting from texts: what followed the last tokens where they stood before, and how sure that makes of a guess.
 
-LONGEST, SHORTEST = 4, 1  # tokens of a suffix that are looked up
+A row's own text, prompt and output, says most; what it does not know, the outputs that its route has answered with of
+late may (as in SuffixDecoding, arXiv 2411.04975). How often guesses are kept that the same speaks for is counted: that
+is what is known of the next ones.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import NamedTuple
+
+LONGEST = 4  # tokens of a suffix that are looked up
+RECENT_TOKENS = 100_000  # of outputs that a route remembers: some forty megabytes
+SHARES = 8  # of what has followed a suffix: so many are told apart
+PRIOR_GUESSES = 8.0  # after which what was counted says as much as a guess's share
+GUESSES = 500.0  # that a count remembers
+
+Counts = dict[int, int]  # of tokens; the latest is the last
+Evidence = tuple[bool, int, int]  # what speaks for a token: whether its row is greedy, the suffix's length, its share
+ANY = -1  # share
 
 
-class Suffixes:
-    """Where every few tokens of a text stood last. Grows with the text."""
+class Guess(NamedTuple):
+    token: int
+    evidence: Evidence
+    kept: float  # how likely
+
+
+class Followers:
+    """What followed every few tokens of texts, and how often."""
 
     def __init__(self) -> None:
-        self._after: dict[tuple[int, ...], int] = {}  # what follows these tokens stands here
-        self._read = 0  # tokens before here are in, as what follows others
+        self._after: dict[tuple[int, ...], Counts | int] = {}  # most have had one follower, once: that one alone
 
-    def continuation(self, tokens: list[int], drafted: list[int], count: int, shortest: int = SHORTEST) -> list[int]:
-        """What may follow a text and what was drafted behind it: as many tokens as are wanted, or none.
+    def get(self, suffix: tuple[int, ...]) -> Counts | None:
+        found = self._after.get(suffix)
+        return {found: 1} if isinstance(found, int) else found
 
-        None where fewer than `shortest` last tokens have occurred before. What was found may run into itself: then it
-        goes round.
-        """
-        self._take_in(tokens)
-        text = [*tokens, *drafted] if drafted else tokens
-        for length in range(min(LONGEST, len(text) - 1), shortest - 1, -1):
-            if (at := self._after.get(tuple(text[-length:]))) is not None:
-                return [text[at + i % (len(text) - at)] for i in range(count)]
-        return []
+    def add(self, tokens: Sequence[int], first: int) -> None:
+        """A text's tokens from there on, each as what follows the ones before it."""
+        for at in range(max(first, 1), len(tokens)):
+            for length in range(1, min(LONGEST, at) + 1):
+                suffix, token = tuple(tokens[at - length : at]), tokens[at]
+                if (counts := self.get(suffix)) is None:
+                    self._after[suffix] = token
+                else:
+                    counts[token] = counts.pop(token, 0) + 1
+                    self._after[suffix] = counts
 
-    def _take_in(self, tokens: list[int]) -> None:
-        for at in range(max(self._read, 1), len(tokens)):
-            for length in range(SHORTEST, min(LONGEST, at) + 1):
-                self._after[tuple(tokens[at - length : at])] = at
-        self._read = len(tokens)
+    def remove(self, tokens: Sequence[int], first: int) -> None:
+        """What was added."""
+        for at in range(max(first, 1), len(tokens)):
+            for length in range(1, min(LONGEST, at) + 1):
+                suffix, token = tuple(tokens[at - length : at]), tokens[at]
+                counts = self.get(suffix) or {}
+                if counts[token] > 1:
+                    counts[token] -= 1
+                elif len(counts) > 1:
+                    del counts[token]
+                else:
+                    del self._after[suffix]
+
+
+class Recent:
+    """What a route's last outputs say, and how often its rows' guesses were kept."""
+
+    def __init__(self) -> None:
+        self.followers = Followers()
+        self._outputs: deque[tuple[list[int], int]] = deque()
+        self._tokens = 0
+        self._known: dict[Evidence, tuple[float, float]] = {}  # guesses that were looked at, and those kept
+
+    def answered(self, tokens: list[int], prompt: int) -> None:
+        """A text of which so many tokens are the prompt has come to its end."""
+        first = min(prompt, LONGEST)
+        text = tokens[prompt - first :]
+        self.followers.add(text, first)
+        self._outputs.append((text, first))
+        self._tokens += len(text)
+        while self._tokens > RECENT_TOKENS and len(self._outputs) > 1:
+            oldest, first = self._outputs.popleft()
+            self.followers.remove(oldest, first)
+            self._tokens -= len(oldest)
+
+    def kept(self, evidence: Evidence, share: float) -> float:
+        """How likely, where `share` is what one would think."""
+        looked, kept = self._known.get(evidence, (0.0, 0.0))
+        return (kept + share * PRIOR_GUESSES) / (looked + PRIOR_GUESSES)
+
+    def seen(self, evidence: Evidence, kept: bool) -> None:
+        fade = 1 - 1 / GUESSES
+        for key in (evidence, (*evidence[:2], ANY)):
+            looked, before = self._known.get(key, (0.0, 0.0))
+            self._known[key] = looked * fade + 1, before * fade + kept
+
+
+@dataclass
+class Suffixes:
+    """A row's. Grows with its text."""
+
+    recent: Recent
+    greedy: bool
+
+    def __post_init__(self) -> None:
+        self._own = Followers()
+        self._read = 0  # tokens before here are in
+
+    def guess(self, tokens: list[int], drafted: list[int]) -> Guess | None:
+        """The token that has followed most often, of equals the latest, where the longest suffix of a text and of what
+        was drafted behind it stood before: in the text itself or else in another. None: it has stood nowhere."""
+        if self._read < len(tokens):
+            self._own.add(tokens, self._read)
+            self._read = len(tokens)
+        last = (*tokens[-LONGEST:], *drafted)[-LONGEST:]
+        for length in range(len(last), 0, -1):
+            suffix = last[-length:]
+            if counts := self._own.get(suffix) or self.recent.followers.get(suffix):
+                token, count = max(reversed(counts.items()), key=itemgetter(1))
+                share = count / (sum(counts.values()) + 1)
+                evidence = self.greedy, length, int(SHARES * share)
+                return Guess(token, evidence, self.recent.kept(evidence, share))
+        return None

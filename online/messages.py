@@ -9,7 +9,9 @@ MAX_CANDIDATES = 64  # drafted tokens of a step, beside and behind one another
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 LenienceFunction = Literal["lin", "sq", "exp"]
-DrafterName = Literal["chain", "tree", "graph", "ngrams", "cascade"]  # what they are: docs/drafters.md
+MASKS = 3  # tokens that a cascade's draft drafts by masks in one forward, beside the first
+# What they are: docs/drafters.md
+DrafterName = Literal["chain", "tree", "graph", "ngrams", "cascade", "parallel", "parallel_cascade", "exits", "auto"]
 
 
 @dataclass(frozen=True, slots=True)

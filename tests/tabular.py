@@ -14,7 +14,7 @@ class TableModel:
     def __init__(
         self, vocab_size: int, seed: int, slots: int = 16, scale: float = 1.5, dtype: torch.dtype = torch.float64
     ) -> None:
-        self.vocab_size, self._dtype = vocab_size, dtype
+        self.vocab_size, self.mask_id, self._dtype = vocab_size, 0, dtype
         self._seed, self._scale = seed, scale
         self._contexts: list[list[int]] = [[] for _ in range(slots)]
 

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from decoder.drafts import LiveDraft
+from decoder.prices import FREE, Price
 from decoder.proposal import Proposal
 from decoder.ragged import integers, ragged
 from decoder.rows import Row
 from decoder.sampling import Sampling
 from decoder.shapes import Scheme, Shape
 from decoder.slots import Rows, slot_at
+from decoder.suffixes import Evidence
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Group:
     """Rows of a step that are drafted for together."""
 
@@ -33,8 +35,11 @@ class Group:
     uniform_BN: Tensor
     vocab_size: int
     device: torch.device | str
+    price: Price = FREE
+    forwards: int = 0  # of the draft model; a drafter that counts them says so here
     # By row: of candidates whose keys the draft's slot holds, the cell behind the context.
     cells: list[dict[int, int]] = field(default_factory=list)
+    evidence: list[list[Evidence]] = field(default_factory=list)  # by row and candidate: what spoke for it
 
     @property
     def shape(self) -> Shape:

@@ -1,32 +1,34 @@
-"""A chain of which the draft model drafts the beginning, in fewer forwards than tokens, and n-grams the rest.
+"""A chain of which n-grams draft what they are sure of, the draft model what is worth its while, and n-grams the rest.
 
-Cascade Speculative Drafting (arXiv 2312.11462). Vertically (section 3.1) n-grams guess the model's tokens and it looks
-at several at once, in the one form that is exact at any temperature: the model draws token after token with the very
-uniforms of an ordinary chain, and a guess only decides whether the next distribution is there already. So the lead, its
-distributions, and all that verification sees of them are those of `decoder/drafters/model.py`, whatever is guessed.
-Horizontally (section 3.2) the dearer drafter has the early positions, on which all others depend: behind its lead
-follows what n-grams continue it with, which costs nothing and counts as chosen.
+Cascade Speculative Drafting (arXiv 2312.11462). Horizontally (section 3.2) the dearer drafter has the early positions,
+on which all others depend, and cheaper ones follow; here the cheaper one has early ones, too, where it is as good: a
+token that n-grams are about as sure of as the model usually is needs no forward. Vertically (section 3.1) n-grams guess
+the model's tokens and it looks at several at once, in the one form that is exact at any temperature: the model draws
+token after token with the very uniforms of an ordinary chain, and a guess only decides whether the next distribution is
+there already.
 
-Legend: B rows, M positions of a forward that a token is drawn from, N drafted tokens of a row at most, V vocabulary.
+A token is drafted as long as it is likely enough to be kept for what it costs, and what is known of that are the
+acceptance of the model's tokens and how often guesses like this one were kept: a stop that is learnt while it serves.
+All of it depends on nothing but the tokens before; that is what verification asks for.
+
+Legend: B rows, M positions of a forward that a token is drawn from, Q drawn tokens of a row at most, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from decoder.drafters import Group
+from decoder.drafters.chains import Chain, finished, learn, longest
 from decoder.models import LanguageModel
-from decoder.proposal import CHOSEN, Proposal, Tree
+from decoder.proposal import Proposal
 from decoder.ragged import integers, ragged
 from decoder.rows import Row
 from decoder.sampling import Sampling, at_least_float32, most_likely, probabilities, sample
-from decoder.shapes import Scheme, chain, chain_of
+from decoder.shapes import Scheme, chain_of
 from decoder.slots import Rows
-
-TAIL = 2  # tokens that must have occurred before in this order, for what followed them to be drafted behind the lead
-Guess = Callable[[int, list[int], int], list[int]]  # of a row that has drafted these tokens, so many more at most
 
 
 class CascadeDrafter:
@@ -34,99 +36,109 @@ class CascadeDrafter:
 
     uses_model = True
 
+    def __init__(self, masks: int = 0) -> None:
+        """`masks` is how many more tokens the model drafts in the same forward, by mask tokens."""
+        self._masks = masks
+
     def scheme(self, row: Row, gamma: int, most: int) -> Scheme:
-        if row.query.gamma is not None:
-            return replace(chain_of(most, "cascade"), lead=(most + 1) // 2)
-        return replace(chain_of(most if gamma else 0, "cascade"), lead=gamma)
+        most = longest(row, most)
+        return replace(
+            chain_of(most, "parallel_cascade" if self._masks else "cascade"),
+            lead=most if row.query.gamma is None else (most + 1) // 2,
+        )
 
-    def propose(self, group: Group) -> Proposal:
-        rows = group.rows
-
-        def guess(row: int, drafted: list[int], count: int) -> list[int]:
-            return rows[row].suffixes.continuation(rows[row].tokens, drafted, count)
-
-        contexts, cached = [row.tokens for row in rows], [row.draft_cached for row in rows]
-        leads = [min(group.scheme.lead, count) for count in group.drafted]
-        drawn = leads, group.sampling, group.uniform_BN
-        proposal, chains, held = propose(group.draft.model, group.slots, contexts, cached, *drawn, guess)
-        for row, count in zip(rows, held, strict=True):
-            row.draft_holds(count)  # cut back where a rejection comes earlier
-        asked = zip(rows, chains, group.drafted, strict=True)
-        tails = [row.suffixes.continuation(row.tokens, led, count - len(led), TAIL) for row, led, count in asked]
-        return extended(proposal, chains, tails, group)
+    def propose(self, group: Group) -> Proposal | None:
+        asked = zip(group.rows, group.drafted, strict=True)
+        chains = [Chain.of(row, count, group.scheme.lead, group.price) for row, count in asked]
+        drawn = propose(group.draft.model, group.slots, chains, group.sampling, group.uniform_BN, self._masks)
+        logits_BQV, probs_BQV, group.forwards = drawn
+        for row, one in zip(group.rows, chains, strict=True):
+            row.draft_holds(one.held)  # cut back where a rejection comes earlier
+        return finished(chains, logits_BQV, probs_BQV, group)
 
     def settle(self, group: Group, kept: Sequence[Sequence[int]]) -> None:
-        pass
+        learn(group, kept)
 
 
 def propose(
     model: LanguageModel,
     rows: Rows,
-    contexts: Sequence[list[int]],
-    cached: Sequence[int],
-    drafted: Sequence[int],
+    chains: Sequence[Chain],
     sampling: Sampling,
     uniform_BN: Tensor,
-    guess: Guess,
-) -> tuple[Proposal, list[list[int]], list[int]]:
-    """The model's chains, twice, and how much of each row's context and chain the draft's slots then hold.
+    masks: int = 0,
+) -> tuple[list[Tensor], Tensor, int]:
+    """Drafts the chains. Returns what the model's tokens were drawn from, [B, 1, V] each and [B, Q, V], and how often
+    it was asked.
 
-    Of the contexts the first `cached` tokens are in the slots, and never all.
+    Of the contexts the first `held` tokens are in the slots, and never all.
     """
-    device, count, most = uniform_BN.device, len(contexts), max(drafted)
-    chains: list[list[int]] = [[] for _ in contexts]
-    held = list(cached)
-    logits_BNV = probs_BNV = torch.empty(0)
-    while any(len(chain) < wanted for chain, wanted in zip(chains, drafted, strict=True)):
-        missing = [wanted - len(chain) for chain, wanted in zip(chains, drafted, strict=True)]
-        guesses = [guess(b, chains[b], missing[b] - 1) if missing[b] > 1 else [] for b in range(count)]
-        unseen = [[*contexts[b], *chains[b]][held[b] :] for b in range(count)]
-        fed = [unseen[b] + guesses[b] for b in range(count)]
+    device, count, forwards = uniform_BN.device, len(chains), 0
+    said: list[list[Tensor]] = [[] for _ in chains]
+    probs: list[list[Tensor]] = [[] for _ in chains]
+    own = [sampling if count == 1 else sampling.select([b]) for b in range(count)]
+    while True:
+        for one in chains:
+            one.choose(sure=True)
+        asking = [b for b, one in enumerate(chains) if one.wants_model()]
+        if not asking:
+            break
+        ahead = [_ahead(one, masks, model.mask_id) if b in asking else [] for b, one in enumerate(chains)]
+        unseen = [[*one.context, *one.tokens][one.held :] for one in chains]
+        fed = [tokens + more for tokens, more in zip(unseen, ahead, strict=True)]
+        held = [one.held for one in chains]
         upto = max(start + len(tokens) for start, tokens in zip(held, fed, strict=True))
         logits_BFV = at_least_float32(model.forward(rows, ragged(fed, device), integers(held, device), upto))
-        if not len(logits_BNV):
-            logits_BNV = logits_BFV.new_zeros((count, most, logits_BFV.shape[-1]))
-            probs_BNV = logits_BNV[:, :0] if sampling.all_greedy else torch.zeros_like(logits_BNV)
-        for b in range(count):
-            if missing[b]:
-                done, first = len(chains[b]), len(unseen[b]) - 1
-                own_1MV = logits_BFV[b : b + 1, first : first + 1 + len(guesses[b])]
-                drawn, q_1MV = _draw(
-                    own_1MV, sampling.select([b]), uniform_BN[b : b + 1, done : done + own_1MV.shape[1]]
-                )
-                taken = 1 + _agreement(drawn, guesses[b])
-                logits_BNV[b, done : done + taken] = own_1MV[0, :taken]
-                if not sampling.all_greedy:
-                    probs_BNV[b, done : done + taken] = q_1MV[0, :taken]
-                chains[b] += drawn[:taken]
-                held[b] += len(unseen[b]) + taken - 1
-    logits = [logits_BNV[:, n : n + 1] for n in range(most)]
-    return Proposal(ragged(chains, device), probs_BNV, logits, integers(list(drafted), device)), chains, held
+        forwards += 1
+        for b, one in enumerate(chains):
+            one.held += len(unseen[b])
+            if b in asking:
+                done, first = len(one.tokens), len(unseen[b]) - 1
+                own_1MV = logits_BFV[b : b + 1, first : first + 1 + len(ahead[b])]
+                drawn, chances, q_1MV = _draw(own_1MV, own[b], uniform_BN[b : b + 1, done : done + own_1MV.shape[1]])
+                taken = len(drawn) if masks else 1 + _agreement(drawn, ahead[b])
+                taken = one.draw(drawn[:taken], chances[:taken], masked=masks > 0)
+                said[b].append(own_1MV[0, :taken])
+                probs[b].append(q_1MV[0, :taken])
+                one.held += 0 if masks else taken - 1
+    for one in chains:
+        one.choose(sure=False)
+    most = max(one.drawn for one in chains)
+    if not most:
+        return [], torch.empty((count, 0, model.vocab_size), device=device), forwards
+    logits_BQV = _stacked(said, most)
+    probs_BQV = logits_BQV[:, :0] if sampling.all_greedy else _stacked(probs, most)
+    return [logits_BQV[:, q : q + 1] for q in range(most)], probs_BQV, forwards
 
 
-def extended(lead: Proposal, chains: list[list[int]], tails: list[list[int]], group: Group) -> Proposal:
-    """With what n-grams continue the rows' chains with, where they do."""
-    group.drafted[:] = [len(led) + len(tail) for led, tail in zip(chains, tails, strict=True)]
-    if not any(tails):
-        return lead
-    tree = Tree.of(chain(max(group.drafted)), len(chains), False, group.device)
-    chosen_BN = torch.arange(max(group.drafted), device=group.device) >= lead.drafted_B[:, None]
-    return replace(
-        lead,
-        tokens_BN=ragged([led + tail for led, tail in zip(chains, tails, strict=True)], group.device),
-        drafted_B=integers(group.drafted, group.device),
-        tree=replace(tree, sources_BN=torch.where(chosen_BN, CHOSEN, tree.sources_BN)),
-    )
+def _ahead(one: Chain, masks: int, mask_id: int) -> list[int]:
+    """What the model is fed behind the chain: guesses of its own tokens, or masks that stand for them."""
+    return [mask_id] * min(masks, one.lead - 1, one.most - len(one.tokens) - 1) if masks else one.ahead()
 
 
-def _draw(logits_1MV: Tensor, sampling: Sampling, uniform_1M: Tensor) -> tuple[list[int], Tensor]:
-    """A token from each position, as if the ones before were the right ones."""
+def _stacked(parts: Sequence[list[Tensor]], most: int) -> Tensor:
+    """Rows of [M, V] pieces as one padded [B, Q, V]."""
+    rows = [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in parts if pieces]
+    if len(rows) == len(parts) == 1:
+        return rows[0][None]
+    found_BQV = rows[0].new_zeros((len(parts), most, rows[0].shape[-1]))
+    whole = iter(rows)
+    for b, pieces in enumerate(parts):
+        if pieces:
+            row_QV = next(whole)
+            found_BQV[b, : len(row_QV)] = row_QV
+    return found_BQV
+
+
+def _draw(logits_1MV: Tensor, sampling: Sampling, uniform_1M: Tensor) -> tuple[list[int], list[float], Tensor]:
+    """A token from each position, as if the ones before were the right ones; how likely each was, and all others."""
     if sampling.all_greedy:
-        drawn: list[int] = most_likely(logits_1MV)[0].tolist()
-        return drawn, logits_1MV
-    probs_1MV = probabilities(logits_1MV, sampling)
-    drawn = sample(probs_1MV, uniform_1M)[0].tolist()
-    return drawn, probs_1MV
+        probs_1MV, drawn_1M = logits_1MV.softmax(-1), most_likely(logits_1MV)
+    else:
+        probs_1MV = probabilities(logits_1MV, sampling)
+        drawn_1M = sample(probs_1MV, uniform_1M)
+    chances = probs_1MV.gather(-1, drawn_1M[..., None]).flatten().tolist()
+    return drawn_1M[0].tolist(), chances, probs_1MV
 
 
 def _agreement(drawn: Sequence[int], guesses: Sequence[int]) -> int:

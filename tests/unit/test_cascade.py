@@ -1,30 +1,52 @@
-"""Chains in fewer forwards: n-grams guess, and what is drafted is what an ordinary chain would have been."""
+"""Chains of n-grams and a model: exact wherever they stop, and in fewer forwards what an ordinary chain would be."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from decoder.drafters import cascade, model
+from decoder.drafters import Group, cascade, chains, model
+from decoder.drafters.chains import DRAWN, Chain
+from decoder.prices import FREE, Price
+from decoder.proposal import CHOSEN, Proposal, Tree
 from decoder.ragged import integers, ragged
 from decoder.sampling import Sampling
 from decoder.shapes import chain
-from decoder.suffixes import Suffixes
+from decoder.suffixes import Guess, Recent
+from decoder.verify import judge
+from lab import enumeration
+from lab.enumeration import DRAFT, TARGET, Case, distance, of_all, told
 from tests.tabular import TableModel
+from tests.unit.test_exactness import LIMIT, SETTINGS, either
 
 V = 4
 CONTEXTS = [[1, 2, 3], [0, 1], [2, 2, 2, 2]]
 CACHED, DRAFTED = [1, 1, 0], [4, 2, 3]
+SEEN = False, 1, 0  # evidence
+Guesses = Callable[[list[int]], Guess | None]
+
+
+def made(context: list[int], held: int, most: int, guess: Guesses, **more: Any) -> Chain:
+    """One that is the model's alone, unless said otherwise."""
+    given_ = {"lead": most, "acceptance": 1.0, "price": FREE, "recent": Recent(), "greedy": False, **more}
+    return Chain(context, held, most, guess=guess, **given_)
+
+
+# ── what the model drafts ──
 
 
 @pytest.mark.parametrize("temperatures", [[0.0] * 3, [1.0] * 3, [0.0, 0.7, 1.3]], ids=["greedy", "sampled", "both"])
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
 @settings(max_examples=40, deadline=None)
-def test_a_cascade_drafts_what_the_chain_drafts(temperatures: list[float], seed: int, guessed: int) -> None:
-    """Whatever is guessed: the same tokens from the same distributions, and the cache holds the chain."""
+def test_guesses_do_not_change_what_the_model_drafts(temperatures: list[float], seed: int, guessed: int) -> None:
+    """Where n-grams are not sure of them: the chain's tokens from its distributions, and the cache holds it."""
     rng = np.random.default_rng(guessed)
     uniform_BN = torch.from_numpy(np.random.default_rng(seed).random((3, 4)))
     sampling = Sampling.of(temperatures, [0, 3, 0], [1.0, 1.0, 0.8], V)
@@ -35,21 +57,22 @@ def test_a_cascade_drafts_what_the_chain_drafts(temperatures: list[float], seed:
     shaped = drafted_B, chain(4), sampling, uniform_BN
     expected = model.propose(primed(), rows, unseen_BT, unseen_B, starts_B, longest, *shaped)
 
-    def guess(row: int, drafted: list[int], count: int) -> list[int]:
-        return rng.integers(0, V, rng.integers(0, count + 1)).tolist()  # type: ignore[no-any-return]
+    def guess(drafted: list[int]) -> Guess | None:
+        return Guess(int(rng.integers(V)), SEEN, 0.9) if rng.random() < 0.7 else None
 
     table = primed()
-    found, chains, held = cascade.propose(table, rows, CONTEXTS, CACHED, DRAFTED, sampling, uniform_BN, guess)
-    for b, count in enumerate(DRAFTED):
-        assert found.tokens_BN[b, :count].tolist() == expected.tokens_BN[b, :count].tolist() == chains[b]
+    rows_of = [made(*asked, guess) for asked in zip(CONTEXTS, CACHED, DRAFTED, strict=True)]
+    logits_BQV, probs_BQV, _ = cascade.propose(table, rows, rows_of, sampling, uniform_BN)
+    for b, (one, count) in enumerate(zip(rows_of, DRAFTED, strict=True)):
+        assert one.tokens == expected.tokens_BN[b, :count].tolist()
         for ours, theirs in (
-            (found.probs_BQV, expected.probs_BQV),
-            (torch.cat(found.logits_BQV, 1), torch.cat(expected.logits_BQV, 1)),
+            (probs_BQV, expected.probs_BQV),
+            (torch.cat(logits_BQV, 1), torch.cat(expected.logits_BQV, 1)),
         ):
             assert torch.equal(ours[b, :count], theirs[b, :count])
-        whole = [*CONTEXTS[b], *found.tokens_BN[b, :count].tolist()]
-        assert len(CONTEXTS[b]) <= held[b] < len(whole)
-        assert table.context(b)[: held[b]] == whole[: held[b]]
+        whole = [*CONTEXTS[b], *one.tokens]
+        assert len(CONTEXTS[b]) <= one.held <= len(whole)
+        assert table.context(b)[: one.held] == whole[: one.held]
 
 
 def primed() -> TableModel:
@@ -61,47 +84,133 @@ def primed() -> TableModel:
 
 
 def test_right_guesses_save_forwards() -> None:
-    """All tokens of a chain from one forward, where the guess is what is drawn."""
-    calls = []
+    """All tokens of a chain from one forward, where the guesses are what is drawn; from none, where they are sure."""
+    greedy, uniform_BN = Sampling.of([0.0], [0], [1.0], V), torch.zeros(1, 4, dtype=torch.float64)
 
-    class Counted(TableModel):
-        def forward(self, *args: object) -> torch.Tensor:  # type: ignore[override]
-            calls.append(args)
-            return super().forward(*args)  # type: ignore[arg-type]
+    def drafted(guess: Guesses, **more: Any) -> tuple[list[int], int]:
+        one = made([1, 2], 0, 4, guess, **more)
+        return one.tokens, cascade.propose(TableModel(V, 3), [0], [one], greedy, uniform_BN)[2]
 
-    greedy = Sampling.of([0.0], [0], [1.0], V)
-    uniform_BN = torch.zeros(1, 4, dtype=torch.float64)
-    alone, _, _ = cascade.propose(Counted(V, 3), [0], [[1, 2]], [0], [4], greedy, uniform_BN, lambda *_: [])
-    assert len(calls) == 4
-    right = alone.tokens_BN[0].tolist()
-    found, _, _ = cascade.propose(
-        Counted(V, 3), [0], [[1, 2]], [0], [4], greedy, uniform_BN, lambda _, done, count: right[len(done) :][:count]
-    )
-    assert (len(calls), found.tokens_BN[0].tolist()) == (5, right)
+    right, forwards = drafted(lambda _: None)
+    assert forwards == 4
+
+    def guess(drafted: list[int]) -> Guess:
+        return Guess(right[len(drafted)], SEEN, 0.9)
+
+    assert drafted(guess) == (right, 1)
+    assert drafted(guess, acceptance=0.9) == (right, 0)
 
 
-@given(st.lists(st.integers(0, 2), min_size=1, max_size=30), st.lists(st.integers(0, 2), max_size=4), st.integers(1, 6))
-def test_suffixes_continue_what_stood_there_last(text: list[int], drafted: list[int], count: int) -> None:
-    """The longest suffix of up to four tokens that occurred in the text before, where it did last: against a search."""
-    found = Suffixes().continuation(text, drafted, count)
-    whole = [*text, *drafted]
-    for length in range(min(4, len(whole) - 1), 0, -1):
-        places = [at for at in range(length, len(text)) if text[at - length : at] == whole[-length:]]
-        if places:
-            assert found == rounds(whole, places[-1], count)
-            return
-    assert found == []
+# ── where it stops ──
 
 
-def rounds(text: Sequence[int], at: int, count: int) -> list[int]:
-    """What stands there, and where the text ends, again from there."""
-    following = list(text[at:])
-    return (following * (count + 1))[:count]
+class Draft(TableModel):
+    def logits(self, context: Sequence[int]) -> np.ndarray:
+        return enumeration.logits(DRAFT, list(context[1:]), self._dtype).double().numpy()  # type: ignore[no-any-return]
 
 
-def test_suffixes_grow_with_their_text() -> None:
-    """Read piece by piece they say what they say of the whole."""
-    rng, grown = np.random.default_rng(1), Suffixes()
-    text = rng.integers(0, 3, 60).tolist()
-    for end in range(1, len(text) + 1, 3):
-        assert grown.continuation(text[:end], [], 5) == Suffixes().continuation(text[:end], [], 5)
+def guess(drafted: list[int]) -> Guess | None:
+    """Sure of some, less so of others."""
+    kept = (0.4, 0.95, 0.0)[(sum(drafted) + len(drafted)) % 3]
+    return Guess((2 * sum(drafted) + 1) % 3, SEEN, kept) if kept else None
+
+
+def recent() -> Recent:
+    """What seemed likely to the model was kept, and nothing else."""
+    found = Recent()
+    for share in range(9):
+        for _ in range(50):
+            found.seen((False, DRAWN, share), share >= 4)
+    return found
+
+
+def step(uniforms: list[float], setting: enumeration.Setting, dtype: torch.dtype, masks: int) -> Proposal | None:
+    one = made([0], 0, 3, guess, lead=3, acceptance=0.6, price=Price(0.15, 0.1), recent=recent())
+    uniform_BN = torch.tensor([[*uniforms, 0.5, 0.5, 0.5][:3]], dtype=torch.float64)
+    sampling, draft = of_all(setting, 1), Draft(3, 0, 1, dtype=dtype)
+    logits_BQV, probs_BQV, _ = cascade.propose(draft, slice(0, 1), [one], sampling, uniform_BN, masks)
+    rows: Any = [SimpleNamespace(tokens=[0])]
+    nothing: Any = None
+    group = Group(nothing, nothing, slice(0, 1), rows, [3], sampling, uniform_BN, 3, "cpu", one.price)
+    return chains.finished([one], logits_BQV, probs_BQV, group)
+
+
+def outcomes(setting: enumeration.Setting, dtype: torch.dtype, masks: int = 0) -> Case:
+    """Everything that a step may draft, and how probable it is."""
+    pending: list[tuple[list[float], float]] = [([], 1.0)]
+    ends: list[tuple[list[int], list[int], Tensor, float]] = []
+    while pending:
+        uniforms, probability = pending.pop()
+        found, n = step(uniforms, setting, dtype, masks), len(uniforms)
+        count = 0 if found is None else int(found.drafted_B[0])
+        if found is None or n >= count:
+            empty_QV = torch.zeros((0, 3), dtype=dtype)
+            tokens = [] if found is None else found.tokens_BN[0, :count].tolist()
+            sources = [] if found is None else _sources(found)[:count]
+            ends.append((tokens, sources, empty_QV if found is None else found.probs_BQV[0], probability))
+        elif (source := _sources(found)[n]) == CHOSEN:
+            pending.append(([*uniforms, 0.5], probability))
+        else:
+            q = found.probs_BQV[0, source].double()
+            for token in range(3):
+                if q[token] > 0:
+                    middle = float(q[:token].sum() + q[token] / 2) / float(q.sum())
+                    pending.append(([*uniforms, middle], probability * float(q[token] / q.sum())))
+    return _case(ends, setting, dtype)
+
+
+def _sources(found: Proposal) -> list[int]:
+    return list(range(found.candidates)) if found.tree is None else found.tree.sources_BN[0].tolist()
+
+
+def _case(ends: Sequence[tuple[list[int], list[int], Tensor, float]], setting: Any, dtype: torch.dtype) -> Case:
+    rows = [tuple([*tokens, 0, 0, 0][:3]) for tokens, _, _, _ in ends]
+    q_BQV = torch.zeros((len(ends), 3, 3), dtype=dtype)
+    for b, (_, _, q_QV, _) in enumerate(ends):
+        q_BQV[b, : len(q_QV)] = q_QV
+    tree = Tree.of(chain(3), len(ends), False, "cpu")
+    tree = replace(tree, sources_BN=torch.tensor([[*sources, 0, 0, 0][:3] for _, sources, _, _ in ends]))
+    drafted_B = torch.tensor([len(tokens) for tokens, _, _, _ in ends])
+    proposal = Proposal(torch.tensor(rows), q_BQV, [], drafted_B, tree)
+    probability_B = torch.tensor([probability for _, _, _, probability in ends], dtype=torch.float64)
+    return Case((0, 1, 2), rows, setting, told(TARGET, (0, 1, 2), rows, dtype), proposal, probability_B)
+
+
+@either
+@pytest.mark.parametrize("masks", [0, 2])
+@pytest.mark.parametrize("setting", ["plain", "all three"])
+def test_what_is_emitted_is_the_targets(setting: str, masks: int, dtype: torch.dtype) -> None:
+    """By enumeration of all draws and decisions. Chains of all lengths come up, of drawn and of chosen tokens."""
+    case = outcomes(SETTINGS[setting], dtype, masks)
+    assert case.probability_B.sum().item() == pytest.approx(1)
+    assert len({*case.proposal.drafted_B.tolist()}) > 1
+    assert len({*case.proposal.tree.sources_BN.flatten().tolist()}) > 2
+    assert distance(judge, case) <= LIMIT
+
+
+@either
+def test_to_stop_by_what_was_drawn_last_would_not_be_exact(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drawn token that is left out since it seems unlikely to be kept."""
+    added = Chain._add
+
+    def mutant(self: Chain, token: int, source: int, evidence: Any, expected: float, kept: float) -> None:
+        added(self, token, source, evidence, kept, kept)
+
+    monkeypatch.setattr(Chain, "_add", mutant)
+    assert distance(judge, outcomes(SETTINGS["plain"], dtype)) > 1e-3
+
+
+def test_a_candidate_has_to_be_worth_its_place_in_all_rows() -> None:
+    """What one row is sure of, others pay for; a request that says how much to draft has it."""
+    price = Price(0.3, 0.0)
+    rows = [
+        made([0], 0, 6, lambda drafted, kept=kept: Guess(1, SEEN, kept), lead=0, price=price) for kept in (0.9, 0.4)
+    ]
+    for one in rows:
+        one.choose(sure=False)
+    assert [len(one.tokens) for one in rows] == [6, 1]
+    assert chains.worthwhile(rows[:1], price) == 6
+    assert chains.worthwhile(rows, price) == 4  # 0.9^4 is more than twice 0.3, and 0.9^5 is not
+    rows[1].price = FREE
+    rows[1].choose(sure=False)
+    assert chains.worthwhile(rows, price) == 6

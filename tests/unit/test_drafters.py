@@ -23,7 +23,12 @@ WISHES: dict[str, dict[str, Any]] = {
     "tree with replacement": {"drafter": "tree", "gamma": None, "widths": (2, 2), "replacement": True},
     "n-grams": {"drafter": "ngrams", "gamma": 5},
     "cascade": {"drafter": "cascade", "gamma": 5},
+    "cascade as is best": {"drafter": "cascade", "gamma": None},
+    "cascade with masks": {"drafter": "parallel_cascade", "gamma": 5},
     "graph": {"drafter": "graph", "gamma": 9},
+    "parallel": {"drafter": "parallel", "gamma": 3},
+    "exits": {"drafter": "exits", "gamma": 4},
+    "the engine's choice": {"drafter": "auto", "gamma": 4},
 }
 wishes = pytest.mark.parametrize("wish", WISHES.values(), ids=WISHES.keys())
 
@@ -68,10 +73,12 @@ def test_greedy_alone_is_the_target_alone(pair: TinyPair, tiny: Bench, wish: dic
 def test_an_answer_does_not_depend_on_who_shares_the_batch(tiny: Bench) -> None:
     """Sampled: same seed, same tokens, alone and among rows that draft otherwise.
 
-    But for trees whose shape follows what acceptance has been: there a seed is not all that decides.
+    But where more than a seed decides: for trees whose shape follows what acceptance has been, for n-grams, which know
+    what others were answered, and for the engine's choice.
     """
     queries = [replace(one, seed=i) for i, one in enumerate(mixed(temperature=0.8, top_p=0.9, top_k=40))]
-    fixed = [i for i, one in enumerate(queries) if one.drafter != "tree" or one.widths][::4]
+    seeded = ("chain", "graph", "parallel", "exits")
+    fixed = [i for i, one in enumerate(queries) if one.drafter in seeded or one.widths][::4]
     alone = [tiny.run(queries[i])[0].ids for i in fixed]
     together = tiny.run(*queries)
     assert [together[i].ids for i in fixed] == alone
@@ -138,11 +145,14 @@ def test_signals_are_those_of_the_chain_that_was_walked(pair: TinyPair, tiny: Be
         for j in range(count + 1):
             at = verified + j
             assert signal.top_logp[at] == pytest.approx(target_logp[j].topk(16).values.numpy(), abs=0.02)
-            if j < count and wish.get("drafter") != "ngrams":
+            drawn = j < count and signal.draft_logp[drafted + j] < 0
+            if drawn and (
+                j == 0 or wish.get("drafter") not in ("parallel", "parallel_cascade", "exits")
+            ):  # there others are drawn from
                 own = draft_logp[j][torch.from_numpy(signal.top_ids[at].astype(np.int64))]
                 assert signal.draft_top_logp[drafted + j] == pytest.approx(own.numpy(), abs=0.05)
         drafted, verified = drafted + count, verified + count + 1
-    assert (found.stats.acceptance_rate is None) == (wish.get("drafter") == "ngrams")
+    assert (found.stats.acceptance_rate is None) == (wish.get("drafter") == "ngrams")  # γ is fixed: all others draft
 
 
 def test_ngrams_draft_without_a_draft(pair: TinyPair, tiny: Bench) -> None:

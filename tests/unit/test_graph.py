@@ -79,7 +79,7 @@ def cases(proposal: Proposal, probability_B: Tensor) -> list[Case]:
         rows = [tuple(tokens) for tokens in proposal.tokens_BN[members, :N].tolist()]
         own = Tree(
             tree.parents_BN[members, :N], tree.sources_BN[members, :N], tree.distinct_B[members],
-            tree.visible_BTT[members, : N + 1, : N + 1], tree.depth, True,
+            tree.visible_BTT[members, : N + 1, : N + 1], tree.depth, True, [False] * len(members),
         )  # fmt: skip
         part = Proposal(
             proposal.tokens_BN[members, :N], proposal.probs_BQV[members], [], proposal.drafted_B[members], own

@@ -1,0 +1,63 @@
+"""The engine's own choice of a drafter: it finds what is fastest, stays there, and notices when that changes.
+
+In simulated seconds: a step of each way emits tokens at random and takes a time at random.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from decoder.bandit import FLOOR, STRETCH, Arm, Bandit, Choice
+
+
+def play(bandit: Bandit, means: Sequence[float], steps: int, rng: np.random.Generator) -> float:
+    """Tokens per second, where way i emits `means[i]` tokens in about a second."""
+    tokens = seconds = 0.0
+    for _ in range(steps):
+        mean = means[int(bandit.choose())]
+        emitted, taken = 1 + int(rng.binomial(8, (mean - 1) / 8)), float(rng.uniform(0.8, 1.2))
+        bandit.stepped(emitted, taken)
+        tokens, seconds = tokens + emitted, seconds + taken
+    return tokens / seconds
+
+
+def made(ways: int) -> Bandit:
+    return Bandit({str(i): Arm() for i in range(ways)})
+
+
+@pytest.mark.parametrize("means", [(2.0, 2.1, 1.8, 2.6), (2.0, 2.04, 1.96, 2.02), (3.0, 1.4, 1.4, 1.2)])
+def test_it_costs_hardly_more_than_knowing_what_is_best(means: tuple[float, ...]) -> None:
+    """After the first tries: 0.97 of the best, be the ways far apart or close together."""
+    rng, bandit = np.random.default_rng(0), made(len(means))
+    play(bandit, means, 10 * STRETCH * len(means), rng)
+    assert play(bandit, means, 5000, rng) > 0.97 * max(means)
+
+
+def test_it_follows_a_change() -> None:
+    """A way that becomes the best is found by the floor's share of tries, though it was the worst."""
+    rng, bandit = np.random.default_rng(1), made(3)
+    play(bandit, (2.5, 2.0, 1.5), 3000, rng)
+    play(bandit, (2.0, 1.8, 3.5), 6000, rng)
+    assert bandit.fastest == "2"
+
+
+def test_others_get_their_share_and_no_more() -> None:
+    """Of the time, once all have been tried."""
+    rng, bandit = np.random.default_rng(2), made(4)
+    play(bandit, (3.0, 1.5, 1.5, 1.5), 4 * STRETCH, rng)
+    other = 0
+    for _ in range(10_000):
+        other += bandit.choose() != "0"
+        play(bandit, (3.0, 1.5, 1.5, 1.5), 1, rng)
+    assert 0.5 * FLOOR < other / 10_000 < 2 * FLOOR
+
+
+def test_situations_are_told_apart() -> None:
+    """What is best for one row need not be for eight."""
+    choice = Choice(("slow", "fast"))
+    for _ in range(40 * STRETCH):
+        for situation, good in (("alone", "fast"), ("together", "slow")):
+            choice.stepped(3 if choice.choose(situation) == good else 1, 1.0)
+    played = {situation: [choice.choose(situation) for _ in range(2)][-1] for situation in ("alone", "together")}
+    assert played == {"alone": "fast", "together": "slow"}

@@ -1,0 +1,80 @@
+"""What n-grams guess: against a search through the texts, and against what became of guesses."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from decoder import suffixes
+from decoder.suffixes import LONGEST, Followers, Recent, Suffixes
+
+texts = st.lists(st.integers(0, 2), min_size=1, max_size=30)
+
+
+def following(texts: list[list[int]], suffix: list[int]) -> list[int]:
+    """What stands behind a suffix in some texts, in order."""
+    length = len(suffix)
+    return [text[at] for text in texts for at in range(length, len(text)) if text[at - length : at] == suffix]
+
+
+@given(texts, st.lists(st.integers(0, 2), max_size=4), st.lists(texts, max_size=4))
+def test_guesses_what_followed_the_longest_suffix_most_often(
+    text: list[int], drafted: list[int], others: list[list[int]]
+) -> None:
+    recent, whole = Recent(), [*text, *drafted]
+    for other in others:
+        recent.answered(other, 0)
+    guess = Suffixes(recent, greedy=False).guess(text, drafted)
+    for length in range(min(LONGEST, len(whole)), 0, -1):
+        if found := following([text], whole[-length:]) or following(others, whole[-length:]):
+            counts = Counter(found)
+            most = max(counts.values())
+            assert guess is not None
+            assert guess.token == next(token for token in reversed(found) if counts[token] == most)
+            assert guess.kept == pytest.approx(most / (len(found) + 1))  # nothing else is known yet
+            return
+    assert guess is None
+
+
+def test_grows_with_its_text() -> None:
+    """Read piece by piece it says what it says of the whole."""
+    rng, grown = np.random.default_rng(1), Suffixes(Recent(), greedy=True)
+    text = rng.integers(0, 3, 60).tolist()
+    for end in range(1, len(text) + 1, 3):
+        assert grown.guess(text[:end], []) == Suffixes(Recent(), greedy=True).guess(text[:end], [])
+
+
+@given(st.lists(texts, min_size=1, max_size=6))
+def test_what_is_removed_leaves_nothing(all_texts: list[list[int]]) -> None:
+    followers = Followers()
+    for text in all_texts:
+        followers.add(text, 1)
+    for text in all_texts:
+        followers.remove(text, 1)
+    assert not followers._after
+
+
+def test_a_route_forgets_its_oldest_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suffixes, "RECENT_TOKENS", 50)
+    recent = Recent()
+    for n in range(20):
+        recent.answered([1, 2, 3, 100 + n, *range(10, 20)], 3)
+    assert recent.followers.get((3, 119)) == {10: 1}
+    assert recent.followers.get((2, 3)) == {100 + n: 1 for n in range(17, 20)}, "prompts' ends lead to outputs"
+    assert recent.followers.get((1, 2)) is None, "prompts are nobody's output"
+
+
+def test_what_became_of_guesses_says_how_sure_the_next_ones_are() -> None:
+    """Apart for each kind of evidence; and what was long ago counts less."""
+    recent = Recent()
+    for _ in range(200):
+        recent.seen((True, 4, 6), True)
+        recent.seen((False, 4, 6), False)
+    assert recent.kept((True, 4, 6), 0.75) > 0.95
+    assert recent.kept((False, 4, 6), 0.75) < 0.05
+    assert recent.kept((True, 3, 6), 0.75) == 0.75
+    for _ in range(1500):
+        recent.seen((True, 4, 6), False)
+    assert recent.kept((True, 4, 6), 0.75) < 0.05
