@@ -6,13 +6,14 @@ forward; a target forward verifies the drafted tokens and the last one. Ratios a
 bootstrap intervals. `exact_tv` is the total variation between what a drafter's way of verifying emits and the target
 alone, by enumeration.
 
-A first draft that knows nothing of a stream shows little: give one that has learnt (`--draft`).
+A first draft that knows nothing of a stream shows little: give one that has learnt (`--draft`), and masks, too, for the
+drafters that need these. N-grams know what was answered before: `--answered` queries of every stream's other traffic.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,31 +24,42 @@ import torch
 from decoder.models import load_tokenizer
 from decoder.verify import judge
 from lab import rig
-from lab.enumeration import SHAPES, Case, distance
+from lab.enumeration import AHEAD, BEHIND, CHOSEN_WHOLE, SHAPES, WHOLE, Case, distance
 from lab.replay import SHARED
-from lab.replay.config import preset
-from lab.replay.streams import Asked, exam
+from lab.replay.config import Domain, preset
+from lab.replay.streams import Asked, Source, exam, prompts
 from lab.rig import Pair, Rig
 from lab.statistics import median_ratio, rounded
 from online.messages import DrafterName, Query
 
+AS_IS_FASTEST = -1  # instead of a number of tokens: the engine's choice, before every step
 CANDIDATES: dict[DrafterName, tuple[int, ...]] = {
-    "chain": (1, 2, 3, 4, 6, 8),
+    "chain": (1, 2, 3, 4, 6, AS_IS_FASTEST),
     "tree": (2, 3, 4, 6, 9, 14),
-    "ngrams": (2, 4, 6, 8, 12),
-    "cascade": (2, 4, 6, 8, 12),
+    "ngrams": (2, 4, 8, AS_IS_FASTEST),
+    "cascade": (4, 8, AS_IS_FASTEST),
     "graph": (2, 3, 4, 6, 9, 14),
+    "parallel": (2, 3, 4, 5),
+    "parallel_cascade": (4, 8, AS_IS_FASTEST),
+    "exits": (1, 2, 3, 4, 6),
+    "auto": (AS_IS_FASTEST,),
 }
 ENUMERATED: dict[DrafterName, tuple[tuple[str, str], ...]] = {  # shapes, and how their candidates are drawn
-    "chain": (("chain", "replaced"),),
+    "chain": (("chain", WHOLE),),
     "tree": (("two, then two", "distinct"), ("two, then two", "replaced"), ("three at the root", "distinct")),
-    "ngrams": (("chain", "chosen"),),
-    "cascade": (("chain", "replaced"),),
+    "ngrams": (("chain", CHOSEN_WHOLE),),
+    "cascade": (("chain", WHOLE), ("chain", AHEAD), ("chain", BEHIND)),
     "graph": (("two, then two", "distinct"),),
+    "parallel": (("chain", WHOLE),),
+    "parallel_cascade": (("chain", WHOLE), ("chain", AHEAD), ("chain", BEHIND)),
+    "exits": (("chain", WHOLE),),
+    "auto": (("chain", WHOLE), ("chain", CHOSEN_WHOLE), ("chain", AHEAD), ("chain", BEHIND)),
 }
 SETTINGS = ((1.0, 0, 1.0), (1.3, 3, 0.8), (0.0, 0, 1.0))  # temperature, top-k, top-p
 PLAIN = "plain"
 ROUNDS = 3
+BEFORE = 8  # sequences at once while a service's earlier traffic is answered
+LONGEST = 700  # tokens of a prompt
 
 
 @dataclass
@@ -82,7 +94,7 @@ class Bench:
                 max_tokens=self._max_tokens,
                 temperature=one.temperature,
                 seed=one.seed,
-                gamma=gamma,
+                gamma=None if gamma == AS_IS_FASTEST else gamma,
                 store=False,
                 **kind,
             )
@@ -104,6 +116,15 @@ class Bench:
             self._forwards - forwards,
         )
 
+    def answer(self, prompts: Sequence[tuple[int, ...]], at_once: int) -> None:
+        """As a service has before: what is learnt from answers is there."""
+        told = {"route": rig.ROUTE, "max_tokens": self._max_tokens, "gamma": 0}
+        asked = enumerate(prompts)
+        self._rig.complete(
+            [Query(id=f"before-{i}", prompt_ids=ids, temperature=float(i % 2), seed=i, **told) for i, ids in asked],  # type: ignore[arg-type]
+            at_once,
+        )
+
     def best(self, drafter: DrafterName, rounds: Sequence[Sequence[Asked]], at_once: int) -> int:
         """How many tokens it should draft."""
         speeds = dict.fromkeys(CANDIDATES[drafter], 0.0)
@@ -122,13 +143,12 @@ class Bench:
 
 
 def compare(bench: Bench, asked: Sequence[Asked], at_once: int, args: argparse.Namespace) -> dict[str, Turns]:
-    deal = lambda count, turn: [asked[(turn * count + i) % len(asked)] for i in range(count)]
-    rounds = [deal(max(1, args.queries // 2), turn) for turn in range(ROUNDS)]
-    found = {PLAIN: Turns(0)} | {name: Turns(bench.best(name, rounds, at_once)) for name in CANDIDATES}
+    rounds = [rig.dealt(asked, max(1, args.queries // 2), turn) for turn in range(ROUNDS)]
+    found = {PLAIN: Turns(0)} | {name: Turns(bench.best(name, rounds, at_once)) for name in args.drafters}
     for turn in range(args.turns):
         names = list(found) if turn % 2 else list(found)[::-1]
         for name in names:
-            one, all_ = bench.run(name, found[name].gamma, deal(args.queries, turn), at_once), found[name]
+            one, all_ = bench.run(name, found[name].gamma, rig.dealt(asked, args.queries, turn), at_once), found[name]
             all_.speeds += one.speeds
             for count in ("tokens", "steps", "drafted", "computed", "forwards"):
                 setattr(all_, count, getattr(all_, count) + getattr(one, count))
@@ -153,8 +173,18 @@ def main() -> None:
     parser.add_argument("--target", default="", help="folder or hub id (default: beside the data, else the embedded)")
     parser.add_argument("--draft", default="", help="folder or hub id; one that has learnt shows most")
     parser.add_argument("--streams", nargs="+", help="of the data's domains (default: all)")
+    parser.add_argument(
+        "--drafters",
+        nargs="+",
+        choices=list(CANDIDATES),
+        default=list(CANDIDATES),
+        help="beside the chain (default: all)",
+    )
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 8], help="sequences (default: %(default)s)")
     parser.add_argument("--queries", type=int, default=16, help="of a turn (default: %(default)s)")
+    parser.add_argument(
+        "--answered", type=int, default=300, help="queries of every stream answered before (default: %(default)s)"
+    )
     parser.add_argument("--turns", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=96, help="of an answer (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
@@ -162,9 +192,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's)")
     args = parser.parse_args()
     started = time.monotonic()
+    args.drafters = [name for name in CANDIDATES if name == "chain" or name in args.drafters]
     figures = measure(args)
     figures["seconds"] = round(time.monotonic() - started)
-    print(json.dumps(rounded(figures)))
+    told = rounded(figures)
+    for name, streams in told["drafters"].items():
+        for stream, one in streams.items():  # four places would make nothing of it
+            one["exact_tv"] = float(f"{figures['drafters'][name][stream]['exact_tv']:.1e}")
+    print(json.dumps(told))
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -179,26 +214,35 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = load_tokenizer(rig.files_of(args))
     held_out = max(ROUNDS * args.queries // 2, args.turns * args.queries) // 2
     asked = {
-        name: _mixed(exam(name, domain.held_out, tokenizer, 700, held_out, 1))
+        name: _mixed(exam(name, domain.held_out, tokenizer, LONGEST, held_out, 1))
         for name, domain in domains.items()
         if not args.streams or name in args.streams
     }
-    prompts = [list(one.prompt_ids) for each in asked.values() for one in each]
-    pair = Pair(rig.files_of(args), prompts, args.dtype, args.device, args.threads or torch.get_num_threads())
-    exact = {name: exact_tv(name) for name in CANDIDATES}
-    found: dict[str, Any] = {name: {} for name in CANDIDATES}
+    known = [list(one.prompt_ids) for each in asked.values() for one in each]
+    pair = Pair(rig.files_of(args), known, args.dtype, args.device, args.threads or torch.get_num_threads())
+    exact = {name: exact_tv(name) for name in args.drafters}
+    found: dict[str, Any] = {name: {} for name in args.drafters}
     _head()
-    with rig.rig(pair, pair.files.draft, max(args.at_once), max_tokens=args.max_tokens, kept_contexts=0) as serving:
+    with rig.rig(
+        pair, pair.files.draft, max(BEFORE, *args.at_once), max_tokens=args.max_tokens, kept_contexts=0
+    ) as serving:
         bench = Bench(serving, args.max_tokens)
+        bench.answer(_traffic(domains, tokenizer, args.answered), BEFORE)
         for stream, queries in asked.items():
             for at_once in args.at_once:
                 turns = compare(bench, queries, at_once, args)
                 _table(stream, at_once, turns)
-                for name in CANDIDATES:
+                for name in args.drafters:
                     told = found[name].setdefault(stream, {"exact_tv": exact[name]})
                     suffix = "" if at_once == 1 else f"_{at_once}"
                     told |= {key + suffix: value for key, value in _told(turns, name).items()}
     return {"drafters": found}
+
+
+def _traffic(domains: Mapping[str, Domain], tokenizer: Any, count: int) -> list[tuple[int, ...]]:
+    """What these are asked, by turns; nothing of it is held out."""
+    sources = [Source(prompts(domain.traffic, held_out=False), tokenizer, LONGEST, 1) for domain in domains.values()]
+    return [source.take() for _ in range(count) for source in sources]
 
 
 def _mixed(asked: Sequence[Asked]) -> list[Asked]:
@@ -235,8 +279,9 @@ def _table(stream: str, at_once: int, turns: dict[str, Turns]) -> None:
     for name, one in turns.items():
         told = _told(turns, name)
         chain, plain = told["tokens_per_s_vs_chain"], told["tokens_per_s_vs_plain"]
+        drafts = "" if one.gamma == AS_IS_FASTEST else one.gamma
         print(
-            f"{stream:10} {at_once:7} {name:10} {one.gamma:6} {told['tau']:5.2f} {told['verified_per_token']:8.2f}"
+            f"{stream:10} {at_once:7} {name:10} {drafts:>6} {told['tau']:5.2f} {told['verified_per_token']:8.2f}"
             f" {told['draft_forwards_per_step']:8.2f} {np.median(one.speeds):9.1f}"
             f"   {chain[0]:.2f} ({chain[1]:.2f} to {chain[2]:.2f})     {plain[0]:.2f}",
             flush=True,

@@ -11,7 +11,13 @@ from lab.replay.run import Event, Log
 from lab.statistics import Floats, paired_ratio
 
 RECOVERED = 0.9  # share of a domain's plateau at which a shift counts as recovered
-WALLS = {"live_frozen": "wall_ratio", "live_plain": "wall_over_plain", "frozen_plain": "frozen_over_plain"}
+WALLS = {
+    "live_frozen": "wall_ratio",
+    "live_plain": "wall_over_plain",
+    "frozen_plain": "frozen_over_plain",
+    "chosen_live": "chosen_over_chain",
+    "chosen_plain": "chosen_over_plain",
+}
 Logs = Mapping[int, Log]  # by seed
 
 
@@ -47,6 +53,8 @@ def _domain(config: Replay, domain: str, end: int, logs: Logs) -> dict[str, Any]
     for at_once in [key for key in walls[0] if key.isdigit()] if walls else ():
         suffix = "" if at_once == "1" else f"_{at_once}"
         for pair, name in WALLS.items():
+            if pair not in walls[0][at_once]["ratios"]:
+                continue  # timed by an earlier release
             each = np.array([wall[at_once]["ratios"][pair] for wall in walls])
             figures[f"{name}{suffix}"], figures[f"{name}{suffix}_low"] = np.median(each[:, :2], axis=0).tolist()
         figures[f"gamma{suffix}"] = walls[0][at_once]["gamma"]

@@ -29,6 +29,7 @@ COLUMNS = (
     ("acceptance", 16, "{}"),
     ("wall, 1", 9, "{}"),
     ("wall, n", 9, "{}"),
+    ("auto, 1", 9, "{}"),  # the engine's choice of a drafter over the best chain
     ("recovers in", 12, "{}"),
     ("forgets", 8, "{}"),
 )
@@ -68,6 +69,7 @@ def rows(domains: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
             f"{f['acceptance_before']:.3f} → {f['acceptance_after']:.3f}",
             f"{f['wall_ratio']:.2f}" if "wall_ratio" in f else "-",
             f"{f[walls[0]]:.2f}" if walls else "-",
+            f"{f['chosen_over_chain']:.2f}" if "chosen_over_chain" in f else "-",
             _recovery(f["queries_to_recover"], f["seeds_not_recovered"]),
             "-" if f["forgetting"] is None else f"{f['forgetting']:.1%}",
         )

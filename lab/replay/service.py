@@ -25,7 +25,7 @@ from online.buffer import LATEST
 from online.clusters import Clusters
 from online.cycles import UNFINISHED
 from online.embedded import start_server
-from online.messages import Query
+from online.messages import DrafterName, Query
 from online.registry import Registry
 from online.settings import Settings
 from online.signals import Signal, decode
@@ -72,7 +72,14 @@ class Service:
         return self.shop.artifacts.path(self.registry.versions(LIVE)[-1].sha256)
 
     def answer(
-        self, asked: Sequence[Asked], *, route: str = LIVE, gamma: int | None, store: bool, at_once: int = 0
+        self,
+        asked: Sequence[Asked],
+        *,
+        route: str = LIVE,
+        gamma: int | None,
+        store: bool,
+        at_once: int = 0,
+        drafter: DrafterName = "chain",
     ) -> list[rig.Answer]:
         """Answers in order. γ None: the engine's own choice."""
         queries = [
@@ -84,6 +91,7 @@ class Service:
                 temperature=one.temperature,
                 seed=one.seed,
                 gamma=gamma,
+                drafter=drafter,
                 store=store,
             )
             for one in asked

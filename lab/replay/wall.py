@@ -1,6 +1,7 @@
-"""Tokens per second on held-out queries: no speculation, the first draft, the live one, each at its own best γ.
+"""Tokens per second on held-out queries: no speculation, the first draft, the live one, each at its own best γ, and the
+live one where the engine chooses what drafts.
 
-All three run in one engine and by turns. Before, short rounds find each draft's best γ, 0 included.
+All run in one engine and by turns. Before, short rounds find each draft's best γ, 0 included.
 """
 
 import time
@@ -14,12 +15,14 @@ from lab.replay.service import FROZEN, LIVE, Service
 from lab.replay.streams import Asked
 from lab.rig import dealt
 from lab.statistics import median_ratio
+from online.messages import DrafterName
 
 GAMMAS = (0, 1, 2, 3, 4, 6, 8)
 # Over all γ, each with other queries: one alone took γ = 1 for a draft that was fastest without, and eight of the same
 # short answers, again and again, no speculation where a draft kept half of its tokens.
 ROUNDS = 3
-ROUTES = {"plain": LIVE, "frozen": FROZEN, "live": LIVE}
+ROUTES = {"plain": LIVE, "frozen": FROZEN, "live": LIVE, "chosen": LIVE}
+PAIRS = (("live", "frozen"), ("live", "plain"), ("frozen", "plain"), ("chosen", "live"), ("chosen", "plain"))
 
 
 def compare_speeds(service: Service, asked: Sequence[Asked], config: Replay) -> dict[str, Any]:
@@ -28,23 +31,21 @@ def compare_speeds(service: Service, asked: Sequence[Asked], config: Replay) -> 
     # Sampled and greedy ones alike in every turn.
     mixed = [one for pair in zip(asked[: len(asked) // 2], asked[len(asked) // 2 :], strict=True) for one in pair]
     for at_once in sorted({1, config.at_once}):
-        drafted = {name: route for name, route in ROUTES.items() if name != "plain"}
         share = max(1, config.wall_queries // 2)
         tried = [dealt(mixed, share, turn) for turn in range(ROUNDS)]
-        best = {"plain": 0} | {name: _best_gamma(service, route, tried, at_once) for name, route in drafted.items()}
+        best: dict[str, int | None] = {"plain": 0, "chosen": None}
+        best |= {name: _best_gamma(service, ROUTES[name], tried, at_once) for name in ("frozen", "live")}
         speeds: dict[str, list[float]] = {name: [] for name in ROUTES}
         for turn in range(config.wall_turns):
             queries = dealt(mixed, config.wall_queries, turn)
             order = list(ROUTES) if turn % 2 else list(ROUTES)[::-1]
             for name in order:
-                speeds[name].append(_speed(service, ROUTES[name], queries, best[name], at_once))
+                drafter: DrafterName = "auto" if name == "chosen" else "chain"
+                speeds[name].append(_speed(service, ROUTES[name], queries, best[name], at_once, drafter))
         found[str(at_once)] = {
             "gamma": best,
             "tokens_per_s": {name: round(float(np.median(each)), 1) for name, each in speeds.items()},
-            "ratios": {
-                f"{a}_{b}": _ratio(speeds[a], speeds[b])
-                for a, b in (("live", "frozen"), ("live", "plain"), ("frozen", "plain"))
-            },
+            "ratios": {f"{a}_{b}": _ratio(speeds[a], speeds[b]) for a, b in PAIRS},
         }
     return found
 
@@ -57,9 +58,16 @@ def _best_gamma(service: Service, route: str, rounds: Sequence[Sequence[Asked]],
     return max(speeds, key=lambda gamma: speeds[gamma])
 
 
-def _speed(service: Service, route: str, asked: Sequence[Asked], gamma: int, at_once: int) -> float:
+def _speed(
+    service: Service,
+    route: str,
+    asked: Sequence[Asked],
+    gamma: int | None,
+    at_once: int,
+    drafter: DrafterName = "chain",
+) -> float:
     started = time.perf_counter()
-    answers = service.answer(asked, route=route, gamma=gamma, store=False, at_once=at_once)
+    answers = service.answer(asked, route=route, gamma=gamma, drafter=drafter, store=False, at_once=at_once)
     return sum(len(answer.ids) for answer in answers) / (time.perf_counter() - started)
 
 
