@@ -33,6 +33,7 @@ def by_route(pair: TinyPair, redis_urls: dict[str, str], tmp_path_factory: pytes
         ({"drafter": "graph", "gamma": 20}, 20),
         ({"drafter": "ngrams", "gamma": 5}, 5),
         ({"drafter": "cascade", "gamma": 3}, 3),
+        ({"drafter": "parallel_cascade", "gamma": 5}, 5),
     ],
 )
 def test_a_request_chooses_its_drafter(shared: Served, speculation: dict[str, Any], most: int) -> None:
