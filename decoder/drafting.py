@@ -88,10 +88,10 @@ class Drafting:
     def work(self) -> tuple[int, int] | None:
         """The most candidates of a row in this step, and the draft's forwards for them; None: that is not known."""
         groups = [group for _, group in self._groups]
-        if not all(group.scheme.drafter in ("chain", "cascade", "parallel_cascade", "ngrams") for group in groups):
+        forwards = [group.forwards for group in groups if group.forwards is not None]
+        if not groups or len(forwards) < len(groups):
             return None
-        forwards = [max(group.drafted) if group.scheme.drafter == "chain" else group.forwards for group in groups]
-        return max((max(group.drafted) for group in groups), default=0), sum(forwards)
+        return max(max(group.drafted) for group in groups), sum(forwards)
 
     def copy(self, row: Row, source: int, destination: int) -> None:
         """What the row's draft has encoded of its context goes to another slot."""

@@ -1,9 +1,8 @@
 """What a step takes longer for what it drafts: learnt from steps as they come.
 
 A step that drafts takes about 1 + s + a · (candidates of the longest row) + b · (forwards of the draft model) plain
-steps. These are fitted by least squares over recent steps, by how many rows they had. Chains of a model only show
-a + b, since every candidate of theirs is a forward; until something else is drafted, first assumptions tell the two
-apart.
+steps. These are fitted by least squares over recent steps, by how many rows they had. Where every candidate has been a
+forward, only a + b shows, and first assumptions tell the two apart.
 """
 
 from dataclasses import dataclass, field
@@ -35,16 +34,20 @@ class _Fit:
 
     squares: NDArray[np.float64] = field(default_factory=lambda: PRIOR_STEPS * np.eye(3))
     sums: NDArray[np.float64] = field(default_factory=lambda: PRIOR_STEPS * FIRST)
+    price: Price | None = None  # the solution, until a step is added: it is asked for before every step
 
     def add(self, candidates: int, forwards: int, longer: float) -> None:
         keep, work = 1 - 1 / MEMORY, np.array([1.0, candidates, forwards])
         prior = (1 - keep) * PRIOR_STEPS  # what fades of it comes back
         self.squares = self.squares * keep + np.outer(work, work) + prior * np.eye(3)
         self.sums = self.sums * keep + longer * work + prior * FIRST
+        self.price = None
 
     def solved(self) -> Price:
-        _, candidate, forward = np.linalg.solve(self.squares, self.sums).tolist()
-        return Price(max(LEAST, candidate), max(LEAST, forward))
+        if self.price is None:
+            _, candidate, forward = np.linalg.solve(self.squares, self.sums).tolist()
+            self.price = Price(max(LEAST, candidate), max(LEAST, forward))
+        return self.price
 
 
 @dataclass

@@ -12,7 +12,7 @@ from operator import itemgetter
 from typing import NamedTuple
 
 LONGEST = 4  # tokens of a suffix that are looked up
-RECENT_TOKENS = 100_000  # of outputs that a route remembers: some forty megabytes
+RECENT_TOKENS = 100_000  # of outputs that a route remembers: 26 MB
 SHARES = 8  # of what has followed a suffix: so many are told apart
 PRIOR_GUESSES = 8.0  # after which what was counted says as much as a guess's share
 GUESSES = 500.0  # that a count remembers

@@ -36,7 +36,7 @@ class Group:
     vocab_size: int
     device: torch.device | str
     price: Price = FREE
-    forwards: int = 0  # of the draft model; a drafter that counts them says so here
+    forwards: int | None = None  # of the draft model, where the drafter counts them: prices are learnt from it
     # By row: of candidates whose keys the draft's slot holds, the cell behind the context.
     cells: list[dict[int, int]] = field(default_factory=list)
     evidence: list[list[Evidence]] = field(default_factory=list)  # by row and candidate: what spoke for it

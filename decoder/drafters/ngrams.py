@@ -29,6 +29,7 @@ class NgramDrafter:
         chains = [Chain.of(row, count, 0, group.price) for row, count in zip(group.rows, group.drafted, strict=True)]
         for one in chains:
             one.choose(sure=False)
+        group.forwards = 0
         return finished(chains, [], torch.zeros((len(chains), 0, group.vocab_size), device=group.device), group)
 
     def settle(self, group: Group, kept: Sequence[Sequence[int]]) -> None:
