@@ -32,7 +32,7 @@ class Signal:
     temperature: float
     top_p: float
     top_k: int
-    model: str  # fingerprint of the target that answered: signals of another target never train this draft
+    model: str  # fingerprint of the target that answered: when it no longer does, its signals train no draft
     prompt_ids: Ints  # [P]
     output_ids: Ints  # [N]
     step_start: Ints  # [S] index into output_ids of the first token that the step could emit

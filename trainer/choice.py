@@ -1,4 +1,4 @@
-"""Which recipe suits a route: a small search on the route's own signals, by successive halving.
+"""Which recipe suits a route: what is configured, and a small search on the route's own signals, by successive halving.
 
 DistillSpec (arXiv 2310.08461) finds that the best divergence and data depend on the task and on how it is decoded. So a
 cycle may try a few recipes on part of its lessons, judge them on the rest of its lessons (never on the gate's exam),
@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import nn
 
+from online.messages import MASKS, DrafterName
+from online.settings import Settings
 from online.signals import Signal
 from online.tables import Version
 from trainer.distill import Recipe, distill
@@ -40,6 +42,23 @@ class Tried:
     change: dict[str, Any]
     lessons: int
     tokens_per_step: float
+
+
+def configured(settings: Settings, route: str, seed: int) -> Recipe:
+    """The recipe by which a route's drafts learn: the usual one, what its way to draft needs, and what is set.
+
+    Raises:
+        ValueError: a field or a value that recipes can't have.
+    """
+    drafting = settings.drafting(route)
+    gamma = settings.gamma if drafting.gamma is None else drafting.gamma
+    needed: dict[DrafterName, dict[str, int]] = {
+        "parallel": {"masks": max(0, gamma - 1)},
+        "parallel_cascade": {"masks": MASKS},
+        "auto": {"masks": MASKS},
+        "exits": {"exit_weight": 1},
+    }
+    return Recipe.of({**needed.get(drafting.drafter or "chain", {}), **settings.recipe, "seed": seed})
 
 
 def choose(

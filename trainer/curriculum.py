@@ -51,13 +51,16 @@ class Curriculum:
 def curriculum(
     window: Sequence[Signal], older: Sequence[Signal], bounds: Bounds, recent: Collection[str] = ()
 ) -> Curriculum:
-    """`window` is oldest first, as it was claimed; `older` a sample in no order. Only the newest target's are used.
+    """`window` is oldest first, as it was claimed; `older` a sample in no order.
+
+    Only those of targets that answer now are used: several may, with one draft for all of them (S2D, arXiv 2407.01955),
+    and what one said that has been replaced is no longer true of anything. Now is the later half of the window.
 
     `recent`: ids of older requests that came after the active draft's own window. There are as many passes as it takes
     to replay all that is older, of which a cycle makes the first; none where there is nothing to learn.
     """
-    target = window[-1].model if window else ""
-    new, old = ([s for s in side if s.model == target] for side in (reversed(window), older))
+    targets = {s.model for s in window[len(window) // 2 :]}
+    new, old = ([s for s in side if s.model in targets] for side in (reversed(window), older))
     share = bounds.client_share, bounds.fewest
     learnt = [s for s in new if not held_out(s)]
     replayed, _ = fair([s for s in old if not held_out(s)], *share)

@@ -27,13 +27,12 @@ from online.buffer import Entry, SignalBuffer, id_order
 from online.connections import git_commit, signal_buffer
 from online.cycles import CycleLedger, Lease, LeaseLost
 from online.errors import SignalError, SlipstreamError
-from online.messages import MASKS
 from online.registry import Candidate, Registry, is_generic
 from online.settings import Settings
 from online.signals import Signal, decode
 from online.tables import Version, connect, now
 from trainer.batches import usable
-from trainer.choice import choose
+from trainer.choice import choose, configured
 from trainer.curriculum import Bounds, Curriculum, Exam, curriculum, drawn
 from trainer.distill import Recipe, distill
 from trainer.exits import EXIT_LEASE_LOST, EXIT_REPORTED
@@ -89,7 +88,7 @@ def run(shop: Workshop, lease: Lease, still_wanted: Callable[[], None] = lambda:
     vocab_size = module.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     new = list(_readable(window, vocab_size).values())
     old = _readable(drawn(shop.buffer.kept(route), window), vocab_size)
-    recipe = Recipe.of({**_asked_by(shop.settings, route), **shop.settings.recipe, "seed": lease.cycle_id})
+    recipe = configured(shop.settings, route, lease.cycle_id)
     bounds = Bounds(shop.settings.replay_signals, shop.settings.held_out_signals, shop.settings.client_share)
     chosen = curriculum(new, list(old.values()), bounds, _after(old, parent.window.get("last")))
     chosen = replace(chosen, passes=chosen.passes[: recipe.epochs])
@@ -116,20 +115,6 @@ def run(shop: Workshop, lease: Lease, still_wanted: Callable[[], None] = lambda:
     shop.buffer.acknowledge(route, [entry.id for entry in window])
     _tidy(shop)
     return cycle.state
-
-
-def _asked_by(settings: Settings, route: str) -> dict[str, int]:
-    """What a draft has to learn for the route's way to draft."""
-    drafting = settings.drafting(route)
-    gamma = settings.gamma if drafting.gamma is None else drafting.gamma
-    masks = {"masks": MASKS}
-    asked = {
-        "parallel": {"masks": max(0, gamma - 1)},
-        "parallel_cascade": masks,
-        "auto": masks,
-        "exits": {"exit_weight": 1},
-    }
-    return asked.get(drafting.drafter or "chain", {})
 
 
 def _learn(

@@ -6,12 +6,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from online.messages import MASKS
+from online.settings import Settings
 from online.signals import Signal
 from online.tables import Version
 from tests.signals import taught
 from tests.tiny import TinyPair
 from trainer import choice
-from trainer.choice import CANDIDATES, choose, search
+from trainer.choice import CANDIDATES, choose, configured, search
 from trainer.distill import Recipe
 
 BASE = Recipe(epochs=2, learning_rate=3e-3)
@@ -30,6 +32,29 @@ def test_candidates_are_recipes() -> None:
     """Each can be made, and none is there twice."""
     made = [Recipe.of(change) for change in CANDIDATES]
     assert len(set(made)) == len(made)
+
+
+@pytest.mark.parametrize(
+    ("drafting", "learnt"),
+    [
+        ({}, {"masks": 0, "exit_weight": 0}),
+        ({"drafter": "tree"}, {"masks": 0, "exit_weight": 0}),
+        ({"drafter": "ngrams"}, {"masks": 0, "exit_weight": 0}),
+        ({"drafter": "parallel"}, {"masks": 5, "exit_weight": 0}),
+        ({"drafter": "parallel", "gamma": 3}, {"masks": 2, "exit_weight": 0}),
+        ({"drafter": "parallel_cascade"}, {"masks": MASKS, "exit_weight": 0}),
+        ({"drafter": "auto"}, {"masks": MASKS, "exit_weight": 0}),
+        ({"drafter": "exits"}, {"masks": 0, "exit_weight": 1}),
+    ],
+)
+def test_a_route_learns_what_its_drafter_needs(drafting: dict[str, object], learnt: dict[str, float]) -> None:
+    """And other routes do not; what is set by hand comes first."""
+    told = {"routes": "own,other", "drafters": {"own": drafting}, "gamma": 6}
+    own, other = (configured(Settings.model_validate(told), route, 7) for route in ("own", "other"))
+    assert own == replace(Recipe(seed=7), **learnt)
+    assert other == Recipe(seed=7)
+    told["recipe"] = {"masks": 1, "exit_weight": 0.5}
+    assert configured(Settings.model_validate(told), "own", 7) == Recipe(masks=1, exit_weight=0.5, seed=7)
 
 
 def test_the_worse_half_is_dropped_until_one_is_left(pair: TinyPair, lessons: list[Signal]) -> None:

@@ -114,6 +114,15 @@ def test_signals_of_an_older_target_are_not_used() -> None:
     assert {s.model for s in found.passes[0] + both(found.exam)} == {"new"}
 
 
+def test_targets_that_answer_side_by_side_all_teach() -> None:
+    """One draft serves both: it learns from both and is examined on both. One that was replaced meanwhile is out."""
+    window = requests(40, "x", model="old") + [s for i in range(40) for s in requests(1, f"{i}-", model="ab"[i % 2])]
+    older = requests(20, "a", model="a") + requests(20, "b", model="b") + requests(20, "o", model="old")
+    found = curriculum(window, older, BOUNDS)
+    assert {s.model for s in found.passes[0]} == {s.model for s in both(found.exam)} == {"a", "b"}
+    assert len(found.passes[0] + both(found.exam)) == 80
+
+
 def test_no_signals_make_no_curriculum() -> None:
     """Nothing to learn is no error."""
     found = curriculum([], [], BOUNDS)
