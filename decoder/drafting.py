@@ -23,6 +23,7 @@ from decoder.drafters.model import ModelDrafter
 from decoder.drafters.ngrams import NgramDrafter
 from decoder.drafters.parallel import ParallelDrafter
 from decoder.drafts import LiveDraft
+from decoder.evidence import ANY, DRAWN
 from decoder.plan import StepPlan
 from decoder.proposal import Proposal
 from decoder.ragged import encode, fit, integers, ragged, slots_of
@@ -172,7 +173,10 @@ class Drafting:
         q = probabilities(logits_BTV, sampling).gather(-1, emitted_1T1).flatten().cpu().numpy()
         p = np.array(row.emitted_p[-known:])
         drawn = ~np.isnan(p)
-        overlap, compared = float(np.minimum(1, q / p)[drawn].sum()), int(drawn.sum())
+        kept = np.minimum(1, q / p)[drawn]
+        overlap, compared = float(kept.sum()), len(kept)
+        for one in kept.tolist():
+            draft.kept.seen((row.suffixes.greedy, DRAWN, ANY), one)
         row.stats.add_probe(overlap, compared)
         row.acceptance.add(overlap, compared)
         row.draft_holds(start + len(fed))

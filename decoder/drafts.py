@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 
 from decoder.control import ROUTE_MEMORY, Acceptance, Ranks
+from decoder.evidence import Kept
 from decoder.models import ServedModel
 from online.artifacts import WEIGHTS
 from online.errors import ArtifactError
@@ -28,6 +29,7 @@ class LiveDraft:
         self.usable = True  # False after a forward failed: the route is decoded plainly until weights are installed
         self.acceptance = Acceptance(ROUTE_MEMORY)  # of the route's recent rows
         self.ranks = Ranks(self.acceptance)
+        self.kept = Kept()  # of what it drew in chains that stop by themselves
         self._failed_at = -math.inf
 
     def assigned(self, query_id: str) -> "LiveDraft":
@@ -92,6 +94,7 @@ class LiveDraft:
         self.version, self.follows = version, False
         self.acceptance.forget()
         self.ranks.forget()
+        self.kept.forget()
         if not self.usable:
             raise ArtifactError(f"version {version}: the device does not hold the weights that were copied")
 

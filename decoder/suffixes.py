@@ -11,15 +11,12 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import NamedTuple
 
+from decoder.evidence import SHARES, Evidence, Kept
+
 LONGEST = 4  # tokens of a suffix that are looked up
 RECENT_TOKENS = 100_000  # of outputs that a route remembers: 26 MB
-SHARES = 8  # of what has followed a suffix: so many are told apart
-PRIOR_GUESSES = 8.0  # after which what was counted says as much as a guess's share
-GUESSES = 500.0  # that a count remembers
 
 Counts = dict[int, int]  # of tokens; the latest is the last
-Evidence = tuple[bool, int, int]  # what speaks for a token: whether its row is greedy, the suffix's length, its share
-ANY = -1  # share
 
 
 class Guess(NamedTuple):
@@ -68,9 +65,9 @@ class Recent:
 
     def __init__(self) -> None:
         self.followers = Followers()
+        self.kept = Kept()
         self._outputs: deque[tuple[list[int], int]] = deque()
         self._tokens = 0
-        self._known: dict[Evidence, tuple[float, float]] = {}  # guesses that were looked at, and those kept
 
     def answered(self, tokens: list[int], prompt: int) -> None:
         """A text of which so many tokens are the prompt has come to its end."""
@@ -83,17 +80,6 @@ class Recent:
             oldest, first = self._outputs.popleft()
             self.followers.remove(oldest, first)
             self._tokens -= len(oldest)
-
-    def kept(self, evidence: Evidence, share: float) -> float:
-        """How likely, where `share` is what one would think."""
-        looked, kept = self._known.get(evidence, (0.0, 0.0))
-        return (kept + share * PRIOR_GUESSES) / (looked + PRIOR_GUESSES)
-
-    def seen(self, evidence: Evidence, kept: bool) -> None:
-        fade = 1 - 1 / GUESSES
-        for key in (evidence, (*evidence[:2], ANY)):
-            looked, before = self._known.get(key, (0.0, 0.0))
-            self._known[key] = looked * fade + 1, before * fade + kept
 
 
 @dataclass
@@ -120,5 +106,5 @@ class Suffixes:
                 token, count = max(reversed(counts.items()), key=itemgetter(1))
                 share = count / (sum(counts.values()) + 1)
                 evidence = self.greedy, length, int(SHARES * share)
-                return Guess(token, evidence, self.recent.kept(evidence, share))
+                return Guess(token, evidence, self.recent.kept.rate(evidence, share))
         return None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from decoder.drafts import LiveDraft
+from decoder.evidence import Evidence
 from decoder.prices import FREE, Price
 from decoder.proposal import Proposal
 from decoder.ragged import integers, ragged
@@ -19,7 +20,6 @@ from decoder.rows import Row
 from decoder.sampling import Sampling
 from decoder.shapes import Scheme, Shape
 from decoder.slots import Rows, slot_at
-from decoder.suffixes import Evidence
 
 
 @dataclass(slots=True)

@@ -9,15 +9,15 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from decoder.drafters import Group
+from decoder.evidence import ANY, DRAWN, SHARES, Evidence, Kept
 from decoder.prices import FREE, Price
 from decoder.proposal import CHOSEN, Proposal, Tree
 from decoder.ragged import integers, ragged
 from decoder.rows import Row
 from decoder.shapes import chain
-from decoder.suffixes import ANY, SHARES, Evidence, Guess, Recent
+from decoder.suffixes import Guess
 from online.messages import MAX_GAMMA
 
-DRAWN = 0  # instead of a suffix's length: a model's token; those that masks stand for are below
 MASKED = 0.8  # how much less than the one before a mask's token is kept, where nothing is known
 AHEAD = 0.3  # how likely the model's draws must have followed guesses for one more to be worth a place in its forward
 
@@ -32,7 +32,7 @@ class Chain:
     lead: int  # tokens of the model's, at most
     acceptance: float  # of the model's tokens, as far as is known without what follows
     price: Price
-    recent: Recent
+    known: Kept  # of the draft's tokens
     greedy: bool
     guess: Callable[[list[int]], Guess | None]  # what may follow these drafted tokens
     tokens: list[int] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Chain:
             lead,
             row.acceptance.rate,
             price if row.query.gamma is None else FREE,
-            row.suffixes.recent,
+            row.draft.kept,
             row.suffixes.greedy,
             lambda drafted: row.suffixes.guess(row.tokens, drafted),
         )
@@ -76,7 +76,7 @@ class Chain:
     def expected(self, place: int) -> float:
         """How likely the model's token is kept; `place` is 0, or how many masks it stands behind."""
         evidence = self.greedy, DRAWN - place, ANY
-        return self.recent.kept(evidence, self.acceptance if place == 0 else MASKED * self.expected(place - 1))
+        return self.known.rate(evidence, self.acceptance if place == 0 else MASKED * self.expected(place - 1))
 
     def wants_model(self) -> bool:
         worth = self.reach * self.expected(0)
@@ -99,7 +99,7 @@ class Chain:
             expected, evidence = self.expected(place), (self.greedy, DRAWN - place, int(SHARES * chance))
             if place and self.reach * expected < self.price.candidate:
                 return n
-            self._add(token, self.drawn, evidence, expected, self.recent.kept(evidence, expected))
+            self._add(token, self.drawn, evidence, expected, self.known.rate(evidence, expected))
             self.drawn, self.lead = self.drawn + 1, self.lead - 1
         return len(tokens)
 
@@ -151,4 +151,5 @@ def learn(group: Group, kept: Sequence[Sequence[int]]) -> None:
     """What became of the candidates that verification came to."""
     for row, path, count, evidence in zip(group.rows, kept, group.drafted, group.evidence, strict=True):
         for n in range(min(len(path) + 1, count)):
-            row.suffixes.recent.seen(evidence[n], n < len(path))
+            known = row.draft.kept if evidence[n][1] <= DRAWN else row.suffixes.recent.kept
+            known.seen(evidence[n], n < len(path))

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from decoder.drafters import Group, cascade, chains, model
-from decoder.drafters.chains import DRAWN, Chain
+from decoder.drafters.chains import Chain
+from decoder.evidence import DRAWN, Kept
 from decoder.prices import FREE, Price
 from decoder.proposal import CHOSEN, Proposal, Tree
 from decoder.ragged import integers, ragged
 from decoder.sampling import Sampling
 from decoder.shapes import chain
-from decoder.suffixes import Guess, Recent
+from decoder.suffixes import Guess
 from decoder.verify import judge
 from lab import enumeration
 from lab.enumeration import DRAFT, TARGET, Case, distance, of_all, told
@@ -35,7 +36,7 @@ Guesses = Callable[[list[int]], Guess | None]
 
 def made(context: list[int], held: int, most: int, guess: Guesses, **more: Any) -> Chain:
     """One that is the model's alone, unless said otherwise."""
-    given_ = {"lead": most, "acceptance": 1.0, "price": FREE, "recent": Recent(), "greedy": False, **more}
+    given_ = {"lead": most, "acceptance": 1.0, "price": FREE, "known": Kept(), "greedy": False, **more}
     return Chain(context, held, most, guess=guess, **given_)
 
 
@@ -115,9 +116,9 @@ def guess(drafted: list[int]) -> Guess | None:
     return Guess((2 * sum(drafted) + 1) % 3, SEEN, kept) if kept else None
 
 
-def recent() -> Recent:
+def known() -> Kept:
     """What seemed likely to the model was kept, and nothing else."""
-    found = Recent()
+    found = Kept()
     for share in range(9):
         for _ in range(50):
             found.seen((False, DRAWN, share), share >= 4)
@@ -125,7 +126,7 @@ def recent() -> Recent:
 
 
 def step(uniforms: list[float], setting: enumeration.Setting, dtype: torch.dtype, masks: int) -> Proposal | None:
-    one = made([0], 0, 3, guess, lead=3, acceptance=0.6, price=Price(0.15, 0.1), recent=recent())
+    one = made([0], 0, 3, guess, lead=3, acceptance=0.6, price=Price(0.15, 0.1), known=known())
     uniform_BN = torch.tensor([[*uniforms, 0.5, 0.5, 0.5][:3]], dtype=torch.float64)
     sampling, draft = of_all(setting, 1), Draft(3, 0, 1, dtype=dtype)
     logits_BQV, probs_BQV, _ = cascade.propose(draft, slice(0, 1), [one], sampling, uniform_BN, masks)

@@ -1,6 +1,6 @@
 """γ left to the engine: the target's answers whatever it chooses, and a look at the draft while it chooses nothing."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import decoder.control
+from decoder.evidence import ANY, DRAWN
+from decoder.prices import Price, Prices
 from decoder.sampling import Sampling, probabilities
 from online.messages import Query
 from tests.engines import Bench, Finished, bench, query, reference, target_alone
@@ -98,6 +100,23 @@ def test_a_swap_while_the_engine_chooses_changes_no_answer(pair: TinyPair) -> No
         again = tiny.run(free(PROMPTS[1]))[0]
     assert again.ids == target_alone(pair, PROMPTS[1], LENGTH)
     assert again.stats.accepted > again.stats.steps
+
+
+@pytest.mark.parametrize("learn", [install, lambda tiny, folder: None], ids=["swapped", "as it was"])
+def test_a_cascade_asks_a_draft_again_that_has_been_replaced(
+    pair: TinyPair, monkeypatch: pytest.MonkeyPatch, learn: Callable[[Bench, Path], None]
+) -> None:
+    """What a spoilt one's tokens were worth says nothing of the next one's."""
+    monkeypatch.setattr(Prices, "of", lambda *_: Price(0.05, 0.2))
+    asked = {"drafter": "cascade", "max_tokens": 200, "temperature": 1.0}
+    with bench(pair, drafts={"default": pair.spoilt}) as tiny:
+        believe(tiny, *PLAIN_IS_DEAR)
+        for _ in range(300):
+            tiny.engine.batch.drafts["default"].kept.seen((False, DRAWN, ANY), False)
+        assert tiny.run(free(PROMPTS[1], "before", **asked))[0].stats.compared == 0
+        learn(tiny, pair.draft)
+        again = tiny.run(free(PROMPTS[1], "then", **asked))[0].stats
+    assert (again.compared > 0.8 * again.steps) == (learn is install)
 
 
 def test_rows_with_and_without_a_gamma_of_their_own_share_a_batch(pair: TinyPair, tiny: Bench) -> None:

@@ -64,17 +64,3 @@ def test_a_route_forgets_its_oldest_outputs(monkeypatch: pytest.MonkeyPatch) -> 
     assert recent.followers.get((3, 119)) == {10: 1}
     assert recent.followers.get((2, 3)) == {100 + n: 1 for n in range(17, 20)}, "prompts' ends lead to outputs"
     assert recent.followers.get((1, 2)) is None, "prompts are nobody's output"
-
-
-def test_what_became_of_guesses_says_how_sure_the_next_ones_are() -> None:
-    """Apart for each kind of evidence; and what was long ago counts less."""
-    recent = Recent()
-    for _ in range(200):
-        recent.seen((True, 4, 6), True)
-        recent.seen((False, 4, 6), False)
-    assert recent.kept((True, 4, 6), 0.75) > 0.95
-    assert recent.kept((False, 4, 6), 0.75) < 0.05
-    assert recent.kept((True, 3, 6), 0.75) == 0.75
-    for _ in range(1500):
-        recent.seen((True, 4, 6), False)
-    assert recent.kept((True, 4, 6), 0.75) < 0.05
