@@ -160,7 +160,7 @@ class Control:
         """What drafting costs a step of so many rows, in tokens of each."""
         return self.prices.of(rows, self._pace)
 
-    def stepped(self, rows: int, gamma: int | None, seconds: float, drafted: tuple[int, int] | None = None) -> None:
+    def stepped(self, rows: int, gamma: int | None, seconds: float, drafted: tuple[int, float] | None = None) -> None:
         """`gamma` is what a chain of the draft's had; None: something else was drafted. `drafted`: the most candidates
         of a row, and the draft's forwards for them, where these are known."""
         if drafted is not None and drafted[0]:

@@ -86,7 +86,7 @@ class Drafting:
             row.suffixes.recent.answered(row.tokens, len(row.query.prompt_ids))
 
     @property
-    def work(self) -> tuple[int, int] | None:
+    def work(self) -> tuple[int, float] | None:
         """The most candidates of a row in this step, and the draft's forwards for them; None: that is not known."""
         groups = [group for _, group in self._groups]
         forwards = [group.forwards for group in groups if group.forwards is not None]

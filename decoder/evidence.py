@@ -9,8 +9,19 @@ Evidence = tuple[bool, int, int]  # whether the row is greedy; what drafted; how
 SHARES = 8  # shares of one that are told apart
 ANY = -1  # share
 DRAWN = 0
+EXITS = -100
 PRIOR_GUESSES = 8.0  # after which what was counted says as much as what one would think
 GUESSES = 500.0  # that a count remembers
+
+
+def left(passed: int) -> int:
+    """What drafted: the exit behind so many of the draft's layers."""
+    return EXITS - 2 * passed
+
+
+def went(passed: int) -> int:
+    """A later one, for the token went on from there."""
+    return EXITS - 2 * passed - 1
 
 
 class Kept:

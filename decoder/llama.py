@@ -113,16 +113,16 @@ class Llama:
     def through(self, rows: Rows, tokens: "Residual", starts_B: Tensor, upto: int, layer: Layer) -> "Residual":
         """One layer over tokens that have passed the ones before, from `starts_B` on; `tokens` is used up."""
         place = self._ops.place(rows, starts_B, tokens.count, min(upto, self.cache.capacity))
-        size, shape = padded(tokens.x_BTE.shape[:2].numel(), self.embedding), tokens.x_BTE.shape
+        size, shape = padded(tokens.numel(), self.embedding), tokens.x_BTE.shape
         x_NE, y_NE = (None if z is None else _pad(z.flatten(0, 1), size) for z in (tokens.x_BTE, tokens.y_BTE))
         assert x_NE is not None
         y_NE = layer(x_NE, y_NE, place, self.cache)
-        return Residual(*(z[: shape[:2].numel()].view(shape).clone() for z in (x_NE, y_NE)))
+        return Residual(*(z[: tokens.numel()].view(shape).clone() for z in (x_NE, y_NE)))
 
     @torch.inference_mode()
     def say(self, tokens: "Residual") -> Tensor:
         """What the head makes of them, [B, T, V]."""
-        (B, T, E), rows = tokens.x_BTE.shape, padded(tokens.x_BTE.shape[:2].numel(), self.embedding)
+        (B, T, E), rows = tokens.x_BTE.shape, padded(tokens.numel(), self.embedding)
         x_NE, y_NE = (
             None if z is None else _pad(z.reshape(B * T, E).clone(), rows) for z in (tokens.x_BTE, tokens.y_BTE)
         )
@@ -187,6 +187,10 @@ class Residual:
     @property
     def count(self) -> int:
         return self.x_BTE.shape[1]
+
+    def numel(self) -> int:
+        """Of tokens."""
+        return self.x_BTE.shape[:2].numel()
 
     @property
     def last(self) -> "Residual":

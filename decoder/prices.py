@@ -36,7 +36,7 @@ class _Fit:
     sums: NDArray[np.float64] = field(default_factory=lambda: PRIOR_STEPS * FIRST)
     price: Price | None = None  # the solution, until a step is added: it is asked for before every step
 
-    def add(self, candidates: int, forwards: int, longer: float) -> None:
+    def add(self, candidates: int, forwards: float, longer: float) -> None:
         keep, work = 1 - 1 / MEMORY, np.array([1.0, candidates, forwards])
         prior = (1 - keep) * PRIOR_STEPS  # what fades of it comes back
         self.squares = self.squares * keep + np.outer(work, work) + prior * np.eye(3)
@@ -59,7 +59,7 @@ class Prices:
         candidate, forward = self._fit(rows).solved()
         return Price(pace * candidate, pace * forward)
 
-    def observe(self, rows: int, candidates: int, forwards: int, plain_steps: float) -> None:
+    def observe(self, rows: int, candidates: int, forwards: float, plain_steps: float) -> None:
         """A step took as long as so many plain ones."""
         self._fit(rows).add(candidates, forwards, min(plain_steps, SLOWEST) - 1)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from decoder.drafts import LiveDraft
-from decoder.evidence import Evidence
+from decoder.evidence import DRAWN, Evidence
 from decoder.prices import FREE, Price
 from decoder.proposal import Proposal
 from decoder.ragged import integers, ragged
@@ -36,10 +36,10 @@ class Group:
     vocab_size: int
     device: torch.device | str
     price: Price = FREE
-    forwards: int | None = None  # of the draft model, where the drafter counts them: prices are learnt from it
+    forwards: float | None = None  # of the draft model, where the drafter counts them: prices are learnt from it
     # By row: of candidates whose keys the draft's slot holds, the cell behind the context.
     cells: list[dict[int, int]] = field(default_factory=list)
-    evidence: list[list[Evidence]] = field(default_factory=list)  # by row and candidate: what spoke for it
+    evidence: list[list[list[Evidence]]] = field(default_factory=list)  # by row and candidate: what spoke for it
 
     @property
     def shape(self) -> Shape:
@@ -88,3 +88,12 @@ def keep(group: Group, kept: Sequence[Sequence[int]]) -> None:
         if held != list(range(len(held))):
             group.draft.model.gather(slot_at(group.slots, i), row.draft_cached, held)
         row.draft_holds(row.draft_cached + len(held))
+
+
+def learn(group: Group, kept: Sequence[Sequence[int]]) -> None:
+    """What became of the candidates that verification came to, of chains."""
+    for row, path, count, evidence in zip(group.rows, kept, group.drafted, group.evidence, strict=True):
+        for n in range(min(len(path) + 1, count)):
+            for one in evidence[n]:
+                known = row.draft.kept if one[1] <= DRAWN else row.suffixes.recent.kept
+                known.seen(one, n < len(path))

@@ -20,8 +20,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from decoder.drafters import Group
-from decoder.drafters.chains import Chain, finished, learn, longest
+from decoder.drafters import Group, learn
+from decoder.drafters.chains import Chain, finished, longest
 from decoder.models import LanguageModel
 from decoder.proposal import Proposal
 from decoder.ragged import integers, ragged

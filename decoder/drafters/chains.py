@@ -120,7 +120,7 @@ def finished(chains: Sequence[Chain], logits_BQV: list[Tensor], probs_BQV: Tenso
     """As a proposal, as long as the rows together make it worth while; None: there is nothing in it."""
     most = worthwhile(chains, group.price)
     group.drafted[:] = [min(len(one.tokens), most) for one in chains]
-    group.evidence[:] = [one.evidence for one in chains]
+    group.evidence[:] = [[[spoke] for spoke in one.evidence] for one in chains]
     if not (most := max(group.drafted)):
         return None
     device = group.device
@@ -145,11 +145,3 @@ def worthwhile(chains: Sequence[Chain], price: Price) -> int:
             break
         most += 1
     return most
-
-
-def learn(group: Group, kept: Sequence[Sequence[int]]) -> None:
-    """What became of the candidates that verification came to."""
-    for row, path, count, evidence in zip(group.rows, kept, group.drafted, group.evidence, strict=True):
-        for n in range(min(len(path) + 1, count)):
-            known = row.draft.kept if evidence[n][1] <= DRAWN else row.suffixes.recent.kept
-            known.seen(evidence[n], n < len(path))

@@ -1,28 +1,30 @@
-"""A chain from a draft that says what it thinks after each of its layers, and goes deeper where it is not sure.
+"""A chain from a draft that says what it thinks after each of its layers, and goes deeper where that is worth it.
 
 Sorted Speculative Decoding (S2D, arXiv 2407.01955): the first layers of the draft, with its own head, are drafts
-themselves. A token is drawn from the first exit whose likeliest token is likely enough. A layer that was left out for
-some tokens is computed for all of them at once when a later one needs it; those that nobody needed are fed again, as
-tokens are that the cache lacks. What is drawn from is what verification is told: exact, whatever the exits are worth.
-What they learn is in `trainer/distill.py`.
+themselves. Behind each of them a token may be drawn, by how sure the draft is there: what was kept of tokens that were
+drawn at such an exit is known, and what of those that went deeper, and another layer has a price. Behind a small target
+it is a dear one. A layer that was left out for some tokens is computed for all of them at once when a later one needs
+it; those that nobody needed are fed again, as tokens are that the cache lacks. What is drawn from is what verification
+is told, and the decision knows nothing of what is drawn: exact, whatever the exits are worth. What they learn is in
+`trainer/distill.py`.
 
 Legend: B rows, N drafted tokens of a row at most, V vocabulary.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from decoder.drafters import Group, begin, keep
+from decoder.drafters import Group, begin, keep, learn
+from decoder.evidence import SHARES, Evidence, Kept, left, went
 from decoder.llama import Llama, Residual
 from decoder.proposal import Proposal
 from decoder.ragged import integers
 from decoder.rows import Row
 from decoder.sampling import at_least_float32, most_likely, probabilities, sample
 from decoder.shapes import Scheme, chain_of
-
-SURE = 0.6  # probability of the likeliest token from which on an exit is taken
 
 
 class ExitDrafter:
@@ -47,11 +49,59 @@ class ExitDrafter:
                 probs.append(probabilities(said[-1], group.sampling))
                 tokens.append(sample(probs[-1], group.uniform_BN[:, n : n + 1]))
         group.cells[:] = [{n: n for n in range(ladder.whole)}] * len(group.rows)
+        group.evidence[:] = [choice.evidence for choice in ladder.choices]
+        group.forwards = 1 + ladder.forwards
         probs_BNV = torch.cat(probs, 1) if probs else said[0][:, :0]
         return Proposal(torch.cat(tokens, 1), probs_BNV, said, integers(group.drafted, group.device))
 
     def settle(self, group: Group, kept: Sequence[Sequence[int]]) -> None:
         keep(group, kept)
+        learn(group, kept)
+
+
+@dataclass(slots=True)
+class _Choice:
+    """A row's, of the exits that its tokens leave by."""
+
+    known: Kept
+    greedy: bool
+    acceptance: float
+    drafted: int
+    reach: float  # how likely all tokens are kept
+    climbs: bool = False  # the last one, so far
+    kept: float = 0.0  # how likely that one is
+    evidence: list[list[Evidence]] = field(default_factory=lambda: [[]])  # by token; the first one has all layers
+
+    @classmethod
+    def of(cls, row: Row, drafted: int) -> "_Choice":
+        rate = row.acceptance.rate
+        return cls(row.draft.kept, row.query.temperature == 0, rate, drafted, rate)
+
+    def begin(self) -> None:
+        """Another token."""
+        self.reach *= self.kept if len(self.evidence) > 1 else 1.0
+        self.climbs, self.kept = True, self.acceptance
+        self.evidence.append([])
+
+    def gain(self, passed: int, sure: float) -> float:
+        """Tokens that going deeper promises; `sure` is the probability of the likeliest token behind so many layers."""
+        here, deeper = self._rates(passed, sure)
+        following = sum(self.acceptance**n for n in range(self.drafted - len(self.evidence) + 1))
+        return max(0.0, deeper - here) * self.reach * following
+
+    def decide(self, passed: int, sure: float, climbs: bool) -> bool:
+        self.climbs, self.kept = climbs, self._rates(passed, sure)[climbs]
+        self.evidence[-1].append(self._evidence(passed, sure)[climbs])
+        return climbs
+
+    def _rates(self, passed: int, sure: float) -> tuple[float, float]:
+        """Unless known, any exit is as good as the whole draft: so it is tried."""
+        here, deeper = (self.known.rate(one, self.acceptance) for one in self._evidence(passed, sure))
+        return here, deeper
+
+    def _evidence(self, passed: int, sure: float) -> tuple[Evidence, Evidence]:
+        share = int(SHARES * sure)
+        return (self.greedy, left(passed), share), (self.greedy, went(passed), share)
 
 
 class _Ladder:
@@ -63,31 +113,50 @@ class _Ladder:
         self._waiting: dict[int, Residual] = {}  # tokens that have left after so many layers, one behind another
         self._fed = 0
         self.whole = 0  # tokens that have passed all layers
+        self.forwards = 0.0  # of the draft: a layer, with what it says, is a part of one
+        self.choices = [_Choice.of(row, count) for row, count in zip(group.rows, group.drafted, strict=True)]
 
     def climb(self, token_B1: Tensor) -> Tensor:
         """What is drawn from behind the token, [B, 1, V]."""
         self._fed += 1
+        for choice in self.choices:
+            choice.begin()
         if not isinstance(self._model, Llama):
-            self.whole = self._fed
+            self.whole, self.forwards = self._fed, self.forwards + 1
             starts_B = integers([start + self._fed - 1 for start in self._start], self._group.device)
             return self._model.forward(self._group.slots, token_B1, starts_B, max(self._start) + self._fed)
-        passed, tokens = 1, self._pass(self._model.embed(token_B1), 0)
+        layers, passed = len(self._model.layers), 1
+        tokens = self._pass(self._model.embed(token_B1), 0)
         said_B1V = self._model.say(tokens.last)
-        while passed < len(self._model.layers):
-            tokens = tokens.behind(self._waiting.pop(passed, None))
-            sure_B11 = said_B1V.softmax(-1).amax(-1, keepdim=True) >= SURE
-            if sure_B11.all():
-                self._waiting[passed] = tokens
-                return said_B1V
-            passed, tokens = passed + 1, self._pass(tokens, passed)
-            # A row leaves where it is sure, however deep the others of its batch go.
-            said_B1V = torch.where(sure_B11, said_B1V, self._model.say(tokens.last))
-        self.whole = self._fed
+        while passed < layers and any(climb := self._climb(passed, said_B1V)):
+            tokens = self._pass(tokens.behind(self._waiting.pop(passed, None)), passed)
+            passed += 1
+            # A row leaves where it is to, however deep the others of its batch go.
+            climb_B11 = torch.tensor(climb, device=said_B1V.device)[:, None, None]
+            said_B1V = torch.where(climb_B11, self._model.say(tokens.last), said_B1V)
+        if passed < layers:
+            self._waiting[passed] = tokens.behind(self._waiting.get(passed))
+        else:
+            self.whole = self._fed
         return said_B1V
+
+    def _climb(self, passed: int, said_B1V: Tensor) -> list[bool]:
+        """By row, whether its token goes deeper: where the rows together gain what a layer costs all of them."""
+        sure = said_B1V.softmax(-1).amax(-1).flatten().tolist()
+        pairs = list(zip(self.choices, sure, strict=True))
+        gains = [choice.gain(passed, one) if choice.climbs else 0.0 for choice, one in pairs]
+        assert isinstance(self._model, Llama)
+        price = self._group.price.forward / len(self._model.layers)
+        pays = sum(gains) >= price * len(gains)
+        return [
+            choice.climbs and choice.decide(passed, one, pays and gain > 0)
+            for (choice, one), gain in zip(pairs, gains, strict=True)
+        ]
 
     def _pass(self, tokens: Residual, layer: int) -> Residual:
         """Through one layer; they are the last ones that were fed."""
         assert isinstance(self._model, Llama)
+        self.forwards += 1 / len(self._model.layers)
         starts_B = integers([start + self._fed - tokens.count for start in self._start], self._group.device)
         upto = max(self._start) + self._fed
         return self._model.through(self._group.slots, tokens, starts_B, upto, self._model.layers[layer])

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from decoder.drafters import Group
-from decoder.drafters.chains import Chain, finished, learn, longest
+from decoder.drafters import Group, learn
+from decoder.drafters.chains import Chain, finished, longest
 from decoder.proposal import Proposal
 from decoder.rows import Row
 from decoder.shapes import Scheme, chain_of

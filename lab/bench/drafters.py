@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from decoder.llama import Llama, Residual
 from decoder.models import load_tokenizer
 from decoder.verify import judge
 from lab import rig
@@ -60,6 +61,7 @@ PLAIN = "plain"
 ROUNDS = 3
 BEFORE = 8  # sequences at once while a service's earlier traffic is answered
 LONGEST = 700  # tokens of a prompt
+R = TypeVar("R")
 
 
 @dataclass
@@ -71,16 +73,18 @@ class Turns:
     tokens: int = 0
     steps: int = 0
     drafted: int = 0
-    computed: int = 0  # tokens that the draft model was fed
-    forwards: int = 0  # of the draft model
+    computed: float = 0  # tokens that the draft model was fed
+    forwards: float = 0  # of the draft model
 
 
 class Bench:
     def __init__(self, serving: Rig, max_tokens: int) -> None:
         self._rig, self._max_tokens, self._asked = serving, max_tokens, 0
-        self._computed = self._forwards = 0
+        self._computed = self._forwards = 0.0
         model = serving.engine.batch.drafts[rig.ROUTE].model
-        model.forward = self._counted(model.forward)  # type: ignore[method-assign]
+        model.forward = self._counted(model.forward, torch.Tensor.numel)  # type: ignore[method-assign]
+        if isinstance(model, Llama):  # exits ask for layers one by one
+            model.through = self._counted(model.through, Residual.numel, 1 / len(model.layers))  # type: ignore[method-assign]
 
     def run(self, drafter: str, gamma: int, asked: Sequence[Asked], at_once: int) -> Turns:
         """One turn."""
@@ -133,11 +137,13 @@ class Bench:
                 speeds[gamma] += self.run(drafter, gamma, asked, at_once).speeds[0]
         return max(speeds, key=lambda gamma: speeds[gamma])
 
-    def _counted(self, forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def counted(rows: Any, ids_BT: torch.Tensor, *more: Any) -> torch.Tensor:
-            self._computed += ids_BT.numel()
-            self._forwards += 1
-            return forward(rows, ids_BT, *more)
+    def _counted(self, work: Callable[..., R], tokens: Callable[[Any], int], share: float = 1) -> Callable[..., R]:
+        """`share` of the draft's layers, over so many tokens."""
+
+        def counted(rows: Any, fed: Any, *more: Any) -> R:
+            self._computed += share * tokens(fed)
+            self._forwards += share
+            return work(rows, fed, *more)
 
         return counted
 

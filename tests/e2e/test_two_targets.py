@@ -71,7 +71,9 @@ def test_one_draft_serves_two_targets_and_learns_from_both(both: list[Served]) -
 
     with worker(both[0].settings):
         both[0].post("/admin/routes/default/cycles", reason="enough")
-        cycle = until(lambda: c if (c := both[0].http.get("/admin/cycles").json()["cycles"][0])["finished_at"] else None)
+        cycle = until(
+            lambda: c if (c := both[0].http.get("/admin/cycles").json()["cycles"][0])["finished_at"] else None
+        )
     assert cycle["state"] == "promoted", cycle
     made = both[0].registry.active("default")
     assert made is not None and made.parent_id == 1

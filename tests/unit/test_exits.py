@@ -3,12 +3,15 @@
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from decoder.drafters import Group, exits
+from decoder.evidence import SHARES, Kept, left, went
 from decoder.models import over_slots
+from decoder.prices import FREE, Price
 from decoder.sampling import Sampling
 from tests.unit.test_graph import Context
 
@@ -22,18 +25,32 @@ def module() -> LlamaForCausalLM:
     made = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
-            num_key_value_heads=2, initializer_range=0.25,
+            num_key_value_heads=2, initializer_range=0.4,
         )
     )  # fmt: skip
     return made.eval()
 
 
-def group(module: LlamaForCausalLM, uniform_BN: torch.Tensor) -> Group:
+def group(module: LlamaForCausalLM, uniform_BN: torch.Tensor, kept: Kept | None = None, price: Price = FREE) -> Group:
+    """What is known of tokens that left at an exit, or did not, is in `kept`; nothing is known to be accepted less."""
     (model,) = over_slots([module], 2, 40, V)
+    draft: Any = SimpleNamespace(model=model, kept=kept or Kept())
     rows: Any = [Context(list(tokens)) for tokens in CONTEXTS]
-    draft: Any = SimpleNamespace(model=model)
+    for row in rows:
+        row.draft, row.acceptance = draft, SimpleNamespace(rate=0.5)
+        row.query = SimpleNamespace(temperature=1.0)
     sampling, scheme = Sampling.of([1.0, 1.0], [0, 0], [1.0, 1.0], V), SimpleNamespace()
-    return Group(draft, scheme, slice(0, 2), rows, [DRAFTED] * 2, sampling, uniform_BN, V, "cpu")  # type: ignore[arg-type]
+    return Group(draft, scheme, slice(0, 2), rows, [DRAFTED] * 2, sampling, uniform_BN, V, "cpu", price)  # type: ignore[arg-type]
+
+
+def good_from(share: int) -> Kept:
+    """Tokens of exits are kept where the exit was so sure, and not otherwise; those that went on, sometimes."""
+    known = Kept()
+    for passed in range(1, LAYERS):
+        for at in range(SHARES):
+            for _ in range(400):
+                known.seen((False, left(passed), at), at >= share)
+    return known
 
 
 def told(module: LlamaForCausalLM, context: list[int]) -> list[torch.Tensor]:
@@ -44,31 +61,55 @@ def told(module: LlamaForCausalLM, context: list[int]) -> list[torch.Tensor]:
         return [module.lm_head(module.model.norm(state)) for state in early] + [module.lm_head(last)]
 
 
-@pytest.mark.parametrize("sure", [0.0, 0.16, 0.18, 0.2, 2.0])
-def test_every_token_is_drawn_from_the_first_exit_that_is_sure(
-    module: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, sure: float
-) -> None:
+@pytest.mark.parametrize("share", [0, 2, 3, SHARES])
+def test_every_token_is_drawn_from_the_first_exit_that_is_good(module: LlamaForCausalLM, share: int) -> None:
     """Each row for itself; the first token comes from all layers, as the context does."""
-    monkeypatch.setattr(exits, "SURE", sure)
-    asked = group(module, torch.rand(2, DRAFTED, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))
+    uniform_BN = torch.rand(2, DRAFTED, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    asked = group(module, uniform_BN, good_from(share))
     found, deepest = exits.ExitDrafter().propose(asked), []
     for n in range(DRAFTED):
-        left = []
+        depths = []
         for b, context in enumerate(CONTEXTS):
             said = told(module, [*context, *found.tokens_BN[b, :n].tolist()])
-            sure_at = (e for e in range(LAYERS - 1) if n and float(said[e].softmax(-1).max()) >= sure)
-            left.append(next(sure_at, LAYERS - 1))
-            assert torch.allclose(found.logits_BQV[n][b, 0], said[left[-1]], atol=1e-4), (n, b)
-        deepest.append(max(left))
-    assert len(set(deepest[1:])) > 1 or sure in (0.0, 2.0)
+            good = (e for e in range(LAYERS - 1) if n and int(SHARES * said[e].softmax(-1).max()) >= share)
+            depths.append(next(good, LAYERS - 1))
+            assert torch.allclose(found.logits_BQV[n][b, 0], said[depths[-1]], atol=1e-4), (n, b)
+            assert len(asked.evidence[b][n]) == min(depths[-1] + 1, LAYERS - 1) * (n > 0)
+        deepest.append(max(depths))
+    assert len(set(deepest[1:])) > 1 or share in (0, SHARES)
     assert not (held := len(asked.cells[0])) or deepest[held] == LAYERS - 1, "what is kept has passed all layers"
 
 
-def test_what_was_kept_is_a_context_like_any_other(module: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("price", "layers"), [(0.01, LAYERS), (3.0, 1)])
+def test_another_layer_has_to_be_worth_its_price(module: LlamaForCausalLM, price: float, layers: int) -> None:
+    """Where an exit is worse than what comes after it."""
+    uniform_BN = torch.full((2, DRAFTED), 0.5, dtype=torch.float64)
+    asked = group(module, uniform_BN, good_from(SHARES), Price(0.0, price))
+    exits.ExitDrafter().propose(asked)
+    assert asked.forwards == pytest.approx(1 + (DRAFTED - 1) * layers / LAYERS)
+
+
+def test_what_became_of_tokens_is_learnt(module: LlamaForCausalLM) -> None:
+    """At an exit that nothing is known of tokens are drawn; when they turn out bad, no more."""
+    known, forwards = Kept(), []
+    for seed in range(60):
+        uniform_BN = torch.rand(2, DRAFTED, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        asked = group(module, uniform_BN, known, Price(0.0, 0.01))
+        drafter = exits.ExitDrafter()
+        drafter.propose(asked)
+        assert asked.forwards is not None
+        forwards.append(asked.forwards)
+        path = [0]  # the first one, from all layers, is kept, and the second one never but where it is from these, too
+        deep = [len(one[1]) == LAYERS - 1 and one[1][-1][1] == went(LAYERS - 1) for one in asked.evidence]
+        drafter.settle(asked, [[*path, 1] if all_layers else path for all_layers in deep])
+    assert forwards[0] == pytest.approx(1 + (DRAFTED - 1) / LAYERS)
+    assert np.mean(forwards[-10:]) > 1 + (DRAFTED - 1) * 0.9
+
+
+def test_what_was_kept_is_a_context_like_any_other(module: LlamaForCausalLM) -> None:
     """The next step's distributions are those of the whole draft behind whatever was accepted."""
-    monkeypatch.setattr(exits, "SURE", 0.16)
     uniform_BN = torch.rand(2, DRAFTED, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    asked = group(module, uniform_BN)
+    asked = group(module, uniform_BN, good_from(1))
     drafter = exits.ExitDrafter()
     found = drafter.propose(asked)
     kept = [[0, 1, 2, 3], [0, 1]]
