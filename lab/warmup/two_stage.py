@@ -4,6 +4,9 @@ DistillSpec (arXiv 2310.08461): where a smaller target does, distil it from the 
 from it for speed. The smaller target begins with some of the teacher's layers and learns from the teacher's answers; a
 draft learns from its answers, and beside it one from the teacher's. What it costs: the smaller target's distance from
 the teacher on held-out requests. What it gains: tokens per second, by turns through the engine.
+
+Beside these two a third draft learns from the answers of both, for as long as one of them: may one draft serve both
+(S2D, arXiv 2407.01955)?
 """
 
 import argparse
@@ -41,7 +44,7 @@ CONTESTANTS = [(who, case) for who in ("teacher", "smaller") for case in (PLAIN,
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lab two-stage", description=__doc__)
     add_arguments(parser, prompt_count=400)
-    parser.add_argument("--out", type=Path, required=True, help="folder for target/, draft/ and teachers-draft/")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the smaller target/ and three drafts")
     parser.add_argument("--layers", type=int, default=0, help="of the smaller target (default: half of the teacher's)")
     parser.add_argument("--epochs", type=int, default=Recipe().epochs)
     parser.add_argument("--target-rate", type=float, default=1e-3, help="learning rate of the smaller target")
@@ -57,17 +60,11 @@ def main() -> None:
     _draft("the teacher's draft", pair, lessons, recipe, args.out / "teachers-draft")
     told = answers(smaller, [s.prompt_ids.tolist() for s in [*lessons, *exam]], args.max_tokens, "s")
     first = {f"s{i}" for i in range(len(lessons))}
-    own_exam = [s for s in told if s.request_id not in first]
-    _draft("its draft", smaller, [s for s in told if s.request_id in first], recipe, args.out / "draft")
-    drafts = {
-        "teacher": examine(loaded(args.out / "teachers-draft"), exam),
-        "smaller": examine(loaded(args.out / "draft"), own_exam),
-    }
-    figures = {
-        **quality,
-        "draft_acceptance": {who: round(float(marks.acceptance_R.mean()), 3) for who, marks in drafts.items()},
-        "draft_tokens_per_step": {who: marks.step for who, marks in drafts.items()},
-    }
+    own, own_exam = [s for s in told if s.request_id in first], [s for s in told if s.request_id not in first]
+    _draft("its draft", smaller, own, recipe, args.out / "draft")
+    half = replace(recipe, epochs=max(1, args.epochs // 2))
+    _draft("one draft for both", pair, [*lessons, *own], half, args.out / "common-draft")
+    figures = {**quality, "drafts": _drafts(args.out, {"teacher": exam, "smaller": own_exam})}
     if args.repetitions:
         figures["speed_over_teacher_plain"] = speed_table(
             _speeds(args, pair, smaller, [s.prompt_ids.tolist() for s in exam])
@@ -104,6 +101,24 @@ def _first_stage(
             "after": round(float(after.acceptance_R.mean()), 3),
         },
     }
+
+
+def _drafts(out: Path, exams: dict[str, list[Signal]]) -> dict[str, dict[str, object]]:
+    """Prints what each target keeps of its own draft's tokens and of the common one's."""
+    folders, found = {"teacher": "teachers-draft", "smaller": "draft"}, {}
+    print(f"\n{'':10} {'τ of its own draft':>18} {'acceptance':>10} {'of the common one':>18}  difference (95 %)")
+    for who, exam in exams.items():
+        own, common = (examine(loaded(out / folder), exam) for folder in (folders[who], "common-draft"))
+        less = difference(common.tokens_R, own.tokens_R)
+        acceptance = round(float(own.acceptance_R.mean()), 3)
+        print(f"{who:10} {own.step:18} {acceptance:10} {common.step:18}  {less}", flush=True)
+        found[who] = {
+            "acceptance": acceptance,
+            "tokens_per_step": own.step,
+            "common_tokens_per_step": common.step,
+            "common_gain": less.figures,
+        }
+    return found
 
 
 def _with_interval(marks: Marks) -> list[float]:

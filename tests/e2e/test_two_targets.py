@@ -67,7 +67,8 @@ def test_one_draft_serves_two_targets_and_learns_from_both(both: list[Served]) -
     until(lambda: buffer.depth("default").signals >= 2 * len(PROMPTS), 10)
     signals = [decode(entry.record) for entry in buffer.before("default", LATEST, 1000)]
     targets = {served.http.get("/admin/routes").json()["target_fingerprint"] for served in both}
-    assert {signal.model for signal in signals} == targets and len(targets) == 2
+    assert {signal.model for signal in signals} == targets
+    assert len(targets) == 2
 
     with worker(both[0].settings):
         both[0].post("/admin/routes/default/cycles", reason="enough")
@@ -76,7 +77,8 @@ def test_one_draft_serves_two_targets_and_learns_from_both(both: list[Served]) -
         )
     assert cycle["state"] == "promoted", cycle
     made = both[0].registry.active("default")
-    assert made is not None and made.parent_id == 1
+    assert made is not None
+    assert made.parent_id == 1
     assert made.window["signals"] == made.window["trained_on"] + made.gate["requests"] == len(signals)
     for served, plain in zip(both, before, strict=True):
         served.running(made.id)

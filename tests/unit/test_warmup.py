@@ -117,13 +117,15 @@ def test_two_stages_take_the_steps_of_one(command: Command, pair: TinyPair, tmp_
 
 
 def test_a_smaller_target_and_its_draft_are_made(command: Command, pair: TinyPair, tmp_path: Path) -> None:
-    """Three models are there, and it is told how far the smaller target is from its teacher."""
+    """Four models are there, and it is told how far the smaller target is from its teacher, and who shares a draft."""
     options = ["--draft", str(pair.draft), "--epochs", "1", "--repetitions", "0"]
     figures = command(two_stage.main, *options, "--out", str(tmp_path / "out"))
     assert figures["layers"] == [0]
     assert figures["kl"]["after"][0] > 0
-    assert set(figures["draft_acceptance"]) == {"teacher", "smaller"}
-    for name in ("target", "draft", "teachers-draft"):
+    for drafts in (figures["drafts"][who] for who in ("teacher", "smaller")):
+        gain = drafts["common_tokens_per_step"] - drafts["tokens_per_step"]
+        assert drafts["common_gain"][0] == pytest.approx(gain, abs=0.002)
+    for name in ("target", "draft", "teachers-draft", "common-draft"):
         assert (tmp_path / "out" / name / "model.safetensors").is_file()
 
 
