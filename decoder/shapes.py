@@ -5,13 +5,14 @@ Legend: N candidates, T = N + 1 nodes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from online.messages import MAX_GAMMA
 
+SHAPES = 256  # kept: acceptance goes on to suggest others
 Span = slice | list[int]
 
 
@@ -152,7 +153,7 @@ class Shape:
         return self if candidates >= len(self.parents) else _first(self, candidates)
 
 
-@cache
+@lru_cache(SHAPES)
 def _first(shape: Shape, candidates: int) -> Shape:
     return Shape(shape.parents[:candidates])
 
@@ -162,7 +163,7 @@ def chain(gamma: int) -> Shape:
     return Shape(tuple(range(gamma)))
 
 
-@cache
+@lru_cache(SHAPES)
 def best_shape(rates: tuple[float, ...], candidates: int, depth: int) -> Shape:
     return Shape.best(rates, candidates, depth)
 

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-MAY_CHANGE = ("seeds", "arms", "wall_queries", "wall_turns")  # from one run in a folder to the next
+MAY_CHANGE = ("seeds", "arms", "wall_queries", "wall_turns", "drafters")  # from one run in a folder to the next
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"  # a folder of models and data beside the checkout
 
 
@@ -47,6 +47,9 @@ def main() -> None:
     )
     parser.add_argument("--held-out", type=int, help="held-out queries of a domain, each sampled and greedy")
     parser.add_argument("--no-wall", action="store_true", help="leave the comparison of tokens per second out")
+    parser.add_argument(
+        "--drafters", nargs="+", metavar="NAME", help="what is timed beside the live draft's chain (default: auto)"
+    )
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs at once, which share the cores; tokens/s are timed after all"
     )
@@ -140,7 +143,7 @@ def _say(started: float, who: str, line: str) -> None:
 def _config(args: argparse.Namespace) -> Any:
     from lab.replay.config import Arm, preset, read
 
-    given = {name: getattr(args, name) for name in ("target", "draft", "dtype", "seeds", "held_out")}
+    given = {name: getattr(args, name) for name in ("target", "draft", "dtype", "seeds", "held_out", "drafters")}
     more: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if args.no_wall:
         more["wall_queries"] = 0

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from lab import corpus
+from online.messages import DrafterName
 from online.settings import Settings
 
 Strict = ConfigDict(extra="forbid", frozen=True)
@@ -81,6 +82,7 @@ class Replay(BaseModel):
     look_every: Annotated[int, Field(ge=1)] = 50  # queries between two looks for work, as the service's clock does
     wall_queries: Annotated[int, Field(ge=0)] = 16  # a turn of the comparison of tokens per second; 0: none
     wall_turns: Annotated[int, Field(ge=2)] = 5
+    drafters: list[DrafterName] = ["auto"]  # timed there beside the chain, as the engine would have them
 
     @model_validator(mode="after")
     def _known_domains(self) -> Self:

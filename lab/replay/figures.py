@@ -15,8 +15,6 @@ WALLS = {
     "live_frozen": "wall_ratio",
     "live_plain": "wall_over_plain",
     "frozen_plain": "frozen_over_plain",
-    "chosen_live": "chosen_over_chain",
-    "chosen_plain": "chosen_over_plain",
 }
 Logs = Mapping[int, Log]  # by seed
 
@@ -53,10 +51,16 @@ def _domain(config: Replay, domain: str, end: int, logs: Logs) -> dict[str, Any]
     for at_once in [key for key in walls[0] if key.isdigit()] if walls else ():
         suffix = "" if at_once == "1" else f"_{at_once}"
         for pair, name in WALLS.items():
-            if pair not in walls[0][at_once]["ratios"]:
-                continue  # timed by an earlier release
             each = np.array([wall[at_once]["ratios"][pair] for wall in walls])
             figures[f"{name}{suffix}"], figures[f"{name}{suffix}_low"] = np.median(each[:, :2], axis=0).tolist()
+        # Runs that were timed by an earlier release have none.
+        figures[f"drafters{suffix}"] = {
+            name: {
+                key: np.median([wall[at_once]["drafters"][name][key] for wall in walls], axis=0).tolist()
+                for key in told
+            }
+            for name, told in walls[0][at_once].get("drafters", {}).items()
+        }
         figures[f"gamma{suffix}"] = walls[0][at_once]["gamma"]
         figures[f"tokens_per_s{suffix}"] = {
             name: float(np.median([wall[at_once]["tokens_per_s"][name] for wall in walls]))

@@ -29,10 +29,19 @@ COLUMNS = (
     ("acceptance", 16, "{}"),
     ("wall, 1", 9, "{}"),
     ("wall, n", 9, "{}"),
-    ("auto, 1", 9, "{}"),  # the engine's choice of a drafter over the best chain
     ("recovers in", 12, "{}"),
     ("forgets", 8, "{}"),
 )
+DRAFTERS = (
+    ("drafter", 16, "{}"),
+    ("domain", 10, "{}"),
+    ("at once", 7, "{}"),
+    ("τ", 5, "{:.2f}"),
+    ("verified", 8, "{:.2f}"),  # tokens, for one emitted
+    ("over the chain", 20, "{}"),
+    ("over plain", 20, "{}"),
+)
+Columns = Sequence[tuple[str, int, str]]
 
 
 def figures(config: Replay, arms: Mapping[str, Logs]) -> dict[str, Any]:
@@ -63,18 +72,38 @@ def rows(domains: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
             name,
             f["tau_before"],
             f["tau_after"],
-            f"{f['tau_ratio']:.2f} ({f['tau_ratio_low']:.2f} to {f['tau_ratio_high']:.2f})",
+            _spread([f["tau_ratio"], f["tau_ratio_low"], f["tau_ratio_high"]]),
             f["sampled_tau_ratio"],
             f["greedy_tau_ratio"],
             f"{f['acceptance_before']:.3f} → {f['acceptance_after']:.3f}",
             f"{f['wall_ratio']:.2f}" if "wall_ratio" in f else "-",
             f"{f[walls[0]]:.2f}" if walls else "-",
-            f"{f['chosen_over_chain']:.2f}" if "chosen_over_chain" in f else "-",
             _recovery(f["queries_to_recover"], f["seeds_not_recovered"]),
             "-" if f["forgetting"] is None else f"{f['forgetting']:.1%}",
         )
-        found.append([shape.format(value) for (_, _, shape), value in zip(COLUMNS, values, strict=True)])
+        found.append(_row(COLUMNS, values))
     return found
+
+
+def drafters(domains: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """What drafts how well for the drafts that were live at the end, in tokens per second over their best chain."""
+    found = []
+    for domain, f in domains.items():
+        for key in (key for key in f if key.split("_")[0] == "drafters"):
+            for name, told in f[key].items():
+                over = (_spread(told[f"tokens_per_s_vs_{other}"]) for other in ("chain", "plain"))
+                at_once = key.partition("_")[2] or "1"
+                values = (name, domain, at_once, told["tau"], told["verified_per_token"], *over)
+                found.append(_row(DRAFTERS, values))
+    return sorted(found, key=lambda row: (row[1], int(row[2])))
+
+
+def _row(columns: Columns, values: Sequence[Any]) -> list[str]:
+    return [shape.format(value) for (_, _, shape), value in zip(columns, values, strict=True)]
+
+
+def _spread(ratio: Sequence[float]) -> str:
+    return "{:.2f} ({:.2f} to {:.2f})".format(*ratio)
 
 
 def _recovery(queries: float | None, seeds_not_recovered: int) -> str:
@@ -84,11 +113,16 @@ def _recovery(queries: float | None, seeds_not_recovered: int) -> str:
 
 
 def table(domains: Mapping[str, Mapping[str, Any]]) -> str:
-    names = [name for name, _, _ in COLUMNS]
-    widths = [width for _, width, _ in COLUMNS]
+    parts = [_table(COLUMNS, rows(domains))]
+    if ways := drafters(domains):
+        parts.append(_table(DRAFTERS, ways))
+    return "\n\n".join(parts)
+
+
+def _table(columns: Columns, lines: Sequence[Sequence[str]]) -> str:
+    names, widths = [name for name, _, _ in columns], [width for _, width, _ in columns]
     return "\n".join(
-        "  ".join(f"{text:>{width}}" for text, width in zip(row, widths, strict=True))
-        for row in [names, *rows(domains)]
+        "  ".join(f"{text:>{width}}" for text, width in zip(line, widths, strict=True)) for line in [names, *lines]
     )
 
 
@@ -138,8 +172,8 @@ def draw(config: Replay, arms: Mapping[str, Logs], path: Path) -> Path:
 
 def write_html(config: Replay, found: Mapping[str, Any], chart: Path, path: Path, title: str) -> Path:
     """One file, with nothing to fetch."""
-    parts = [f"<h1>{html.escape(title)}</h1>", _html_table(rows(found["domains"]))]
-    parts += [f"<h2>{html.escape(name)}</h2>{_html_table(rows(domains))}" for name, domains in found["arms"].items()]
+    parts = [f"<h1>{html.escape(title)}</h1>", _html_tables(found["domains"])]
+    parts += [f"<h2>{html.escape(name)}</h2>{_html_tables(domains)}" for name, domains in found["arms"].items()]
     image = base64.b64encode(chart.read_bytes()).decode()
     parts.append(f'<p><img alt="along the stream" style="max-width:100%" src="data:image/png;base64,{image}"></p>')
     for name, part in (("Figures", dict(found)), ("Configuration", config.model_dump())):
@@ -150,8 +184,13 @@ def write_html(config: Replay, found: Mapping[str, Any], chart: Path, path: Path
     return path
 
 
-def _html_table(lines: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name, _, _ in COLUMNS)
+def _html_tables(domains: Mapping[str, Mapping[str, Any]]) -> str:
+    ways = drafters(domains)
+    return _html_table(COLUMNS, rows(domains)) + (_html_table(DRAFTERS, ways) if ways else "")
+
+
+def _html_table(columns: Columns, lines: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name, _, _ in columns)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in line) + "</tr>" for line in lines)
     return f"<table><tr>{head}</tr>{body}</table>"
 
