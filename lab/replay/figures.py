@@ -53,13 +53,11 @@ def _domain(config: Replay, domain: str, end: int, logs: Logs) -> dict[str, Any]
         for pair, name in WALLS.items():
             each = np.array([wall[at_once]["ratios"][pair] for wall in walls])
             figures[f"{name}{suffix}"], figures[f"{name}{suffix}_low"] = np.median(each[:, :2], axis=0).tolist()
-        # Runs that were timed by an earlier release have none.
+        told = [wall[at_once].get("drafters", {}) for wall in walls]  # others have been timed with other seeds, or none
         figures[f"drafters{suffix}"] = {
-            name: {
-                key: np.median([wall[at_once]["drafters"][name][key] for wall in walls], axis=0).tolist()
-                for key in told
-            }
-            for name, told in walls[0][at_once].get("drafters", {}).items()
+            name: {key: np.median([one[name][key] for one in told], axis=0).tolist() for key in told[0][name]}
+            for name in told[0]
+            if all(name in one for one in told)
         }
         figures[f"gamma{suffix}"] = walls[0][at_once]["gamma"]
         figures[f"tokens_per_s{suffix}"] = {
