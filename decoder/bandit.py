@@ -2,8 +2,9 @@
 
 What pays depends on the traffic, on the draft as it is now, on how busy the machine is: too much to be modelled, and
 simple to try (BanditSpec, arXiv 2505.15141). One way is used for a stretch of steps, for to change costs: a draft has
-to catch up on what others drafted without it. Then the fastest so far is used again, or, for a floor share of the
-time, the most promising of the others, so that none is written off for good: traffic changes, and drafts are swapped.
+to catch up on what others drafted without it. Then the way is used that may yet be the fastest: one stretch says little
+of a way, for texts differ, so that those tried less have more in their favour (an upper confidence bound). Some of the
+time goes to others in any case, so that none is written off for good: traffic changes, and drafts are swapped.
 """
 
 import math
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 STRETCH = 16  # steps
 FLOOR = 0.02  # share of the time that goes to others than the fastest
 MEMORY = 40.0  # stretches of its own that an arm's speed remembers
+SPREAD = 0.2  # how far a stretch's speed is from the mean, as a rule
 
 
 @dataclass
@@ -25,10 +27,9 @@ class Arm:
     def speed(self) -> float:
         return self.tokens / self.seconds
 
-    @property
-    def promise(self) -> float:
+    def promise(self, spread: float) -> float:
         """What it might be worth: the less it has been tried, the more."""
-        return self.speed * (1 + 1 / math.sqrt(self.stretches))
+        return self.speed * (1 + spread / math.sqrt(self.stretches))
 
     def paid(self, tokens: int, seconds: float) -> None:
         keep = 1 - 1 / MEMORY
@@ -77,8 +78,8 @@ class Bandit:
         fastest = self.fastest
         others = {name: arm for name, arm in self.arms.items() if name != fastest}
         if others and self._others_s < FLOOR * (self._fastest_s + self._others_s):
-            return max(others, key=lambda name: others[name].promise)
-        return fastest
+            return max(others, key=lambda name: others[name].promise(1.0))
+        return max(self.arms, key=lambda name: self.arms[name].promise(SPREAD))
 
 
 @dataclass
