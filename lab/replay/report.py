@@ -15,6 +15,7 @@ COLOURS = (LIVE, "#c2571a", "#7b3fb5", "#0f8b8d", "#b23a6f")
 SMOOTH = 3  # looks that a point of a live curve averages over
 STYLE = """<style>
 body { font: 15px sans-serif; margin: 2em; max-width: 75em }
+table { margin-bottom: 1.5em }
 td, th { padding: .2em .8em; text-align: right }
 tr:nth-child(even) { background: #f3f5f7 }
 </style>
@@ -33,8 +34,8 @@ COLUMNS = (
     ("forgets", 8, "{}"),
 )
 DRAFTERS = (
-    ("drafter", 16, "{}"),
     ("domain", 10, "{}"),
+    ("drafter", 16, "{}"),
     ("at once", 7, "{}"),
     ("τ", 5, "{:.2f}"),
     ("verified", 8, "{:.2f}"),  # tokens, for one emitted
@@ -93,9 +94,9 @@ def drafters(domains: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
             for name, told in f[key].items():
                 over = (_spread(told[f"tokens_per_s_vs_{other}"]) for other in ("chain", "plain"))
                 at_once = key.partition("_")[2] or "1"
-                values = (name, domain, at_once, told["tau"], told["verified_per_token"], *over)
+                values = (domain, name, at_once, told["tau"], told["verified_per_token"], *over)
                 found.append(_row(DRAFTERS, values))
-    return sorted(found, key=lambda row: (row[1], int(row[2])))
+    return sorted(found, key=lambda row: (list(domains).index(row[0]), int(row[2])))
 
 
 def _row(columns: Columns, values: Sequence[Any]) -> list[str]:
