@@ -70,6 +70,7 @@ class _Choice:
     reach: float  # how likely all tokens are kept
     climbs: bool = False  # the last one, so far
     kept: float = 0.0  # how likely that one is
+    ways: list[tuple[Evidence, float]] = field(default_factory=list)  # to leave and to climb, and how likely it is then
     evidence: list[list[Evidence]] = field(default_factory=lambda: [[]])  # by token; the first one has all layers
 
     @classmethod
@@ -85,23 +86,17 @@ class _Choice:
 
     def gain(self, passed: int, sure: float) -> float:
         """Tokens that going deeper promises; `sure` is the probability of the likeliest token behind so many layers."""
-        here, deeper = self._rates(passed, sure)
+        evidence = [(self.greedy, way(passed), int(SHARES * sure)) for way in (left, went)]
+        # Unless known, any exit is as good as the whole draft: so it is tried.
+        self.ways = [(one, self.known.rate(one, self.acceptance)) for one in evidence]
+        (_, here), (_, deeper) = self.ways
         following = sum(self.acceptance**n for n in range(self.drafted - len(self.evidence) + 1))
         return max(0.0, deeper - here) * self.reach * following
 
-    def decide(self, passed: int, sure: float, climbs: bool) -> bool:
-        self.climbs, self.kept = climbs, self._rates(passed, sure)[climbs]
-        self.evidence[-1].append(self._evidence(passed, sure)[climbs])
+    def decide(self, climbs: bool) -> bool:
+        self.climbs, (evidence, self.kept) = climbs, self.ways[climbs]
+        self.evidence[-1].append(evidence)
         return climbs
-
-    def _rates(self, passed: int, sure: float) -> tuple[float, float]:
-        """Unless known, any exit is as good as the whole draft: so it is tried."""
-        here, deeper = (self.known.rate(one, self.acceptance) for one in self._evidence(passed, sure))
-        return here, deeper
-
-    def _evidence(self, passed: int, sure: float) -> tuple[Evidence, Evidence]:
-        share = int(SHARES * sure)
-        return (self.greedy, left(passed), share), (self.greedy, went(passed), share)
 
 
 class _Ladder:
@@ -143,14 +138,14 @@ class _Ladder:
     def _climb(self, passed: int, said_B1V: Tensor) -> list[bool]:
         """By row, whether its token goes deeper: where the rows together gain what a layer costs all of them."""
         sure = said_B1V.softmax(-1).amax(-1).flatten().tolist()
-        pairs = list(zip(self.choices, sure, strict=True))
-        gains = [choice.gain(passed, one) if choice.climbs else 0.0 for choice, one in pairs]
+        gains = [
+            choice.gain(passed, one) if choice.climbs else 0.0 for choice, one in zip(self.choices, sure, strict=True)
+        ]
         assert isinstance(self._model, Llama)
         price = self._group.price.forward / len(self._model.layers)
         pays = sum(gains) >= price * len(gains)
         return [
-            choice.climbs and choice.decide(passed, one, pays and gain > 0)
-            for (choice, one), gain in zip(pairs, gains, strict=True)
+            choice.climbs and choice.decide(pays and gain > 0) for choice, gain in zip(self.choices, gains, strict=True)
         ]
 
     def _pass(self, tokens: Residual, layer: int) -> Residual:

@@ -14,7 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +30,8 @@ from lab.replay import SHARED
 from lab.replay.config import Domain, preset
 from lab.replay.streams import Asked, Source, exam, prompts
 from lab.rig import Pair, Rig
-from lab.statistics import median_ratio, rounded
+from lab.statistics import rounded
+from lab.turns import Turns
 from online.messages import DrafterName, Query
 
 AS_IS_FASTEST = -1  # instead of a number of tokens: the engine's choice, before every step
@@ -64,15 +65,12 @@ LONGEST = 700  # tokens of a prompt
 R = TypeVar("R")
 
 
-@dataclass
-class Turns:
-    """What one way to draft did, turn by turn."""
+@dataclass(kw_only=True)
+class Contestant(Turns):
+    """One way to draft."""
 
+    drafter: DrafterName = "chain"
     gamma: int
-    speeds: list[float] = field(default_factory=list)
-    tokens: int = 0
-    steps: int = 0
-    drafted: int = 0
     computed: float = 0  # tokens that the draft model was fed
     forwards: float = 0  # of the draft model
 
@@ -86,39 +84,31 @@ class Bench:
         if isinstance(model, Llama):  # exits ask for layers one by one
             model.through = self._counted(model.through, Residual.numel, 1 / len(model.layers))  # type: ignore[method-assign]
 
-    def run(self, drafter: str, gamma: int, asked: Sequence[Asked], at_once: int) -> Turns:
-        """One turn."""
+    def run(self, one: Contestant, asked: Sequence[Asked], at_once: int) -> None:
+        """A turn of its."""
         self._asked += 1
-        kind: Any = {} if drafter == PLAIN else {"drafter": drafter}
         queries = [
             Query(
-                id=f"{self._asked}-{one.name}",
+                id=f"{self._asked}-{query.name}",
                 route=rig.ROUTE,
-                prompt_ids=one.prompt_ids,
+                prompt_ids=query.prompt_ids,
                 max_tokens=self._max_tokens,
-                temperature=one.temperature,
-                seed=one.seed,
-                gamma=None if gamma == AS_IS_FASTEST else gamma,
+                temperature=query.temperature,
+                seed=query.seed,
+                gamma=None if one.gamma == AS_IS_FASTEST else one.gamma,
+                drafter=one.drafter,
                 store=False,
-                **kind,
             )
-            for one in asked
+            for query in asked
         ]
         computed, forwards, started = self._computed, self._forwards, time.perf_counter()
         answers = self._rig.complete(queries, at_once)
         seconds = time.perf_counter() - started
         if failed := [answer.error for answer in answers if answer.error]:
             raise RuntimeError(f"{len(failed)} queries failed: {failed[0]}")
-        tokens, stats = sum(len(answer.ids) for answer in answers), [answer.stats for answer in answers]
-        return Turns(
-            gamma,
-            [tokens / seconds],
-            tokens,
-            sum(one.steps for one in stats),
-            sum(one.drafted for one in stats),
-            self._computed - computed,
-            self._forwards - forwards,
-        )
+        one.add(answers, seconds)
+        one.computed += self._computed - computed
+        one.forwards += self._forwards - forwards
 
     def answer(self, prompts: Sequence[tuple[int, ...]], at_once: int) -> None:
         """As a service has before: what is learnt from answers is there."""
@@ -131,11 +121,11 @@ class Bench:
 
     def best(self, drafter: DrafterName, rounds: Sequence[Sequence[Asked]], at_once: int) -> int:
         """How many tokens it should draft."""
-        speeds = dict.fromkeys(CANDIDATES[drafter], 0.0)
+        tried = [Contestant(drafter=drafter, gamma=gamma) for gamma in CANDIDATES[drafter]]
         for asked in rounds:
-            for gamma in speeds:
-                speeds[gamma] += self.run(drafter, gamma, asked, at_once).speeds[0]
-        return max(speeds, key=lambda gamma: speeds[gamma])
+            for one in tried:
+                self.run(one, asked, at_once)
+        return max(tried, key=lambda one: sum(one.speeds)).gamma
 
     def _counted(self, work: Callable[..., R], tokens: Callable[[Any], int], share: float = 1) -> Callable[..., R]:
         """`share` of the draft's layers, over so many tokens."""
@@ -148,16 +138,15 @@ class Bench:
         return counted
 
 
-def compare(bench: Bench, asked: Sequence[Asked], at_once: int, args: argparse.Namespace) -> dict[str, Turns]:
+def compare(bench: Bench, asked: Sequence[Asked], at_once: int, args: argparse.Namespace) -> dict[str, Contestant]:
     rounds = [rig.dealt(asked, max(1, args.queries // 2), turn) for turn in range(ROUNDS)]
-    found = {PLAIN: Turns(0)} | {name: Turns(bench.best(name, rounds, at_once)) for name in args.drafters}
+    found = {PLAIN: Contestant(gamma=0)} | {
+        name: Contestant(drafter=name, gamma=bench.best(name, rounds, at_once)) for name in args.drafters
+    }
+    everyone = list(found.values())
     for turn in range(args.turns):
-        names = list(found) if turn % 2 else list(found)[::-1]
-        for name in names:
-            one, all_ = bench.run(name, found[name].gamma, rig.dealt(asked, args.queries, turn), at_once), found[name]
-            all_.speeds += one.speeds
-            for count in ("tokens", "steps", "drafted", "computed", "forwards"):
-                setattr(all_, count, getattr(all_, count) + getattr(one, count))
+        for one in everyone if turn % 2 else everyone[::-1]:
+            bench.run(one, rig.dealt(asked, args.queries, turn), at_once)
     return found
 
 
@@ -258,18 +247,13 @@ def _mixed(asked: Sequence[Asked]) -> list[Asked]:
     return [one for pair in zip(asked[:half], greedy, strict=True) for one in pair]
 
 
-def _told(turns: dict[str, Turns], name: str) -> dict[str, Any]:
-    one, found = turns[name], {}
-    for other in ("chain", PLAIN):
-        ratio = median_ratio(np.array(one.speeds) / np.array(turns[other].speeds))
-        found[f"tokens_per_s_vs_{other}"] = [ratio.value, ratio.low, ratio.high]
+def _told(turns: dict[str, Contestant], name: str) -> dict[str, Any]:
+    one = turns[name]
     return {
         "gamma": one.gamma,
-        "tau": one.tokens / one.steps,
-        "verified_per_token": (one.drafted + one.steps) / one.tokens,
         "draft_forwards_per_step": one.forwards / one.steps,
         "draft_tokens_per_step": one.computed / one.steps,
-        **found,
+        **one.told(turns["chain"], turns[PLAIN]),
     }
 
 
@@ -281,7 +265,7 @@ def _head() -> None:
     )
 
 
-def _table(stream: str, at_once: int, turns: dict[str, Turns]) -> None:
+def _table(stream: str, at_once: int, turns: dict[str, Contestant]) -> None:
     for name, one in turns.items():
         told = _told(turns, name)
         chain, plain = told["tokens_per_s_vs_chain"], told["tokens_per_s_vs_plain"]

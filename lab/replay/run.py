@@ -121,7 +121,7 @@ class ArmRun:
                 found = compare_speeds(service, self._exams[domain], self._config)
                 self.log.add("wall", at, domain=domain, threads=torch.get_num_threads(), **found)
                 ratio, low, high = found["1"]["ratios"]["live_frozen"]
-                self._tell(at, f"{domain}: tokens/s × {ratio} ({low} to {high})")
+                self._tell(at, f"{domain}: tokens/s × {ratio:.3f} ({low:.3f} to {high:.3f})")
         return self.log
 
     # ── what happens ──

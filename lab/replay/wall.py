@@ -6,7 +6,7 @@ All run in one engine and by turns. Before, short rounds find each draft's best 
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from lab.replay.config import Replay
 from lab.replay.service import FROZEN, LIVE, Service
 from lab.replay.streams import Asked
 from lab.rig import dealt
-from lab.statistics import median_ratio
+from lab.turns import Turns
 from online.messages import DrafterName
 
 GAMMAS = (0, 1, 2, 3, 4, 6, 8)
@@ -25,30 +25,18 @@ ROUNDS = 3
 PAIRS = (("live", "frozen"), ("live", "plain"), ("frozen", "plain"))
 
 
-@dataclass
-class Contestant:
+@dataclass(kw_only=True)
+class Contestant(Turns):
     route: str
     gamma: int | None  # None: the engine's choice, before every step
     drafter: DrafterName = "chain"
-    speeds: list[float] = field(default_factory=list)  # tokens per second, turn by turn
-    tokens: int = 0
-    steps: int = 0
-    drafted: int = 0
 
     def turn(self, service: Service, asked: Sequence[Asked], at_once: int) -> None:
         started = time.perf_counter()
         answers = service.answer(
             asked, route=self.route, gamma=self.gamma, drafter=self.drafter, store=False, at_once=at_once
         )
-        seconds, tokens = time.perf_counter() - started, sum(len(answer.ids) for answer in answers)
-        self.speeds.append(tokens / seconds)
-        self.tokens += tokens
-        self.steps += sum(answer.stats.steps for answer in answers)
-        self.drafted += sum(answer.stats.drafted for answer in answers)
-
-    def over(self, other: "Contestant") -> list[float]:
-        ratio = median_ratio(np.array(self.speeds) / np.array(other.speeds))
-        return [round(ratio.value, 3), round(ratio.low, 3), round(ratio.high, 3)]
+        self.add(answers, time.perf_counter() - started)
 
 
 def compare_speeds(service: Service, asked: Sequence[Asked], config: Replay) -> dict[str, Any]:
@@ -59,11 +47,11 @@ def compare_speeds(service: Service, asked: Sequence[Asked], config: Replay) -> 
     for at_once in sorted({1, config.at_once}):
         share = max(1, config.wall_queries // 2)
         tried = [dealt(mixed, share, turn) for turn in range(ROUNDS)]
-        usual = {"plain": Contestant(LIVE, 0)} | {
-            name: Contestant(route, _best_gamma(service, route, tried, at_once))
+        usual = {"plain": Contestant(route=LIVE, gamma=0)} | {
+            name: Contestant(route=route, gamma=_best_gamma(service, route, tried, at_once))
             for name, route in (("frozen", FROZEN), ("live", LIVE))
         }
-        others = {name: Contestant(LIVE, None, name) for name in config.drafters}
+        others = {name: Contestant(route=LIVE, gamma=None, drafter=name) for name in config.drafters}
         everyone = [*usual.values(), *others.values()]
         for turn in range(config.wall_turns):
             queries = dealt(mixed, config.wall_queries, turn)
@@ -74,12 +62,7 @@ def compare_speeds(service: Service, asked: Sequence[Asked], config: Replay) -> 
             "tokens_per_s": {name: round(float(np.median(one.speeds)), 1) for name, one in usual.items()},
             "ratios": {f"{a}_{b}": usual[a].over(usual[b]) for a, b in PAIRS},
             "drafters": {
-                name: {
-                    "tau": one.tokens / one.steps,
-                    "verified_per_token": (one.drafted + one.steps) / one.tokens,
-                    "tokens_per_s_vs_chain": one.over(usual["live"]),
-                    "tokens_per_s_vs_plain": one.over(usual["plain"]),
-                }
+                name: one.told(usual["live"], usual["plain"])
                 for name, one in {"chain": usual["live"], **others}.items()
             },
         }
@@ -87,7 +70,7 @@ def compare_speeds(service: Service, asked: Sequence[Asked], config: Replay) -> 
 
 
 def _best_gamma(service: Service, route: str, rounds: Sequence[Sequence[Asked]], at_once: int) -> int:
-    tried = {gamma: Contestant(route, gamma) for gamma in GAMMAS}
+    tried = {gamma: Contestant(route=route, gamma=gamma) for gamma in GAMMAS}
     for asked in rounds:
         for one in tried.values():
             one.turn(service, asked, at_once)
