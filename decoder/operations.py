@@ -73,11 +73,10 @@ class TorchOperations:
         slots_B = slot_index(rows, starts_B.device)
         positions_BT, cells_BT = stands(starts_B, tokens, capacity, nodes)
         cells_N = (slots_B[:, None] * capacity + cells_BT).flatten()
-        bias = None
-        if tokens > 1 or len(slots_B) > 1 or nodes is not None:
-            visible_BTU = visible(starts_B, cells_BT, upto, nodes).repeat(1, self._group, 1)
-            bias = torch.zeros(visible_BTU.shape, dtype=self._cos.dtype, device=starts_B.device)
-            bias = bias.masked_fill_(~visible_BTU, -torch.inf)[:, None]
+        # Even a lone token needs it: a captured graph looks further than the context goes.
+        visible_BTU = visible(starts_B, cells_BT, upto, nodes).repeat(1, self._group, 1)
+        bias = torch.zeros(visible_BTU.shape, dtype=self._cos.dtype, device=starts_B.device)
+        bias = bias.masked_fill_(~visible_BTU, -torch.inf)[:, None]
         turns = self._cos[positions_BT][:, :, None], self._sin[positions_BT][:, :, None]
         return Place(rows if isinstance(rows, slice) else slots_B, tokens, upto, bias, (cells_N, *turns))
 
@@ -94,12 +93,14 @@ class TorchOperations:
         cells_N, cos_BT1D, sin_BT1D = place.told
         (B, T), (K, D) = cos_BT1D.shape[:2], cache.keys[layer].shape[2:]
         qkv = qkv[: B * T].view(B, T, heads + 2 * K, D)
-        q, k, v = qkv[:, :, :heads], qkv[:, :, heads : heads + K], qkv[:, :, heads + K :]
+        turned, v = qkv[:, :, : heads + K], qkv[:, :, heads + K :]
         if norms.q is not None and norms.k is not None:
-            q, k = _rms_norm(q.float(), norms.q, norms.eps), _rms_norm(k.float(), norms.k, norms.eps)
-        q, k = _rotate(q, cos_BT1D, sin_BT1D), _rotate(k, cos_BT1D, sin_BT1D)
+            q, k = turned[:, :, :heads].float(), turned[:, :, heads:].float()
+            turned = torch.cat([_rms_norm(q, norms.q, norms.eps), _rms_norm(k, norms.k, norms.eps)], 2)
+        turned = _rotate(turned, cos_BT1D, sin_BT1D)
+        q, k = turned[:, :, :heads], turned[:, :, heads:]
         cache.write(layer, cells_N, k.flatten(0, 1), v.flatten(0, 1))
-        return q.view(B, T, K, heads // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, heads // K * T, D)
+        return q.reshape(B, T, K, heads // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, heads // K * T, D)
 
 
 def stands(starts_B: Tensor, tokens: int, capacity: int, nodes: Nodes | None) -> tuple[Tensor, Tensor]:
