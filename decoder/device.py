@@ -5,6 +5,7 @@ for a few tokens that costs more than the product. Elsewhere they are plain tens
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from decoder.operations import Operations, Rotations, TorchOperations
+from decoder.slots import Nodes
 
 EXPECTED_TOKENS = 32  # what oneDNN's layout is chosen for; it serves any number
 
@@ -141,7 +143,7 @@ def compiled(logits: Tensor) -> Any:
     return None
 
 
-Forward = Callable[[Any, Tensor, Tensor, int], Tensor]  # rows, ids [B, T], starts [B], upto → logits [B, T, V]
+Forward = Callable[[Any, Tensor, Tensor, int, Nodes | None], Tensor]  # rows, ids [B, T], starts [B], upto → logits
 
 
 class Graphs:
@@ -158,7 +160,7 @@ class Graphs:
     def __init__(self, forward: Forward, slots: int, capacity: int, device: torch.device, capture: "Capture") -> None:
         self._forward, self._capture = forward, capture
         self._slots, self._capacity, self._device = slots, capacity, device
-        self._captured: dict[tuple[int, int, int], tuple[Tensor, Tensor, Callable[[], Tensor]]] = {}
+        self._captured: dict[tuple[int, int, int, int], _Captured] = {}
 
     @classmethod
     def of(cls, forward: Forward, slots: int, capacity: int, device: torch.device) -> "Graphs | None":
@@ -169,23 +171,39 @@ class Graphs:
         """Whether these rows are the first slots, with few new tokens each."""
         return isinstance(rows, slice) and rows.start == 0 and ids_BT.shape[1] <= self.TOKENS
 
-    def forward(self, ids_BT: Tensor, starts_B: Tensor, upto: int) -> Tensor:
+    def forward(self, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None) -> Tensor:
         count, new = ids_BT.shape
         rows = min(1 << (count - 1).bit_length(), self._slots)
         context = min(next((rung for rung in self.CONTEXTS if rung >= upto), self._capacity), self._capacity)
-        key = rows, new, context
+        key = rows, new, context, 0 if nodes is None else nodes.visible_BTC.shape[2]
         if key not in self._captured:
             self._captured[key] = self._new(*key)
-        ids, starts, replay = self._captured[key]
-        ids[:count].copy_(ids_BT)
-        starts[:count].copy_(starts_B)
-        starts[count:].fill_(self._capacity - 1)
-        return replay()[:count].clone()  # the next replay writes over it
+        held = self._captured[key]
+        held.ids[:count].copy_(ids_BT)
+        held.starts[:count].copy_(starts_B)
+        held.starts[count:].fill_(self._capacity - 1)
+        if nodes is not None and held.nodes is not None:
+            held.nodes.depth_BT[:count].copy_(nodes.depth_BT)
+            held.nodes.visible_BTC[:count].copy_(nodes.visible_BTC)
+        return held.replay()[:count].clone()  # the next replay writes over it
 
-    def _new(self, rows: int, new: int, context: int) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
+    def _new(self, rows: int, new: int, context: int, cells: int) -> "_Captured":
         ids = torch.zeros((rows, new), dtype=torch.long, device=self._device)
         starts = torch.full((rows,), self._capacity - 1, device=self._device)
-        return ids, starts, self._capture(lambda: self._forward(slice(0, rows), ids, starts, context))
+        visible = torch.ones((rows, new, cells), dtype=torch.bool, device=self._device)
+        nodes = Nodes(torch.zeros_like(ids), visible) if cells else None
+        replay = self._capture(lambda: self._forward(slice(0, rows), ids, starts, context, nodes))
+        return _Captured(ids, starts, nodes, replay)
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    """What a graph reads, and how it is run."""
+
+    ids: Tensor
+    starts: Tensor
+    nodes: Nodes | None
+    replay: Callable[[], Tensor]
 
 
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
@@ -203,7 +221,8 @@ def capture_cuda() -> Capture:
                 work()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # Other threads go on meanwhile: they stage a draft, or wait for a download.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             out = work()
 
         def replay() -> Tensor:

@@ -96,8 +96,8 @@ class Llama:
     @torch.inference_mode()
     def forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None = None) -> Tensor:
         ids_BT, starts_B = ids_BT.to(self.device), starts_B.to(self.device)
-        if self.graphs is not None and nodes is None and self.graphs.take(rows, ids_BT):
-            return self.graphs.forward(ids_BT, starts_B, upto)
+        if self.graphs is not None and self.graphs.take(rows, ids_BT):
+            return self.graphs.forward(ids_BT, starts_B, upto, nodes)
         return self._forward(rows, ids_BT, starts_B, upto, nodes)
 
     @torch.inference_mode()

@@ -3,6 +3,7 @@
 Families are tiny random configurations: rotary, learned and ALiBi positions, grouped and full attention, tied or not.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from decoder.models import (
 from decoder.sampling import fit_vocabulary
 from decoder.slots import Nodes
 from online.errors import InvalidRequest
+from tests.device import DEVICE
 from tests.tabular import TableModel
 
 V, SLOTS, CAPACITY = 60, 6, 33
@@ -72,12 +74,22 @@ def module(family: str, seed: int = 0) -> PreTrainedModel:
 
 def served_model(family: str, seed: int = 0) -> tuple[ServedModel, Callable[[list[int]], torch.Tensor]]:
     made = module(family, seed)
+    served = copy.deepcopy(made).to(DEVICE)
 
     def whole(context: list[int]) -> torch.Tensor:
         logits: torch.Tensor = made(torch.tensor([context])).logits[0]
         return logits
 
-    return over_slots([made], SLOTS, CAPACITY, V)[0], whole
+    return over_slots([served], SLOTS, CAPACITY, V)[0], whole
+
+
+def captured_model() -> tuple[ServedModel, Callable[[list[int]], torch.Tensor]]:
+    """As on CUDA, but what a graph would replay runs anew; float64 has torch's operations, as CUDA has."""
+    served, whole = module("llama"), served_model("llama")[1]
+    model = over_slots([served.double()], SLOTS, CAPACITY, V)[0]
+    assert isinstance(model, Llama)
+    model.graphs = Graphs(model._forward, SLOTS, CAPACITY, model.device, lambda work: work)
+    return model, whole
 
 
 def tabular_model() -> tuple[TableModel, Callable[[list[int]], torch.Tensor]]:
@@ -98,15 +110,17 @@ def inference() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["table", *FAMILIES])
+@pytest.fixture(params=["table", "captured", *FAMILIES])
 def make(request: pytest.FixtureRequest) -> Make:
     if request.param == "table":
         return tabular_model
+    if request.param == "captured":
+        return captured_model
     return lambda: served_model(request.param)
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    return torch.allclose(found.float(), expected.float(), atol=1e-5, rtol=1e-4)
+    return torch.allclose(found.float().cpu(), expected.float(), atol=1e-5, rtol=1e-4)
 
 
 def feed(model: LanguageModel, rows: object, ids: list[list[int]], starts: list[int]) -> torch.Tensor:
@@ -135,6 +149,17 @@ def test_what_was_rejected_is_written_over(make: Make) -> None:
     feed(model, slice(0, 1), [[31, 32, 33, 34]], [2])
     logits = feed(model, slice(0, 1), [[41, 42]], [3])
     assert close(logits[0], whole([5, 6, 31, 41, 42])[-2:])
+
+
+def test_a_lone_row_goes_on_token_by_token(make: Make) -> None:
+    """What lies behind its end, of rejected drafts, is out of its sight."""
+    model, whole = make()
+    context = [5, 6, 7]
+    feed(model, slice(0, 1), [[*context, 31, 32, 33]], [0])
+    for token in (41, 42, 43):
+        logits = feed(model, slice(0, 1), [[token]], [len(context)])
+        context.append(token)
+        assert close(logits[0, -1], whole(context)[-1])
 
 
 @pytest.mark.parametrize("rows", [slice(0, 2), [0, 2]], ids=["neighbours", "by index"])
@@ -196,6 +221,7 @@ def nodes_of(parents: list[tuple[int, ...]], first: int) -> Nodes:
             visible[b, node, node] = True
             if node:
                 visible[b, node] |= visible[b, tree[node - 1]]
+    visible = visible.to(DEVICE)
     return Nodes(visible.sum(-1)[:, first:] - 1, visible[:, first:])
 
 
