@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 TORCH ?= torch==2.13.0
 PY := .venv/bin/python
 
-.PHONY: help setup demo serve test check format reference-pair lock clean
+.PHONY: help setup demo serve test gpu check format reference-pair lock clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 18
@@ -27,6 +27,10 @@ serve: setup ## run the whole service until Ctrl-C
 
 test: setup ## all tests, with real Redis and PostgreSQL from wheels
 	$(PY) -m pytest $(ARGS)
+
+gpu: setup ## tests of models, engine and drafters on this machine's GPU (TORCH has to be a CUDA build)
+	SLIPSTREAM_TEST_DEVICE=cuda $(PY) -m pytest tests/gpu tests/contract/test_models.py \
+		tests/unit/test_engine.py tests/unit/test_drafters.py tests/unit/test_speculation.py $(ARGS)
 
 check: setup ## linters, types, import rules, migrations
 	.venv/bin/ruff check .

@@ -9,7 +9,8 @@ Legend: B rows, N candidates, Q distributions, V vocabulary.
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -159,6 +160,21 @@ def _probability(shape: tuple[int, ...], row: tuple[int, ...], q_QV: Tensor, sou
         # A drafter that has nothing to draw from gives anything: here always the first token.
         found *= float(q[row[n]]) / mass if mass > 0 else row[n] == 0
     return found
+
+
+def on(device: torch.device | str, judged: Callable[..., Verdict]) -> Callable[..., Verdict]:
+    """As a verifier serves on this device: everything goes there, and the verdict comes back."""
+
+    def move(value: Any, there: torch.device | str) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(there)
+        if isinstance(value, list):
+            return [move(one, there) for one in value]
+        if isinstance(value, (Proposal, Sampling, Tree, Verdict)):
+            return replace(value, **{field.name: move(getattr(value, field.name), there) for field in fields(value)})
+        return value
+
+    return lambda *told: move(judged(*(move(value, device) for value in told)), "cpu")
 
 
 def emitted(judged: Callable[..., Verdict], case: Case, length: int) -> Floats:

@@ -19,10 +19,10 @@ from online.buffer import Bounds, MemoryBuffer
 from online.messages import Delta, Query, SpeculationStats
 from online.metrics import ServiceMetrics
 from online.signals import Signal, decode
+from tests.device import DEVICE
 from tests.tiny import VOCABULARY, TinyPair
 
 CAPACITY = 257
-CPU = torch.device("cpu")
 
 
 @dataclass
@@ -132,9 +132,9 @@ def bench(
     }
     sizes.update(limits)
     slots, routes = sizes["slots"] + sizes["kept_contexts"], drafts or {"default": pair.draft}
-    served = target or load_models(pair.target, 1, slots, CAPACITY, CPU, dtype)[0]
+    served = target or load_models(pair.target, 1, slots, CAPACITY, DEVICE, dtype)[0]
     # Routes share one cache, as in the service; here each may begin with a draft of its own.
-    modules = [load_module(folder, CPU, dtype) for folder in (*routes.values(), *([canary] if canary else []))]
+    modules = [load_module(folder, DEVICE, dtype) for folder in (*routes.values(), *([canary] if canary else []))]
     models = over_slots(modules, slots, CAPACITY, VOCABULARY)
     live = {route: LiveDraft(route, model) for route, model in zip(routes, models, strict=False)}
     if canary is not None:
@@ -150,6 +150,7 @@ def bench(
         recorder,
         metrics,
         frozenset(["closed"]),
+        DEVICE,
     )
     recorder.start()
     engine.start()

@@ -21,11 +21,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from decoder.device import device_of
 from decoder.llama import Llama, Residual
 from decoder.models import load_tokenizer
 from decoder.verify import judge
 from lab import rig
-from lab.enumeration import AHEAD, BEHIND, CHOSEN_WHOLE, SHAPES, WHOLE, Case, distance
+from lab.enumeration import AHEAD, BEHIND, CHOSEN_WHOLE, SHAPES, WHOLE, Case, distance, on
 from lab.replay import SHARED
 from lab.replay.config import Domain, preset
 from lab.replay.streams import Asked, Source, exam, prompts
@@ -150,14 +151,14 @@ def compare(bench: Bench, asked: Sequence[Asked], at_once: int, args: argparse.N
     return found
 
 
-def exact_tv(drafter: DrafterName) -> float:
+def exact_tv(drafter: DrafterName, device: torch.device) -> float:
     """The worst of its shapes and ways to draw, and of several settings, through the functions that serve."""
     cases = [
         Case.of(SHAPES[shape], way, setting, torch.float32)
         for shape, way in ENUMERATED[drafter]
         for setting in SETTINGS
     ]
-    return max(distance(judge, case) for case in cases)
+    return max(distance(on(device, judge), case) for case in cases)
 
 
 def main() -> None:
@@ -215,7 +216,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
     known = [list(one.prompt_ids) for each in asked.values() for one in each]
     pair = Pair(rig.files_of(args), known, args.dtype, args.device, args.threads or torch.get_num_threads())
-    exact = {name: exact_tv(name) for name in args.drafters}
+    exact = {name: exact_tv(name, device_of(args.device)) for name in args.drafters}
     found: dict[str, Any] = {name: {} for name in args.drafters}
     _head()
     with rig.rig(

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from decoder.slots import Nodes, Rows
 from online.errors import Overloaded, Unavailable
+from tests.device import DEVICE
 from tests.engines import Bench, bench, query, target_alone
 from tests.tabular import TableModel
 from tests.tiny import VOCABULARY, TinyPair
@@ -302,7 +303,7 @@ class _Always(TableModel):
         if self.fails:
             self.fails -= 1
             raise RuntimeError("out of memory, says the device")
-        return super().forward(rows, ids_BT, starts_B, upto, nodes).float()
+        return super().forward(rows, ids_BT, starts_B, upto, nodes).float().to(DEVICE)
 
 
 class Failing:
