@@ -5,99 +5,146 @@ simple to try (BanditSpec, arXiv 2505.15141). One way is used for a stretch of s
 to catch up on what others drafted without it. Then the way is used that may yet be the fastest: one stretch says little
 of a way, for texts differ, so that those tried less have more in their favour (an upper confidence bound). Some of the
 time goes to others in any case, so that none is written off for good: traffic changes, and drafts are swapped.
+
+What is best may be another for one sequence than for eight; but such situations are many, and each is short at first.
+A way that is slow in one is most likely slow in one that is like it: so a situation begins with what the others say, as
+log speed = the situation's own + the way's own, and comes to its own opinion with steps of its own.
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
 STRETCH = 16  # steps
 FLOOR = 0.02  # share of the time that goes to others than the fastest
-MEMORY = 40.0  # stretches of its own that an arm's speed remembers
+MEMORY = 40.0  # stretches that a way's speed in a situation remembers
 SPREAD = 0.2  # how far a stretch's speed is from the mean, as a rule
+ELSEWHERE = 4.0  # own stretches that what other situations say is worth, at most
+LIKENESS = 0.7  # of two situations that are one apart
+ROUNDS = 4  # of fitting situations and ways by turns
+KEPT = (1 - 1 / MEMORY) ** (1 / STRETCH)  # by a step, of what was known
+NOTHING = 1e-9
 
 
-@dataclass
-class Arm:
+class Situation(NamedTuple):
+    """What is best may differ by these."""
+
+    route: str
+    rows: int  # twice as many are one more
+    greedy: bool
+
+    def likeness(self, other: "Situation") -> float:
+        if self.route != other.route:
+            return 0.0
+        return LIKENESS ** (abs(self.rows - other.rows) + (self.greedy != other.greedy))
+
+
+@dataclass(slots=True)
+class Speed:
+    """Of a way, in one situation."""
+
     tokens: float = 0.0
     seconds: float = 0.0
     stretches: float = 0.0
 
     @property
-    def speed(self) -> float:
-        return self.tokens / self.seconds
+    def log(self) -> float:
+        return math.log(self.tokens / self.seconds) if self.seconds else 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """A step."""
+        self.tokens, self.seconds = self.tokens * KEPT + tokens, self.seconds * KEPT + seconds
+        self.stretches = self.stretches * KEPT + 1 / STRETCH
+
+
+class Belief(NamedTuple):
+    log_speed: float
+    stretches: float  # that speak for it
 
     def promise(self, spread: float) -> float:
-        """What it might be worth: the less it has been tried, the more."""
-        return self.speed * (1 + spread / math.sqrt(self.stretches))
+        """What it might be: the less is known of it, the more."""
+        return self.log_speed + math.log(1 + spread / math.sqrt(self.stretches)) if self.stretches else math.inf
 
-    def paid(self, tokens: int, seconds: float) -> None:
-        keep = 1 - 1 / MEMORY
-        self.tokens, self.seconds = self.tokens * keep + tokens, self.seconds * keep + seconds
-        self.stretches = self.stretches * keep + 1
+
+def _best(beliefs: dict[str, Belief]) -> str:
+    return max(beliefs, key=lambda way: beliefs[way].log_speed)
 
 
 @dataclass
-class Bandit:
-    """Of one situation."""
+class Stretch:
+    """Steps of one route: with what is best in their situations, or all with one way that is tried."""
 
-    arms: dict[str, Arm]
-    playing: str = ""
-    _steps: int = 0  # of the stretch under way
-    _tokens: int = 0
-    _seconds: float = 0.0
-    _fastest_s: float = 0.0  # time that the fastest has had, and the others
-    _others_s: float = 0.0
-
-    def choose(self) -> str:
-        """For the next step."""
-        if not self.playing or self._steps >= STRETCH:
-            if self._steps:
-                self._end()
-            self.playing = self._next()
-        return self.playing
-
-    def stepped(self, tokens: int, seconds: float) -> None:
-        self._steps, self._tokens, self._seconds = self._steps + 1, self._tokens + tokens, self._seconds + seconds
-
-    @property
-    def fastest(self) -> str:
-        return max((name for name, arm in self.arms.items() if arm.seconds), key=lambda name: self.arms[name].speed)
-
-    def _end(self) -> None:
-        self.arms[self.playing].paid(self._tokens, self._seconds)
-        if self.playing == self.fastest:
-            self._fastest_s += self._seconds
-        else:
-            self._others_s += self._seconds
-        self._steps, self._tokens, self._seconds = 0, 0, 0.0
-
-    def _next(self) -> str:
-        if untried := [name for name, arm in self.arms.items() if not arm.seconds]:
-            return untried[0]
-        fastest = self.fastest
-        others = {name: arm for name, arm in self.arms.items() if name != fastest}
-        if others and self._others_s < FLOOR * (self._fastest_s + self._others_s):
-            return max(others, key=lambda name: others[name].promise(1.0))
-        return max(self.arms, key=lambda name: self.arms[name].promise(SPREAD))
+    tried: str = ""
+    best: dict[Situation, str] = field(default_factory=dict)  # as was believed when they first came up
+    steps: int = 0
+    seconds: float = 0.0
 
 
 @dataclass
 class Choice:
-    """A bandit for each situation that has come up."""
-
     ways: Sequence[str]
-    _bandits: dict[Hashable, Bandit] = field(default_factory=dict)
-    _now: Bandit | None = None
+    _speeds: dict[Situation, dict[str, Speed]] = field(default_factory=dict)
+    _stretches: dict[str, Stretch] = field(default_factory=dict)  # by route, under way
+    _seconds: dict[str, list[float]] = field(default_factory=dict)  # by route: of the best ways, and of those tried
+    _now: tuple[Situation, str] | None = None
 
-    def choose(self, situation: Hashable) -> str:
-        if situation not in self._bandits:
-            self._bandits[situation] = Bandit({name: Arm() for name in self.ways})
-        self._now = self._bandits[situation]
-        return self._now.choose()
+    def choose(self, situation: Situation) -> str:
+        """For the next step."""
+        if situation not in self._speeds:
+            self._speeds[situation] = {way: Speed() for way in self.ways}
+        stretch = self._stretches.get(situation.route)
+        if stretch is None or stretch.steps >= STRETCH:
+            self._stretches[situation.route] = stretch = self._begin(situation, stretch)
+        if not stretch.tried and situation not in stretch.best:
+            stretch.best[situation] = _best(self.beliefs(situation))
+        self._now = situation, stretch.tried or stretch.best[situation]
+        return self._now[1]
 
     def stepped(self, tokens: int, seconds: float) -> None:
         """The step that was chosen for has been taken; without a choice there is nothing to learn."""
         if self._now is not None:
-            self._now.stepped(tokens, seconds)
-        self._now = None
+            (situation, way), self._now = self._now, None
+            stretch = self._stretches[situation.route]
+            stretch.steps, stretch.seconds = stretch.steps + 1, stretch.seconds + seconds
+            self._seconds[situation.route][bool(stretch.tried)] += seconds
+            self._speeds[situation][way].add(tokens, seconds)
+
+    def _begin(self, situation: Situation, last: Stretch | None) -> Stretch:
+        beliefs = self.beliefs(situation)
+        best = _best(beliefs)
+        others = [way for way in self.ways if way != best]
+        best_s, others_s = self._seconds.setdefault(situation.route, [0.0, 0.0])
+        if last and others and others_s + last.seconds < FLOOR * (best_s + others_s):
+            return Stretch(max(others, key=lambda way: beliefs[way].promise(1.0)))
+        chosen = max(self.ways, key=lambda way: beliefs[way].promise(SPREAD))
+        return Stretch() if chosen == best and beliefs[best].stretches else Stretch(chosen)
+
+    def beliefs(self, situation: Situation) -> dict[str, Belief]:
+        """What a situation's own steps say, and those of situations that are like it."""
+        log_SW, count_SW = (
+            np.array([[getattr(speed, name) for speed in each.values()] for each in self._speeds.values()])
+            for name in ("log", "stretches")
+        )
+        own = list(self._speeds).index(situation)
+        weight_SW = count_SW * np.array([[situation.likeness(other)] for other in self._speeds])
+        elsewhere_W = np.minimum(weight_SW.sum(0) - weight_SW[own], ELSEWHERE)
+        sums_W = count_SW[own] * log_SW[own] + elsewhere_W * _fitted(log_SW, weight_SW)[own]
+        stretches_W = count_SW[own] + elsewhere_W
+        told = zip((sums_W / np.maximum(stretches_W, NOTHING)).tolist(), stretches_W.tolist(), strict=True)
+        return dict(zip(self.ways, map(Belief._make, told), strict=True))
+
+
+def _fitted(log_SW: Floats, weight_SW: Floats) -> Floats:
+    """Log speeds as sums of a situation's and a way's: least squares, by turns."""
+    of_S, of_W = np.maximum(weight_SW.sum(1), NOTHING), np.maximum(weight_SW.sum(0), NOTHING)
+    way_W = np.zeros(log_SW.shape[1])
+    for _ in range(ROUNDS):
+        own_S1 = ((weight_SW * (log_SW - way_W)).sum(1) / of_S)[:, None]
+        way_W = (weight_SW * (log_SW - own_S1)).sum(0) / of_W
+    fitted_SW: Floats = own_S1 + way_W
+    return fitted_SW

@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from decoder.bandit import Choice
+from decoder.bandit import Choice, Situation
 from decoder.control import Control
 from decoder.drafters import Drafter, Group
 from decoder.drafters.cascade import CascadeDrafter
@@ -122,7 +122,7 @@ class Drafting:
         if not (ours := [row for row in rows if row.query.drafter == "auto"]):
             return [row.query.drafter for row in rows]
         greedy = 2 * sum(row.query.temperature == 0 for row in ours) > len(ours)
-        chosen = self.choice.choose((ours[0].query.route, (len(rows) - 1).bit_length(), greedy))
+        chosen = self.choice.choose(Situation(ours[0].query.route, (len(rows) - 1).bit_length(), greedy))
         return [chosen if row.query.drafter == "auto" else row.query.drafter for row in rows]
 
     def _wanted(self, row: Row, drafter: Drafter, gamma: int) -> Scheme:

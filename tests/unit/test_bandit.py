@@ -8,41 +8,49 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from decoder.bandit import FLOOR, STRETCH, Arm, Bandit, Choice
+from decoder.bandit import FLOOR, STRETCH, Choice, Situation
+
+HERE = Situation("default", 3, greedy=False)
 
 
-def play(bandit: Bandit, means: Sequence[float], steps: int, rng: np.random.Generator) -> float:
+def play(
+    choice: Choice, means: Sequence[float], steps: int, rng: np.random.Generator, where: Situation = HERE
+) -> float:
     """Tokens per second, where way i emits `means[i]` tokens in about a second."""
     tokens = seconds = 0.0
     for _ in range(steps):
-        mean = means[int(bandit.choose())]
+        mean = means[int(choice.choose(where))]
         emitted, taken = 1 + int(rng.binomial(8, (mean - 1) / 8)), float(rng.uniform(0.8, 1.2))
-        bandit.stepped(emitted, taken)
+        choice.stepped(emitted, taken)
         tokens, seconds = tokens + emitted, seconds + taken
     return tokens / seconds
 
 
-def made(ways: int) -> Bandit:
-    return Bandit({str(i): Arm() for i in range(ways)})
+def made(ways: int) -> Choice:
+    return Choice([str(i) for i in range(ways)])
+
+
+def fastest(choice: Choice) -> str:
+    return max((belief.log_speed, name) for name, belief in choice.beliefs(HERE).items())[1]
 
 
 @pytest.mark.parametrize("means", [(2.0, 2.1, 1.8, 2.6), (2.0, 2.04, 1.96, 2.02), (3.0, 1.4, 1.4, 1.2)])
 def test_it_costs_hardly_more_than_knowing_what_is_best(means: tuple[float, ...]) -> None:
     """After the first tries: 0.97 of the best, be the ways far apart or close together."""
-    rng, bandit = np.random.default_rng(0), made(len(means))
-    play(bandit, means, 10 * STRETCH * len(means), rng)
-    assert play(bandit, means, 5000, rng) > 0.97 * max(means)
+    rng, choice = np.random.default_rng(0), made(len(means))
+    play(choice, means, 10 * STRETCH * len(means), rng)
+    assert play(choice, means, 5000, rng) > 0.97 * max(means)
 
 
 def share_of_best(speeds: Sequence[float], steps: int, seed: int) -> float:
     """Expected tokens per second of what was chosen, of the best's, where every 40 steps another text is more or less
     predictable, whatever drafts."""
-    rng, bandit, text, seconds = np.random.default_rng(seed), made(len(speeds)), 1.0, 0.0
+    rng, choice, text, seconds = np.random.default_rng(seed), made(len(speeds)), 1.0, 0.0
     for step in range(steps):
         if step % 40 == 0:
             text = float(np.exp(rng.normal(0, 0.2)))
-        speed = speeds[int(bandit.choose())]
-        bandit.stepped(round(100 * text * (1 + rng.poisson(1.0))), float(np.exp(rng.normal(0, 0.15))) / speed)
+        speed = speeds[int(choice.choose(HERE))]
+        choice.stepped(round(100 * text * (1 + rng.poisson(1.0))), float(np.exp(rng.normal(0, 0.15))) / speed)
         seconds += 1 / speed
     return steps / seconds / max(speeds)
 
@@ -56,20 +64,20 @@ def test_one_easy_text_does_not_decide() -> None:
 
 def test_it_follows_a_change() -> None:
     """A way that becomes the best is found by the floor's share of tries, though it was the worst."""
-    rng, bandit = np.random.default_rng(1), made(3)
-    play(bandit, (2.5, 2.0, 1.5), 3000, rng)
-    play(bandit, (2.0, 1.8, 3.5), 6000, rng)
-    assert bandit.fastest == "2"
+    rng, choice = np.random.default_rng(1), made(3)
+    play(choice, (2.5, 2.0, 1.5), 3000, rng)
+    play(choice, (2.0, 1.8, 3.5), 6000, rng)
+    assert fastest(choice) == "2"
 
 
 def test_others_get_their_share_and_no_more() -> None:
     """Of the time, once all have been tried."""
-    rng, bandit = np.random.default_rng(2), made(4)
-    play(bandit, (3.0, 1.5, 1.5, 1.5), 4 * STRETCH, rng)
+    rng, choice = np.random.default_rng(2), made(4)
+    play(choice, (3.0, 1.5, 1.5, 1.5), 4 * STRETCH, rng)
     other = 0
     for _ in range(10_000):
-        other += bandit.choose() != "0"
-        play(bandit, (3.0, 1.5, 1.5, 1.5), 1, rng)
+        other += choice.choose(HERE) != "0"
+        play(choice, (3.0, 1.5, 1.5, 1.5), 1, rng)
     assert 0.5 * FLOOR < other / 10_000 < 2 * FLOOR
 
 
@@ -77,7 +85,38 @@ def test_situations_are_told_apart() -> None:
     """What is best for one row need not be for eight."""
     choice = Choice(("slow", "fast"))
     for _ in range(40 * STRETCH):
-        for situation, good in (("alone", "fast"), ("together", "slow")):
-            choice.stepped(3 if choice.choose(situation) == good else 1, 1.0)
-    played = {situation: [choice.choose(situation) for _ in range(2)][-1] for situation in ("alone", "together")}
-    assert played == {"alone": "fast", "together": "slow"}
+        for rows, good in ((0, "fast"), (3, "slow")):
+            choice.stepped(3 if choice.choose(HERE._replace(rows=rows)) == good else 1, 1.0)
+    played = [[choice.choose(HERE._replace(rows=rows)) for _ in range(2)][-1] for rows in (0, 3)]
+    assert played == ["fast", "slow"]
+
+
+def test_a_new_situation_begins_with_what_others_say() -> None:
+    """Nothing that is slow wherever it was tried is tried anew at once; another route's ways are its own."""
+    rng, choice = np.random.default_rng(3), made(4)
+    play(choice, (1.5, 3.0, 1.5, 1.5), 20 * STRETCH, rng)
+    assert play(choice, (1.5, 3.0, 1.5, 1.5), 8 * STRETCH, rng, HERE._replace(rows=2)) > 0.95 * 3.0
+    other = HERE._replace(route="other")
+    tried = {choice.choose(other) for _ in range(4 * STRETCH) if play(choice, (2.0,) * 4, 1, rng, other)}
+    assert tried == {"0", "1", "2", "3"}
+
+
+def test_short_situations_learn_together() -> None:
+    """Six of them that take turns, alike but not the same: of the best way of each, from the second 250 steps on."""
+    shares = []
+    for seed in range(20):
+        rng, choice = np.random.default_rng(seed), made(4)
+        common, worth, best = rng.normal(0, 0.15, 4), 0.0, 0.0
+        speeds = {
+            Situation("default", rows, greedy): 2.0**rows * np.exp(common + rng.normal(0, 0.05, 4))
+            for rows in (1, 2, 3)
+            for greedy in (False, True)
+        }
+        for step in range(500):
+            where = list(speeds)[step // 12 % len(speeds)]
+            speed = speeds[where][int(choice.choose(where))]
+            choice.stepped(round(100 * (1 + rng.poisson(1.0))), float(np.exp(rng.normal(0, 0.15))) / speed)
+            if step >= 250:
+                worth, best = worth + 1 / speed, best + 1 / max(speeds[where])
+        shares.append(best / worth)
+    assert np.mean(shares) > 0.94
