@@ -111,9 +111,9 @@ class Bench:
         one.computed += self._computed - computed
         one.forwards += self._forwards - forwards
 
-    def answer(self, prompts: Sequence[tuple[int, ...]], at_once: int) -> None:
+    def answer(self, prompts: Sequence[tuple[int, ...]], at_once: int, drafter: DrafterName) -> None:
         """As a service has before: what is learnt from answers is there."""
-        told = {"route": rig.ROUTE, "max_tokens": self._max_tokens, "gamma": 0}
+        told = {"route": rig.ROUTE, "max_tokens": self._max_tokens, "drafter": drafter}
         asked = enumerate(prompts)
         self._rig.complete(
             [Query(id=f"before-{i}", prompt_ids=ids, temperature=float(i % 2), seed=i, **told) for i, ids in asked],  # type: ignore[arg-type]
@@ -223,7 +223,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         pair, pair.files.draft, max(BEFORE, *args.at_once), max_tokens=args.max_tokens, kept_contexts=0
     ) as serving:
         bench = Bench(serving, args.max_tokens)
-        bench.answer(_traffic(domains, tokenizer, args.answered), BEFORE)
+        before: DrafterName = "auto" if "auto" in args.drafters else "chain"  # the choice is learnt, too
+        bench.answer(_traffic(domains, tokenizer, args.answered), BEFORE, before)
         for stream, queries in asked.items():
             for at_once in args.at_once:
                 turns = compare(bench, queries, at_once, args)
