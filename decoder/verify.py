@@ -71,8 +71,9 @@ def judge(
         return Verdict(*fused.judge(logits_BTV, probs, *proposed, tree, proposal.drafted_B, *own, *drawn, *factors))
     if sampling.all_greedy:
         best_BT = most_likely(logits_BTV)
-        if tree is None:
-            return verify_greedy(best_BT, proposal.tokens_BN, proposal.drafted_B)
+        if tree is None or all(tree.chains):
+            chosen_BG = None if tree is None else tree.sources_BN == CHOSEN
+            return verify_greedy(best_BT, proposal.tokens_BN, proposal.drafted_B, chosen_BG)
         return Verdict(*walk_greedily(best_BT, proposal.tokens_BN, tree, proposal.drafted_B))
     probs_BTV = probabilities(logits_BTV, sampling)
     if logits_BTV.shape[1] == 1:
@@ -124,16 +125,22 @@ def _by_candidate(q_BQV: Tensor, tokens_BN: Tensor, sources_BN: Tensor) -> Tenso
     return torch.where((sources_BN == CHOSEN)[..., None], sure_BNV, drawn_BNV)
 
 
-def verify_greedy(best_BT: Tensor, draft_tokens_BG: Tensor, drafted_B: Tensor) -> Verdict:
+def verify_greedy(
+    best_BT: Tensor, draft_tokens_BG: Tensor, drafted_B: Tensor, chosen_BG: Tensor | None = None
+) -> Verdict:
     """`verify` where all distributions have their mass on one token: keeps the draft as far as it is the target's."""
-    if draft_tokens_BG.shape[1] == 0:
-        accepted_B = torch.zeros_like(drafted_B)
-    else:
-        drafted_BG = torch.arange(draft_tokens_BG.shape[1], device=drafted_B.device) < drafted_B[:, None]
-        accepted_B = ((draft_tokens_BG == best_BT[:, :-1]) & drafted_BG).long().cumprod(-1).sum(-1)
+    if not draft_tokens_BG.shape[1]:
+        nothing_B = torch.zeros_like(drafted_B)
+        return _of_chain(draft_tokens_BG, nothing_B, best_BT[:, 0], nothing_B + 1, nothing_B, nothing_B)
+    position_G = torch.arange(draft_tokens_BG.shape[1], device=drafted_B.device)
+    drafted_BG = position_G < drafted_B[:, None]
+    accepted_B = ((draft_tokens_BG == best_BT[:, :-1]) & drafted_BG).long().cumprod(-1).sum(-1)
     next_B = best_BT.gather(1, accepted_B[:, None]).squeeze(1)
-    compared_B = torch.minimum(accepted_B + 1, drafted_B)
-    return _of_chain(draft_tokens_BG, accepted_B, next_B, torch.ones_like(accepted_B), accepted_B, compared_B)
+    overlap_B, compared_B = accepted_B, torch.minimum(accepted_B + 1, drafted_B)
+    if chosen_BG is not None:
+        kept_BG, met_BG = (position_G < end_B[:, None] for end_B in (accepted_B, compared_B))
+        overlap_B, compared_B = ((part_BG & ~chosen_BG).sum(-1) for part_BG in (kept_BG, met_BG))
+    return _of_chain(draft_tokens_BG, accepted_B, next_B, torch.ones_like(accepted_B), overlap_B, compared_B)
 
 
 def _plain(probs_BV: Tensor, emit_uniform_B: Tensor) -> Verdict:
