@@ -128,7 +128,9 @@ class Demo:
 
     def _progress(self, served: Sequence[Served]) -> str:
         recent = served[-RECENT:]
-        lately = f"τ {tokens_per_step(recent):.2f}, acceptance {mean_overlap(recent):.3f}"
+        compared = any(one.overlap is not None for one in recent)  # none is where plain steps are faster
+        acceptance = f"{mean_overlap(recent):.3f}" if compared else "not measured"
+        lately = f"τ {tokens_per_step(recent):.2f}, acceptance {acceptance}"
         return f"{len(served):4d}/{len(self._traffic)} requests; last {len(recent)}: {lately}; {self._cycle()}"
 
     def _cycle(self) -> str:
