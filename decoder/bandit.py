@@ -3,8 +3,8 @@
 What pays depends on the traffic, on the draft as it is now, on how busy the machine is: too much to be modelled, and
 simple to try (BanditSpec, arXiv 2505.15141). One way is used for a stretch of steps, for to change costs: a draft has
 to catch up on what others drafted without it. Then the way is used that may yet be the fastest: one stretch says little
-of a way, for texts differ, so that those tried less have more in their favour (an upper confidence bound). Some of the
-time goes to others in any case, so that none is written off for good: traffic changes, and drafts are swapped.
+of a way, for texts differ, so that those tried less have more in their favour (an upper confidence bound). Each has a
+little of the time in any case, so that none is written off for good: traffic changes, and drafts are swapped.
 
 What is best may be another for one sequence than for eight; but such situations are many, and each is short at first.
 A way that is slow in one is most likely slow in one that is like it: so a situation begins with what the others say, as
@@ -21,11 +21,10 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 STRETCH = 16  # steps
-FLOOR = 0.02  # share of the time that goes to others than the fastest
+FLOOR = 0.02  # share of the time that the ways have between them in any case, each the same
 MEMORY = 40.0  # stretches that a way's speed in a situation remembers
 SPREAD = 0.2  # how far a stretch's speed is from the mean, as a rule
-ELSEWHERE = 4.0  # own stretches that what other situations say is worth, at most
-LIKENESS = 0.7  # of two situations that are one apart
+ELSEWHERE = 1.0  # own stretches that what a situation says that is one apart is worth, at most
 ROUNDS = 4  # of fitting situations and ways by turns
 KEPT = (1 - 1 / MEMORY) ** (1 / STRETCH)  # by a step, of what was known
 NOTHING = 1e-9
@@ -38,10 +37,13 @@ class Situation(NamedTuple):
     rows: int  # twice as many are one more
     greedy: bool
 
-    def likeness(self, other: "Situation") -> float:
-        if self.route != other.route:
-            return 0.0
-        return LIKENESS ** (abs(self.rows - other.rows) + (self.greedy != other.greedy))
+    def worth(self, other: "Situation") -> float:
+        """Own stretches that what is known of another one is worth at most: what a way brings there is one more guess
+        off for every step between them."""
+        if self == other:
+            return math.inf
+        apart = abs(self.rows - other.rows) + (self.greedy != other.greedy)
+        return ELSEWHERE / apart**2 if self.route == other.route else 0.0
 
 
 @dataclass(slots=True)
@@ -90,7 +92,7 @@ class Choice:
     ways: Sequence[str]
     _speeds: dict[Situation, dict[str, Speed]] = field(default_factory=dict)
     _stretches: dict[str, Stretch] = field(default_factory=dict)  # by route, under way
-    _seconds: dict[str, list[float]] = field(default_factory=dict)  # by route: of the best ways, and of those tried
+    _seconds: dict[str, dict[str, float]] = field(default_factory=dict)  # by route and way
     _now: tuple[Situation, str] | None = None
 
     def choose(self, situation: Situation) -> str:
@@ -111,18 +113,17 @@ class Choice:
             (situation, way), self._now = self._now, None
             stretch = self._stretches[situation.route]
             stretch.steps, stretch.seconds = stretch.steps + 1, stretch.seconds + seconds
-            self._seconds[situation.route][bool(stretch.tried)] += seconds
+            self._seconds[situation.route][way] += seconds
             self._speeds[situation][way].add(tokens, seconds)
 
     def _begin(self, situation: Situation, last: Stretch | None) -> Stretch:
+        spent = self._seconds.setdefault(situation.route, dict.fromkeys(self.ways, 0.0))
+        least = min(self.ways, key=lambda way: spent[way])
+        if last and spent[least] + last.seconds < FLOOR / len(self.ways) * sum(spent.values()):
+            return Stretch(least)
         beliefs = self.beliefs(situation)
-        best = _best(beliefs)
-        others = [way for way in self.ways if way != best]
-        best_s, others_s = self._seconds.setdefault(situation.route, [0.0, 0.0])
-        if last and others and others_s + last.seconds < FLOOR * (best_s + others_s):
-            return Stretch(max(others, key=lambda way: beliefs[way].promise(1.0)))
         chosen = max(self.ways, key=lambda way: beliefs[way].promise(SPREAD))
-        return Stretch() if chosen == best and beliefs[best].stretches else Stretch(chosen)
+        return Stretch() if chosen == _best(beliefs) and beliefs[chosen].stretches else Stretch(chosen)
 
     def beliefs(self, situation: Situation) -> dict[str, Belief]:
         """What a situation's own steps say, and those of situations that are like it."""
@@ -131,8 +132,8 @@ class Choice:
             for name in ("log", "stretches")
         )
         own = list(self._speeds).index(situation)
-        weight_SW = count_SW * np.array([[situation.likeness(other)] for other in self._speeds])
-        elsewhere_W = np.minimum(weight_SW.sum(0) - weight_SW[own], ELSEWHERE)
+        weight_SW = np.minimum(count_SW, [[situation.worth(other)] for other in self._speeds])
+        elsewhere_W = np.delete(weight_SW, own, 0).max(0, initial=0.0)  # they err alike: the nearest counts
         sums_W = count_SW[own] * log_SW[own] + elsewhere_W * _fitted(log_SW, weight_SW)[own]
         stretches_W = count_SW[own] + elsewhere_W
         told = zip((sums_W / np.maximum(stretches_W, NOTHING)).tolist(), stretches_W.tolist(), strict=True)

@@ -62,23 +62,25 @@ def test_one_easy_text_does_not_decide() -> None:
     assert np.percentile(shares, 10) > 0.95
 
 
-def test_it_follows_a_change() -> None:
-    """A way that becomes the best is found by the floor's share of tries, though it was the worst."""
+@pytest.mark.parametrize("second", [2.0, 2.49])
+def test_it_follows_a_change(second: float) -> None:
+    """A way that becomes the best is found by the floor's share of tries, though it was the worst of three, and two of
+    them so close that they took turns."""
     rng, choice = np.random.default_rng(1), made(3)
-    play(choice, (2.5, 2.0, 1.5), 3000, rng)
-    play(choice, (2.0, 1.8, 3.5), 6000, rng)
+    play(choice, (2.5, second, 1.5), 3000, rng)
+    play(choice, (2.5, second, 3.5), 6000, rng)
     assert fastest(choice) == "2"
 
 
 def test_others_get_their_share_and_no_more() -> None:
-    """Of the time, once all have been tried."""
+    """Of the time."""
     rng, choice = np.random.default_rng(2), made(4)
     play(choice, (3.0, 1.5, 1.5, 1.5), 4 * STRETCH, rng)
     other = 0
     for _ in range(10_000):
         other += choice.choose(HERE) != "0"
         play(choice, (3.0, 1.5, 1.5, 1.5), 1, rng)
-    assert 0.5 * FLOOR < other / 10_000 < 2 * FLOOR
+    assert 0.3 * FLOOR < other / 10_000 < FLOOR  # the first tries count, too
 
 
 def test_situations_are_told_apart() -> None:
@@ -99,6 +101,18 @@ def test_a_new_situation_begins_with_what_others_say() -> None:
     other = HERE._replace(route="other")
     tried = {choice.choose(other) for _ in range(4 * STRETCH) if play(choice, (2.0,) * 4, 1, rng, other)}
     assert tried == {"0", "1", "2", "3"}
+
+
+def test_what_others_say_does_not_bind() -> None:
+    """What is best for eight rows is given up for one row where its own steps say so."""
+    shares = []
+    for seed in range(10):
+        rng, choice, alone = np.random.default_rng(seed), made(4), HERE._replace(rows=0)
+        play(choice, (2.4, 2.0, 2.0, 1.8), 60 * STRETCH, rng)
+        play(choice, (2.0, 2.0, 2.6, 1.8), 20 * STRETCH, rng, alone)
+        shares.append(play(choice, (2.0, 2.0, 2.6, 1.8), 40 * STRETCH, rng, alone) / 2.6)
+    assert min(shares) > 0.9
+    assert np.mean(shares) > 0.95
 
 
 def test_short_situations_learn_together() -> None:
