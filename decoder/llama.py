@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
-from decoder.device import Graphs, Linear, operations, padded
+from decoder.captured import Graphs
+from decoder.device import Linear, operations, padded
 from decoder.operations import Norms, Operations, Place, Rotations
 from decoder.sampling import fit_vocabulary
 from decoder.slots import Nodes, Rows, SlotCache

@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from decoder.device import Graphs
+from decoder.captured import Graphs
 from decoder.drafts import LiveDraft
 from decoder.llama import Llama
 from decoder.models import (
