@@ -24,7 +24,7 @@ STRETCH = 16  # steps
 FLOOR = 0.02  # share of the time that the ways have between them in any case, each the same
 MEMORY = 40.0  # stretches that a way's speed in a situation remembers
 SPREAD = 0.2  # how far a stretch's speed is from the mean, as a rule
-ELSEWHERE = 1.0  # own stretches that what a situation says that is one apart is worth, at most
+ELSEWHERE = 1.0  # own stretches that the opinion of a situation one apart is worth, at most
 ROUNDS = 4  # of fitting situations and ways by turns
 KEPT = (1 - 1 / MEMORY) ** (1 / STRETCH)  # by a step, of what was known
 NOTHING = 1e-9
@@ -38,12 +38,11 @@ class Situation(NamedTuple):
     greedy: bool
 
     def worth(self, other: "Situation") -> float:
-        """Own stretches that what is known of another one is worth at most: what a way brings there is one more guess
-        off for every step between them."""
+        """Own stretches that the opinion of another one of the same route is worth at most: the less, the farther."""
         if self == other:
             return math.inf
         apart = abs(self.rows - other.rows) + (self.greedy != other.greedy)
-        return ELSEWHERE / apart**2 if self.route == other.route else 0.0
+        return ELSEWHERE / apart**2
 
 
 @dataclass(slots=True)
@@ -68,9 +67,10 @@ class Belief(NamedTuple):
     log_speed: float
     stretches: float  # that speak for it
 
-    def promise(self, spread: float) -> float:
+    @property
+    def promise(self) -> float:
         """What it might be: the less is known of it, the more."""
-        return self.log_speed + math.log(1 + spread / math.sqrt(self.stretches)) if self.stretches else math.inf
+        return self.log_speed + math.log(1 + SPREAD / math.sqrt(self.stretches)) if self.stretches else math.inf
 
 
 def _best(beliefs: dict[str, Belief]) -> str:
@@ -90,15 +90,17 @@ class Stretch:
 @dataclass
 class Choice:
     ways: Sequence[str]
-    _speeds: dict[Situation, dict[str, Speed]] = field(default_factory=dict)
-    _stretches: dict[str, Stretch] = field(default_factory=dict)  # by route, under way
-    _seconds: dict[str, dict[str, float]] = field(default_factory=dict)  # by route and way
+    # By route: speeds in its situations, the stretch under way, seconds that each way has had.
+    _speeds: dict[str, dict[Situation, dict[str, Speed]]] = field(default_factory=dict)
+    _stretches: dict[str, Stretch] = field(default_factory=dict)
+    _seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     _now: tuple[Situation, str] | None = None
 
     def choose(self, situation: Situation) -> str:
         """For the next step."""
-        if situation not in self._speeds:
-            self._speeds[situation] = {way: Speed() for way in self.ways}
+        speeds = self._speeds.setdefault(situation.route, {})
+        if situation not in speeds:
+            speeds[situation] = {way: Speed() for way in self.ways}
         stretch = self._stretches.get(situation.route)
         if stretch is None or stretch.steps >= STRETCH:
             self._stretches[situation.route] = stretch = self._begin(situation, stretch)
@@ -114,7 +116,7 @@ class Choice:
             stretch = self._stretches[situation.route]
             stretch.steps, stretch.seconds = stretch.steps + 1, stretch.seconds + seconds
             self._seconds[situation.route][way] += seconds
-            self._speeds[situation][way].add(tokens, seconds)
+            self._speeds[situation.route][situation][way].add(tokens, seconds)
 
     def _begin(self, situation: Situation, last: Stretch | None) -> Stretch:
         spent = self._seconds.setdefault(situation.route, dict.fromkeys(self.ways, 0.0))
@@ -122,17 +124,17 @@ class Choice:
         if last and spent[least] + last.seconds < FLOOR / len(self.ways) * sum(spent.values()):
             return Stretch(least)
         beliefs = self.beliefs(situation)
-        chosen = max(self.ways, key=lambda way: beliefs[way].promise(SPREAD))
-        return Stretch() if chosen == _best(beliefs) and beliefs[chosen].stretches else Stretch(chosen)
+        chosen = max(self.ways, key=lambda way: beliefs[way].promise)
+        known = beliefs[chosen].stretches > 0
+        return Stretch(best={situation: chosen}) if known and chosen == _best(beliefs) else Stretch(chosen)
 
     def beliefs(self, situation: Situation) -> dict[str, Belief]:
         """What a situation's own steps say, and those of situations that are like it."""
-        log_SW, count_SW = (
-            np.array([[getattr(speed, name) for speed in each.values()] for each in self._speeds.values()])
-            for name in ("log", "stretches")
-        )
-        own = list(self._speeds).index(situation)
-        weight_SW = np.minimum(count_SW, [[situation.worth(other)] for other in self._speeds])
+        known = self._speeds[situation.route]
+        log_SW = np.array([[speed.log for speed in each.values()] for each in known.values()])
+        count_SW = np.array([[speed.stretches for speed in each.values()] for each in known.values()])
+        own = list(known).index(situation)
+        weight_SW = np.minimum(count_SW, [[situation.worth(other)] for other in known])
         elsewhere_W = np.delete(weight_SW, own, 0).max(0, initial=0.0)  # they err alike: the nearest counts
         sums_W = count_SW[own] * log_SW[own] + elsewhere_W * _fitted(log_SW, weight_SW)[own]
         stretches_W = count_SW[own] + elsewhere_W

@@ -54,7 +54,7 @@ class FusedOperations:
         where = rows if isinstance(rows, slice) else slot_index(rows, starts_B.device)
         first, slots_B = (where.start, None) if isinstance(where, slice) else (0, where)
         stands_2BT = torch.empty((2, B, tokens), dtype=torch.long)  # positions and cells
-        several = B * tokens > 1 or nodes is not None
+        several = B * tokens > 1 or nodes is not None  # a lone token is the last of `upto`: it sees all of them
         bias = torch.empty((B, 1, self._group * tokens, upto), dtype=self._dtype) if several else None
         depth_BT = visible_BTC = None
         if nodes is not None:
