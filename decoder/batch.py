@@ -109,9 +109,11 @@ class Batch:
         self._settle(plan, verdicts)
         emitted = self._commit(plan, verdicts, observation)
         if not alone:
-            seconds = time.perf_counter() - started
-            self.control.stepped(ready, plan.gamma, seconds, self._drafting.work)
-            self._drafting.choice.stepped(emitted, seconds)
+            ended = time.perf_counter()
+            self.control.stepped(ready, plan.gamma, ended - started, emitted, self._drafting.work)
+            self._drafting.choice.stepped(
+                emitted, ended - began
+            )  # to keep a draft up with contexts is a way's cost, too
 
     # ── joining and leaving ──
 

@@ -135,7 +135,6 @@ class Control:
     max_gamma: int
     credit_s: float = 0.0  # time that probes may spend
     prices: Prices = field(default_factory=Prices)
-    _pace: float = 1.0  # what a row emits in the time of a plain step
     _drafted: int = 0  # steps since the last plain one
 
     def gamma(self, rates_B: Sequence[float], rows: int) -> int:
@@ -146,7 +145,6 @@ class Control:
         tokens, others = expected_tokens(rates_B, self.max_gamma), rows - len(rates_B)
         speed = [(count + others) / cost for count, cost in zip(tokens, seconds, strict=True)]
         best = speed.index(max(speed))
-        self._pace = speed[best] / speed[0]
         if speed[best] <= MARGIN * speed[0] or self.rechecks:
             return 0
         return best
@@ -157,14 +155,15 @@ class Control:
         return self._drafted >= RECHECK_STEPS
 
     def price(self, rows: int) -> Price:
-        """What drafting costs a step of so many rows, in tokens of each."""
-        return self.prices.of(rows, self._pace)
+        """What drafting costs a step of so many rows."""
+        return self.prices.of(rows)
 
-    def stepped(self, rows: int, gamma: int | None, seconds: float, drafted: tuple[int, float] | None = None) -> None:
+    def stepped(
+        self, rows: int, gamma: int | None, seconds: float, tokens: int, drafted: tuple[int, float] | None = None
+    ) -> None:
         """`gamma` is what a chain of the draft's had; None: something else was drafted. `drafted`: the most candidates
         of a row, and the draft's forwards for them, where these are known."""
-        if drafted is not None and drafted[0]:
-            self.prices.observe(rows, *drafted, seconds / self.costs.seconds(rows)[0])
+        self.prices.observe(rows, tokens, seconds / self.costs.seconds(rows)[0], drafted)
         if gamma is not None and gamma <= self.max_gamma:  # a request may ask for more
             rechecked = gamma == 0 and self.rechecks
             self.costs.observe(rows, gamma, seconds, RECHECK_LEARNS if rechecked else GAMMA_LEARNS)

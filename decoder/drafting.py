@@ -15,7 +15,7 @@ import torch
 
 from decoder.bandit import Choice, Situation
 from decoder.control import Control
-from decoder.drafters import Drafter, Group
+from decoder.drafters import FEED, Drafter, Group
 from decoder.drafters.cascade import CascadeDrafter
 from decoder.drafters.exits import ExitDrafter
 from decoder.drafters.graph import GraphDrafter
@@ -38,7 +38,6 @@ from online.metrics import ServiceMetrics
 log = logging.getLogger("slipstream.drafting")
 R = TypeVar("R")
 
-FEED = 8  # tokens that a draft may lack and still get with its first forward; more are encoded before
 DRAFT_PREFILL = 4  # prompt tokens of a draft that cost about as much as one of the target
 PROBED = 8  # tokens that a row must have emitted plainly before its draft is probed on them
 
@@ -109,13 +108,17 @@ class Drafting:
         if gamma == 0 and self.control.credit_s > 0:
             self._probe(ours)
         wanted = [self._wanted(row, drafter, gamma) for row, drafter in zip(rows, drafters, strict=True)]
-        feed = FEED if len(rows) > 1 else self._prefill_tokens  # more than one row would be padded to the longest
         fed = [i for i, scheme in enumerate(wanted) if scheme.candidates and modelled[i]]
-        self._catch_up([i for i in fed if rows[i].draft_lag > feed])
+        late = [i for i in fed if rows[i].draft_lag > self._feed(rows)]
+        self._catch_up([i for i in late if drafters[i].waits or rows[i].draft_wanted])
         for i in fed:
-            if not rows[i].draft.usable or rows[i].draft_lag > feed:
+            if not rows[i].draft.usable or (drafters[i].waits and rows[i].draft_lag > self._feed(rows)):
                 wanted[i] = NOTHING
         return wanted
+
+    def _feed(self, rows: Sequence[Row]) -> int:
+        """More than one row would be padded to the longest."""
+        return FEED if len(rows) > 1 else self._prefill_tokens
 
     def _named(self, rows: list[Row]) -> list[str]:
         """What drafts for each row: what its query says, or what is fastest for all that leave it to us."""
@@ -232,6 +235,7 @@ class Drafting:
                 self._vocab_size,
                 self._device,
                 self.control.price(len(plan.rows)),
+                self._feed(plan.rows),
             )
             found.append((members, group))
         return found

@@ -2,7 +2,8 @@
 
 A step that drafts takes about 1 + s + a · (candidates of the longest row) + b · (forwards of the draft model) plain
 steps. These are fitted by least squares over recent steps, by how many rows they had. Where every candidate has been a
-forward, only a + b shows, and first assumptions tell the two apart.
+forward, only a + b shows, and first assumptions tell the two apart. What else the rows could do with that time is what
+they have emitted of late in a plain step's time.
 """
 
 from dataclasses import dataclass, field
@@ -14,18 +15,24 @@ from numpy.typing import NDArray
 FIRST = np.array([0.05, 0.03, 0.12])  # s, a, b where nothing is known
 PRIOR_STEPS = 10.0  # that first assumptions count for
 MEMORY = 500.0  # steps
+PACE_MEMORY = 200.0
+STALE = 50  # steps after which a price that nothing has been drafted at is reckoned anew
 LEAST = 0.002
-SLOWEST = 3.0  # plain steps: what takes longer was held up by something else
+SLOWEST = 2.0  # times as long as thought: what takes longer was held up by something else
 
 
 class Price(NamedTuple):
-    """Tokens that a row would have emitted plainly meanwhile."""
+    """Tokens that all rows of a step would have emitted meanwhile."""
 
+    start: float  # of drafting at all
     candidate: float
     forward: float
 
+    def __mul__(self, share: float) -> "Price":  # type: ignore[override]
+        return Price(self.start * share, self.candidate * share, self.forward * share)
 
-FREE = Price(0.0, 0.0)
+
+FREE = Price(0.0, 0.0, 0.0)
 
 
 @dataclass(slots=True)
@@ -34,34 +41,59 @@ class _Fit:
 
     squares: NDArray[np.float64] = field(default_factory=lambda: PRIOR_STEPS * np.eye(3))
     sums: NDArray[np.float64] = field(default_factory=lambda: PRIOR_STEPS * FIRST)
-    price: Price | None = None  # the solution, until a step is added: it is asked for before every step
+    solved: Price | None = None  # until a step is added: it is asked for before every step
+    steps: int = 0  # by which all of that has yet to fade
+    tokens: float = PRIOR_STEPS  # of a row
+    plain_steps: float = PRIOR_STEPS  # that it took as long as
 
-    def add(self, candidates: int, forwards: float, longer: float) -> None:
-        keep, work = 1 - 1 / MEMORY, np.array([1.0, candidates, forwards])
-        prior = (1 - keep) * PRIOR_STEPS  # what fades of it comes back
-        self.squares = self.squares * keep + np.outer(work, work) + prior * np.eye(3)
-        self.sums = self.sums * keep + longer * work + prior * FIRST
-        self.price = None
+    @property
+    def pace(self) -> float:
+        """What a row emits in a plain step's time: not less than one token, for it need not draft."""
+        return max(1.0, self.tokens / self.plain_steps)
 
-    def solved(self) -> Price:
-        if self.price is None:
-            _, candidate, forward = np.linalg.solve(self.squares, self.sums).tolist()
-            self.price = Price(max(LEAST, candidate), max(LEAST, forward))
-        return self.price
+    def price(self) -> Price:
+        """In plain steps. With time first assumptions come back, or what once seemed too dear would never be tried."""
+        if self.solved is None or self.steps >= STALE:
+            self._fade()
+            self.solved = Price(*np.linalg.solve(self.squares, self.sums).clip(LEAST).tolist())
+        return self.solved
+
+    def emitted(self, tokens: float, plain_steps: float) -> None:
+        keep = 1 - 1 / PACE_MEMORY
+        self.tokens, self.plain_steps = self.tokens * keep + tokens, self.plain_steps * keep + plain_steps
+        self.steps += 1
+
+    def drafted(self, candidates: int, forwards: float, plain_steps: float) -> None:
+        work = np.array([1.0, candidates, forwards])
+        longer = min(plain_steps, SLOWEST * (1 + float(work @ self.price()))) - 1
+        self._fade()
+        self.squares += np.outer(work, work)
+        self.sums += longer * work
+        self.solved = None
+
+    def _fade(self) -> None:
+        keep, self.steps = (1 - 1 / MEMORY) ** self.steps, 0
+        prior = (1 - keep) * PRIOR_STEPS
+        self.squares = self.squares * keep + prior * np.eye(3)
+        self.sums = self.sums * keep + prior * FIRST
 
 
 @dataclass
 class Prices:
     _by_rows: dict[int, _Fit] = field(default_factory=dict)
 
-    def of(self, rows: int, pace: float) -> Price:
-        """`pace` is what a row emits in the time of a plain step as things go."""
-        candidate, forward = self._fit(rows).solved()
-        return Price(pace * candidate, pace * forward)
+    def of(self, rows: int) -> Price:
+        """What drafting costs a step of so many rows."""
+        fit = self._fit(rows)
+        return fit.price() * (fit.pace * rows)
 
-    def observe(self, rows: int, candidates: int, forwards: float, plain_steps: float) -> None:
-        """A step took as long as so many plain ones."""
-        self._fit(rows).add(candidates, forwards, min(plain_steps, SLOWEST) - 1)
+    def observe(self, rows: int, tokens: int, plain_steps: float, drafted: tuple[int, float] | None) -> None:
+        """A step emitted so many tokens and took as long as so many plain ones. `drafted`: the most candidates of a
+        row, and the draft's forwards for them, where these are known."""
+        fit = self._fit(rows)
+        fit.emitted(tokens / rows, min(plain_steps, SLOWEST * SLOWEST))
+        if drafted is not None and drafted[0]:
+            fit.drafted(*drafted, plain_steps)
 
     def _fit(self, rows: int) -> _Fit:
         return self._by_rows.setdefault((rows - 1).bit_length(), _Fit())

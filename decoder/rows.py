@@ -25,6 +25,7 @@ class Row:
         self.draft: LiveDraft  # which drafts for it, from admission to its end
         self.draft_cached = 0  # the same in the draft's
         self.draft_version = 0  # which began to write them
+        self.draft_wanted = False  # a step did without it that would have asked it, had it been up with the context
         self.acceptance = Acceptance(ROW_MEMORY)
         self.emitted_p: list[float] = []  # of each output token: its probability, where it was the target's own draw
         self.rng = np.random.Generator(np.random.Philox(query.seed))

@@ -21,6 +21,8 @@ from decoder.sampling import Sampling
 from decoder.shapes import Scheme, Shape
 from decoder.slots import Rows, slot_at
 
+FEED = 8  # tokens that a draft may lack and still get with its first forward; more are encoded before
+
 
 @dataclass(slots=True)
 class Group:
@@ -35,7 +37,8 @@ class Group:
     uniform_BN: Tensor
     vocab_size: int
     device: torch.device | str
-    price: Price = FREE
+    price: Price = FREE  # of the whole step, in which others may take part
+    feed: int = FEED  # tokens of its context that a row's draft may lack and still be asked in this step
     forwards: float | None = None  # of the draft model, where the drafter counts them: prices are learnt from it
     # By row: of candidates whose keys the draft's slot holds, the cell behind the context.
     cells: list[dict[int, int]] = field(default_factory=list)
@@ -48,6 +51,7 @@ class Group:
 
 class Drafter(Protocol):
     uses_model: bool  # else it needs no draft
+    waits: bool  # until its draft is up with a row's context; else it does without, and says when that was a pity
 
     def scheme(self, row: Row, gamma: int, most: int) -> Scheme:
         """What a row is to draft, where a chain of γ from its draft would be the fastest, and of `most` candidates."""

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from decoder.drafters import Group, learn
-from decoder.drafters.chains import Chain, finished, longest
+from decoder.drafters.chains import Chain, begun, finished, longest, worthwhile
 from decoder.models import LanguageModel
+from decoder.prices import FREE, Price
 from decoder.proposal import Proposal
 from decoder.ragged import integers, ragged
 from decoder.rows import Row
@@ -34,7 +35,7 @@ from decoder.slots import Rows
 class CascadeDrafter:
     """A `Drafter` of chains."""
 
-    uses_model = True
+    uses_model, waits = True, False
 
     def __init__(self, masks: int = 0) -> None:
         """`masks` is how many more tokens the model drafts in the same forward, by mask tokens."""
@@ -48,12 +49,12 @@ class CascadeDrafter:
         )
 
     def propose(self, group: Group) -> Proposal | None:
-        asked = zip(group.rows, group.drafted, strict=True)
-        chains = [Chain.of(row, count, group.scheme.lead, group.price) for row, count in asked]
-        drawn = propose(group.draft.model, group.slots, chains, group.sampling, group.uniform_BN, self._masks)
-        logits_BQV, probs_BQV, group.forwards = drawn
+        chains = begun(group)
+        shaped = group.sampling, group.uniform_BN, group.price, self._masks
+        logits_BQV, probs_BQV, group.forwards = propose(group.draft.model, group.slots, chains, *shaped)
         for row, one in zip(group.rows, chains, strict=True):
             row.draft_holds(one.held)  # cut back where a rejection comes earlier
+            row.draft_wanted = one.missed
         return finished(chains, logits_BQV, probs_BQV, group)
 
     def settle(self, group: Group, kept: Sequence[Sequence[int]]) -> None:
@@ -66,6 +67,7 @@ def propose(
     chains: Sequence[Chain],
     sampling: Sampling,
     uniform_BN: Tensor,
+    price: Price = FREE,
     masks: int = 0,
 ) -> tuple[list[Tensor], Tensor, int]:
     """Drafts the chains. Returns what the model's tokens were drawn from, [B, 1, V] each and [B, Q, V], and how often
@@ -76,52 +78,63 @@ def propose(
     device, count, forwards = uniform_BN.device, len(chains), 0
     said: list[list[Tensor]] = [[] for _ in chains]
     probs: list[list[Tensor]] = [[] for _ in chains]
-    own = [sampling if count == 1 else sampling.select([b]) for b in range(count)]
     while True:
         for one in chains:
-            one.choose(sure=True)
-        asking = [b for b, one in enumerate(chains) if one.wants_model()]
+            one.choose()
+        asking, places = _asking(chains, price, masks)
         if not asking:
             break
-        ahead = [_ahead(one, masks, model.mask_id) if b in asking else [] for b, one in enumerate(chains)]
-        unseen = [[*one.context, *one.tokens][one.held :] for one in chains]
+        ahead = [_ahead(one, places, model.mask_id, masks) if b in asking else [] for b, one in enumerate(chains)]
+        unseen = [[] if one.lags else [*one.context, *one.tokens][one.held :] for one in chains]
         fed = [tokens + more for tokens, more in zip(unseen, ahead, strict=True)]
         held = [one.held for one in chains]
         upto = max(start + len(tokens) for start, tokens in zip(held, fed, strict=True))
         logits_BFV = at_least_float32(model.forward(rows, ragged(fed, device), integers(held, device), upto))
         forwards += 1
-        for b, one in enumerate(chains):
-            one.held += len(unseen[b])
-            if b in asking:
-                done, first = len(one.tokens), len(unseen[b]) - 1
-                own_1MV = logits_BFV[b : b + 1, first : first + 1 + len(ahead[b])]
-                drawn, chances, q_1MV = _draw(own_1MV, own[b], uniform_BN[b : b + 1, done : done + own_1MV.shape[1]])
-                taken = len(drawn) if masks else 1 + _agreement(drawn, ahead[b])
-                taken = one.draw(drawn[:taken], chances[:taken], masked=masks > 0)
-                said[b].append(own_1MV[0, :taken])
-                probs[b].append(q_1MV[0, :taken])
-                one.held += 0 if masks else taken - 1
-    for one in chains:
-        one.choose(sure=False)
-    most = max(one.drawn for one in chains)
-    if not most:
-        return [], torch.empty((count, 0, model.vocab_size), device=device), forwards
-    logits_BQV = _stacked(said, most)
-    probs_BQV = logits_BQV[:, :0] if sampling.all_greedy else _stacked(probs, most)
-    return [logits_BQV[:, q : q + 1] for q in range(most)], probs_BQV, forwards
+        for one, tokens in zip(chains, unseen, strict=True):
+            one.held += len(tokens)
+        behind = [slice(len(unseen[b]) - 1, len(fed[b])) for b in asking]
+        said_AMV = _stacked([[logits_BFV[b, at]] for b, at in zip(asking, behind, strict=True)])
+        own = sampling if len(asking) == count else sampling.select(asking)
+        drawn, chances, q_AMV = _draw(said_AMV, own, uniform_BN[asking], [len(chains[b].tokens) for b in asking])
+        for a, b in enumerate(asking):
+            taken = 1 + (len(ahead[b]) if masks else _agreement(drawn[a], ahead[b]))
+            taken = chains[b].draw(drawn[a][:taken], chances[a][:taken], masked=masks > 0)
+            said[b].append(said_AMV[a, :taken])
+            probs[b].append(q_AMV[a, :taken])
+            chains[b].held += 0 if masks else taken - 1
+    if not forwards:
+        return [], torch.empty((count, 0, model.vocab_size), device=device), 0
+    logits_BQV = _stacked(said)
+    probs_BQV = logits_BQV[:, :0] if sampling.all_greedy else _stacked(probs)
+    return [logits_BQV[:, q : q + 1] for q in range(logits_BQV.shape[1])], probs_BQV, forwards
 
 
-def _ahead(one: Chain, masks: int, mask_id: int) -> list[int]:
+def _asking(chains: Sequence[Chain], price: Price, masks: int) -> tuple[list[int], int]:
+    """The chains that the model drafts for next, and how many tokens of each it is asked for. All rows of a step take
+    the time of its forward: they share it."""
+    wanting = [one for one in chains if one.open]
+    if not (places := worthwhile(wanting, price, masks)):
+        return [], 0
+    for one in wanting:
+        one.missed = one.lags
+    asking = [b for b, one in enumerate(chains) if one.open and not one.lags]
+    if len(asking) < len(wanting) and not (places := worthwhile([chains[b] for b in asking], price, masks)):
+        return [], 0
+    return asking, places
+
+
+def _ahead(one: Chain, places: int, mask_id: int, masks: int) -> list[int]:
     """What the model is fed behind the chain: guesses of its own tokens, or masks that stand for them."""
-    return [mask_id] * min(masks, one.lead - 1, one.most - len(one.tokens) - 1) if masks else one.ahead()
+    return [mask_id] * (min(places, one.lead, one.most - len(one.tokens)) - 1) if masks else one.ahead()
 
 
-def _stacked(parts: Sequence[list[Tensor]], most: int) -> Tensor:
+def _stacked(parts: Sequence[list[Tensor]]) -> Tensor:
     """Rows of [M, V] pieces as one padded [B, Q, V]."""
     rows = [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in parts if pieces]
     if len(rows) == len(parts) == 1:
         return rows[0][None]
-    found_BQV = rows[0].new_zeros((len(parts), most, rows[0].shape[-1]))
+    found_BQV = rows[0].new_zeros((len(parts), max(map(len, rows)), rows[0].shape[-1]))
     whole = iter(rows)
     for b, pieces in enumerate(parts):
         if pieces:
@@ -130,15 +143,20 @@ def _stacked(parts: Sequence[list[Tensor]], most: int) -> Tensor:
     return found_BQV
 
 
-def _draw(logits_1MV: Tensor, sampling: Sampling, uniform_1M: Tensor) -> tuple[list[int], list[float], Tensor]:
-    """A token from each position, as if the ones before were the right ones; how likely each was, and all others."""
+def _draw(
+    logits_AMV: Tensor, sampling: Sampling, uniform_AN: Tensor, done: list[int]
+) -> tuple[list[list[int]], list[list[float]], Tensor]:
+    """A token from each position, as if the ones before were the right ones, by the row's uniforms from `done` on; how
+    likely each was, and all others."""
     if sampling.all_greedy:
-        probs_1MV, drawn_1M = logits_1MV.softmax(-1), most_likely(logits_1MV)
+        probs_AMV, drawn_AM = logits_AMV.softmax(-1), most_likely(logits_AMV)
     else:
-        probs_1MV = probabilities(logits_1MV, sampling)
-        drawn_1M = sample(probs_1MV, uniform_1M)
-    chances = probs_1MV.gather(-1, drawn_1M[..., None]).flatten().tolist()
-    return drawn_1M[0].tolist(), chances, probs_1MV
+        probs_AMV = probabilities(logits_AMV, sampling)
+        places_M = torch.arange(logits_AMV.shape[1], device=uniform_AN.device)
+        at_AM = (integers(done, uniform_AN.device)[:, None] + places_M).clamp_(max=uniform_AN.shape[1] - 1)  # padding
+        drawn_AM = sample(probs_AMV, uniform_AN.gather(1, at_AM))
+    chances_AM = probs_AMV.gather(-1, drawn_AM[..., None])[..., 0]
+    return drawn_AM.tolist(), chances_AM.tolist(), probs_AMV
 
 
 def _agreement(drawn: Sequence[int], guesses: Sequence[int]) -> int:

@@ -5,6 +5,7 @@ Legend: B rows, N candidates of a row at most, Q drawn tokens of a row at most, 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from online.messages import MAX_GAMMA
 
 MASKED = 0.8  # how much less than the one before a mask's token is kept, where nothing is known
 AHEAD = 0.3  # how likely the model's draws must have followed guesses for one more to be worth a place in its forward
+LITTLE = 0.01  # how likely a token must be kept to be looked up at all
 
 
 @dataclass(slots=True)
@@ -31,7 +33,7 @@ class Chain:
     most: int
     lead: int  # tokens of the model's, at most
     acceptance: float  # of the model's tokens, as far as is known without what follows
-    price: Price
+    share: Price  # of what the step costs
     known: Kept  # of the draft's tokens
     greedy: bool
     guess: Callable[[list[int]], Guess | None]  # what may follow these drafted tokens
@@ -41,28 +43,39 @@ class Chain:
     worth: list[float] = field(default_factory=list)  # by token: how likely it was to be kept, before it was drawn
     reach: float = 1.0  # how likely all are kept
     drawn: int = 0
+    lags: bool = False  # the draft's slot lacks too much of the context for the model to be asked in this step
+    missed: bool = False  # it lags, and the model would have been asked
 
     @classmethod
-    def of(cls, row: Row, most: int, lead: int, price: Price) -> "Chain":
+    def of(cls, row: Row, most: int, share: Price, group: Group) -> "Chain":
         """A request that says how much to draft has it, whatever that costs."""
         return cls(
             row.tokens,
             row.draft_cached,
             most,
-            lead,
+            group.scheme.lead,
             row.acceptance.rate,
-            price if row.query.gamma is None else FREE,
+            share if row.query.gamma is None else FREE,
             row.draft.kept,
             row.suffixes.greedy,
             lambda drafted: row.suffixes.guess(row.tokens, drafted),
+            lags=row.draft_lag > group.feed,
         )
 
-    def choose(self, sure: bool) -> None:
-        """N-grams' tokens: those they are sure of, or all that are likely enough to be kept."""
-        while len(self.tokens) < self.most and (guess := self.guess(self.tokens)) is not None:
-            if sure and self.lead and guess.kept < self.sure:
-                return
-            if self.reach * guess.kept < self.price.candidate:
+    @property
+    def asked(self) -> bool:
+        """Whether the request says how much to draft."""
+        return self.share is FREE
+
+    @property
+    def open(self) -> bool:
+        """Whether there is room for another token of the model's."""
+        return self.lead > 0 and len(self.tokens) < self.most
+
+    def choose(self) -> None:
+        """Tokens that n-grams are sure of, before the model is asked."""
+        while self.open and not self.lags and (guess := self.guess(self.tokens)) is not None:
+            if guess.kept < self.sure or self.reach * guess.kept < self.share.candidate:
                 return
             self._add(guess.token, CHOSEN, guess.evidence, guess.kept, guess.kept)
 
@@ -71,16 +84,27 @@ class Chain:
         """How likely n-grams' token must be kept for the model not to be asked: where it is kept, as many follow either
         way, 1 / (1 − acceptance) with itself, and the model's forward is saved."""
         kept = self.expected(0)
-        return kept - self.price.forward * (1 - kept)
+        return kept - self.share.forward * (1 - kept)
+
+    def worth_at(self, place: int) -> float:
+        """How likely the token there was to be kept before it was drawn; n-grams draft the next one."""
+        guess = self.guess(self.tokens) if place == len(self.tokens) < self.most else None
+        if guess is not None and (self.asked or self.reach * guess.kept >= LITTLE):
+            self._add(guess.token, CHOSEN, guess.evidence, guess.kept, guess.kept)
+        return self.worth[place] if place < len(self.tokens) else 0.0
 
     def expected(self, place: int) -> float:
         """How likely the model's token is kept; `place` is 0, or how many masks it stands behind."""
         evidence = self.greedy, DRAWN - place, ANY
         return self.known.rate(evidence, self.acceptance if place == 0 else MASKED * self.expected(place - 1))
 
-    def wants_model(self) -> bool:
-        worth = self.reach * self.expected(0)
-        return self.lead > 0 and len(self.tokens) < self.most and worth >= self.price.forward + self.price.candidate
+    def promises(self, masks: int) -> list[float]:
+        """How likely tokens would be kept that the model, asked now, drew one behind another."""
+        found, reach = [], self.reach
+        for place in range(min(1 + masks, self.lead, self.most - len(self.tokens))):
+            reach *= self.expected(place)
+            found.append(reach)
+        return found
 
     def ahead(self) -> list[int]:
         """What n-grams think that the model will draw."""
@@ -97,7 +121,7 @@ class Chain:
         for n, (token, chance) in enumerate(zip(tokens, chances, strict=True)):
             place = n if masked else 0
             expected, evidence = self.expected(place), (self.greedy, DRAWN - place, int(SHARES * chance))
-            if place and self.reach * expected < self.price.candidate:
+            if place and self.reach * expected < self.share.candidate:
                 return n
             self._add(token, self.drawn, evidence, expected, self.known.rate(evidence, expected))
             self.drawn, self.lead = self.drawn + 1, self.lead - 1
@@ -111,14 +135,20 @@ class Chain:
         self.reach *= kept
 
 
+def begun(group: Group) -> list[Chain]:
+    """The rows', before anything is drafted."""
+    share = group.price * (1 / len(group.rows))
+    return [Chain.of(row, most, share, group) for row, most in zip(group.rows, group.drafted, strict=True)]
+
+
 def longest(row: Row, most: int) -> int:
     """Candidates that a row may draft: these stop by themselves, and what n-grams are sure of costs next to nothing."""
     return MAX_GAMMA if most and row.query.gamma is None else most
 
 
 def finished(chains: Sequence[Chain], logits_BQV: list[Tensor], probs_BQV: Tensor, group: Group) -> Proposal | None:
-    """As a proposal, as long as the rows together make it worth while; None: there is nothing in it."""
-    most = worthwhile(chains, group.price)
+    """As a proposal, with what n-grams add; None: there is nothing in it."""
+    most = complete(chains, group.price)
     group.drafted[:] = [min(len(one.tokens), most) for one in chains]
     group.evidence[:] = [[[spoke] for spoke in one.evidence] for one in chains]
     if not (most := max(group.drafted)):
@@ -132,16 +162,26 @@ def finished(chains: Sequence[Chain], logits_BQV: list[Tensor], probs_BQV: Tenso
     return Proposal(tokens_BN, probs_BQV, logits_BQV, drafted_B, replace(tree, sources_BN=sources_BN))
 
 
-def worthwhile(chains: Sequence[Chain], price: Price) -> int:
-    """How long the longest is to be: a candidate of one row's has a place in the forward of all.
+def complete(chains: Sequence[Chain], price: Price) -> int:
+    """N-grams go on for as long as a candidate is worth its place: one row's has a place in the forward of all. Returns
+    how long the longest is to be.
 
-    What a drawn token is does not decide whether it stays: that would be to draw from something else.
+    What a drawn token is does not decide whether it stays: that would be to draw from something else. So nothing is
+    taken back as a whole where anything has been drawn.
     """
-    free = [len(one.tokens) for one in chains if one.price is FREE]
-    most, longest = max(free, default=0), max(len(one.tokens) for one in chains)
-    while most < longest:
-        gain = sum(one.worth[most] for one in chains if len(one.tokens) > most)
-        if gain < price.candidate * len(chains):
+    most, gain = 0, 0.0
+    while worth := sum(one.worth_at(most) for one in chains):
+        if worth < price.candidate and not any(one.asked and most < len(one.tokens) for one in chains):
             break
-        most += 1
-    return most
+        most, gain = most + 1, gain + worth - price.candidate
+    return most if gain >= price.start or any(one.asked or one.drawn for one in chains) else 0
+
+
+def worthwhile(chains: Sequence[Chain], price: Price, masks: int) -> int:
+    """How many more tokens of each a forward of the model is worth asking for: one, and masks' behind it, or none."""
+    if any(one.asked for one in chains):
+        return 1 + masks
+    worth = [sum(place) for place in zip_longest(*(one.promises(masks) for one in chains), fillvalue=0.0)]
+    gains = [one - price.candidate for one in worth if one >= price.candidate]  # they only get smaller
+    cost = price.forward + (0.0 if any(one.tokens for one in chains) else price.start)
+    return len(gains) if sum(gains) >= cost else 0

@@ -30,7 +30,7 @@ from decoder.shapes import Scheme, chain_of
 class ExitDrafter:
     """A `Drafter` of chains. A draft whose layers can't be had one by one drafts as a whole."""
 
-    uses_model = True
+    uses_model = waits = True
 
     def scheme(self, row: Row, gamma: int, most: int) -> Scheme:
         return chain_of(gamma, "exits")
@@ -142,8 +142,7 @@ class _Ladder:
             choice.gain(passed, one) if choice.climbs else 0.0 for choice, one in zip(self.choices, sure, strict=True)
         ]
         assert isinstance(self._model, Llama)
-        price = self._group.price.forward / len(self._model.layers)
-        pays = sum(gains) >= price * len(gains)
+        pays = sum(gains) >= self._group.price.forward / len(self._model.layers)
         return [
             choice.climbs and choice.decide(pays and gain > 0) for choice, gain in zip(self.choices, gains, strict=True)
         ]

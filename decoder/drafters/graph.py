@@ -108,7 +108,7 @@ class Graph:
 class GraphDrafter:
     """A `Drafter`."""
 
-    uses_model = True
+    uses_model = waits = True
 
     def scheme(self, row: Row, gamma: int, most: int) -> Scheme:
         return Scheme("graph", chain(max(most, MAX_GAMMA)), most if gamma else 0)

@@ -25,7 +25,7 @@ from online.messages import MAX_GAMMA
 class ModelDrafter:
     """A `Drafter` of chains and trees."""
 
-    uses_model = True
+    uses_model = waits = True
 
     def __init__(self, trees: bool) -> None:
         self._trees = trees

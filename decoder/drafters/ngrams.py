@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from decoder.drafters import Group, learn
-from decoder.drafters.chains import Chain, finished, longest
+from decoder.drafters.chains import begun, finished, longest
 from decoder.proposal import Proposal
 from decoder.rows import Row
 from decoder.shapes import Scheme, chain_of
@@ -20,17 +20,15 @@ from decoder.shapes import Scheme, chain_of
 class NgramDrafter:
     """A `Drafter` of chains."""
 
-    uses_model = False
+    uses_model = waits = False
 
     def scheme(self, row: Row, gamma: int, most: int) -> Scheme:
         return chain_of(longest(row, most), "ngrams")
 
     def propose(self, group: Group) -> Proposal | None:
-        chains = [Chain.of(row, count, 0, group.price) for row, count in zip(group.rows, group.drafted, strict=True)]
-        for one in chains:
-            one.choose(sure=False)
         group.forwards = 0
-        return finished(chains, [], torch.zeros((len(chains), 0, group.vocab_size), device=group.device), group)
+        nothing_BQV = torch.zeros((len(group.rows), 0, group.vocab_size), device=group.device)
+        return finished(begun(group), [], nothing_BQV, group)
 
     def settle(self, group: Group, kept: Sequence[Sequence[int]]) -> None:
         learn(group, kept)

@@ -22,7 +22,7 @@ from decoder.shapes import Scheme, chain_of
 class ParallelDrafter:
     """A `Drafter` of chains."""
 
-    uses_model = True
+    uses_model = waits = True
 
     def scheme(self, row: Row, gamma: int, most: int) -> Scheme:
         return chain_of(gamma, "parallel")

@@ -31,12 +31,13 @@ V = 4
 CONTEXTS = [[1, 2, 3], [0, 1], [2, 2, 2, 2]]
 CACHED, DRAFTED = [1, 1, 0], [4, 2, 3]
 SEEN = False, 1, 0  # evidence
+PRICE = Price(0.0, 0.15, 0.1)
 Guesses = Callable[[list[int]], Guess | None]
 
 
 def made(context: list[int], held: int, most: int, guess: Guesses, **more: Any) -> Chain:
     """One that is the model's alone, unless said otherwise."""
-    given_ = {"lead": most, "acceptance": 1.0, "price": FREE, "known": Kept(), "greedy": False, **more}
+    given_ = {"lead": most, "acceptance": 1.0, "share": FREE, "known": Kept(), "greedy": False, **more}
     return Chain(context, held, most, guess=guess, **given_)
 
 
@@ -126,13 +127,13 @@ def known() -> Kept:
 
 
 def step(uniforms: list[float], setting: enumeration.Setting, dtype: torch.dtype, masks: int) -> Proposal | None:
-    one = made([0], 0, 3, guess, lead=3, acceptance=0.6, price=Price(0.15, 0.1), known=known())
+    one = made([0], 0, 3, guess, lead=3, acceptance=0.6, share=PRICE, known=known())
     uniform_BN = torch.tensor([[*uniforms, 0.5, 0.5, 0.5][:3]], dtype=torch.float64)
     sampling, draft = of_all(setting, 1), Draft(3, 0, 1, dtype=dtype)
-    logits_BQV, probs_BQV, _ = cascade.propose(draft, slice(0, 1), [one], sampling, uniform_BN, masks)
+    logits_BQV, probs_BQV, _ = cascade.propose(draft, slice(0, 1), [one], sampling, uniform_BN, PRICE, masks)
     rows: Any = [SimpleNamespace(tokens=[0])]
     nothing: Any = None
-    group = Group(nothing, nothing, slice(0, 1), rows, [3], sampling, uniform_BN, 3, "cpu", one.price)
+    group = Group(nothing, nothing, slice(0, 1), rows, [3], sampling, uniform_BN, 3, "cpu", PRICE)
     return chains.finished([one], logits_BQV, probs_BQV, group)
 
 
@@ -203,15 +204,44 @@ def test_to_stop_by_what_was_drawn_last_would_not_be_exact(dtype: torch.dtype, m
 
 def test_a_candidate_has_to_be_worth_its_place_in_all_rows() -> None:
     """What one row is sure of, others pay for; a request that says how much to draft has it."""
-    price = Price(0.3, 0.0)
-    rows = [
-        made([0], 0, 6, lambda drafted, kept=kept: Guess(1, SEEN, kept), lead=0, price=price) for kept in (0.9, 0.4)
-    ]
-    for one in rows:
-        one.choose(sure=False)
-    assert [len(one.tokens) for one in rows] == [6, 1]
-    assert chains.worthwhile(rows[:1], price) == 6
-    assert chains.worthwhile(rows, price) == 4  # 0.9^4 is more than twice 0.3, and 0.9^5 is not
-    rows[1].price = FREE
-    rows[1].choose(sure=False)
-    assert chains.worthwhile(rows, price) == 6
+    price = Price(0.0, 0.6, 0.0)
+
+    def longest(*kept: float, **more: Any) -> int:
+        rows = [made([0], 0, 6, lambda _, kept=one: Guess(1, SEEN, kept), lead=0, share=price) for one in kept]
+        for name, value in more.items():
+            setattr(rows[0], name, value)
+        return chains.complete(rows, price)
+
+    assert longest(0.9) == 4  # 0.9^4 is more than 0.6, and 0.9^5 is not
+    assert longest(0.4) == 0
+    assert longest(0.9, 0.4) == 5  # 0.9^5 + 0.4^5 is
+    assert longest(0.4, 0.4) == 1
+    assert longest(0.4, 0.9, share=FREE) == 6
+
+
+def test_drafting_at_all_has_to_be_worth_its_start() -> None:
+    """All candidates together; where something has been drawn, it is too late to ask."""
+
+    def longest(start: float, **more: Any) -> int:
+        one = made([0], 0, 3, lambda _: Guess(1, SEEN, 0.5), lead=0, share=Price(0.0, 0.1, 0.0), **more)
+        return chains.complete([one], Price(start, 0.1, 0.0))  # 0.5 + 0.25 + 0.125 are kept
+
+    assert (longest(0.57), longest(0.58)) == (3, 0)
+    assert longest(0.58, drawn=1) == 3
+
+
+def test_the_model_is_asked_where_the_rows_together_gain_its_forward() -> None:
+    """One row's 0.5 is not worth 0.8, two rows' are; whose draft lags is not asked, and is caught up if that pays."""
+    price, nobody = Price(0.0, 0.1, 0.7), lambda _: None
+
+    def asked(*lags: bool) -> tuple[int, list[int], list[bool]]:
+        rows = [made([1], 0, 1, nobody, acceptance=0.5, share=price, lags=lag) for lag in lags]
+        greedy = Sampling.of([0.0] * len(rows), [0] * len(rows), [1.0] * len(rows), V)
+        uniform_BN = torch.zeros(len(rows), 1, dtype=torch.float64)
+        *_, forwards = cascade.propose(TableModel(V, len(rows)), slice(0, len(rows)), rows, greedy, uniform_BN, price)
+        return forwards, [len(one.tokens) for one in rows], [one.missed for one in rows]
+
+    assert asked(False) == (0, [0], [False])
+    assert asked(False, False) == (1, [1, 1], [False, False])
+    assert asked(False, True) == (0, [0, 0], [False, True])
+    assert asked(False, False, True) == (1, [1, 1, 0], [False, False, True])

@@ -173,23 +173,23 @@ def test_a_request_may_ask_for_more_than_is_accounted_for() -> None:
     """Its steps say nothing about the γ that there are."""
     made = control(1.0, 0.5)
     before = made.costs.seconds(1)
-    made.stepped(1, MAX_GAMMA + 1, 30.0)
+    made.stepped(1, MAX_GAMMA + 1, 30.0, 1)
     assert made.costs.seconds(1) == before
 
 
 def test_probes_take_a_share_of_plain_steps() -> None:
     """Plain steps save up for them, drafted ones do not; never more than a step's worth is saved."""
     made = control(1.0, 0.5)
-    made.stepped(1, 0, 1.0)
+    made.stepped(1, 0, 1.0, 1)
     assert made.credit_s == pytest.approx(PROBE_SHARE)
-    made.stepped(1, 2, 1.0)
+    made.stepped(1, 2, 1.0, 1)
     assert made.credit_s == pytest.approx(PROBE_SHARE)
     made.spent(1.0)
     for _ in range(round(1 / PROBE_SHARE) - 2):
-        made.stepped(1, 0, 1.0)
+        made.stepped(1, 0, 1.0, 1)
     assert made.credit_s < 0
     for _ in range(round(2 / PROBE_SHARE)):
-        made.stepped(1, 0, 1.0)
+        made.stepped(1, 0, 1.0, 1)
     assert made.credit_s == pytest.approx(1.0)
 
 
@@ -309,7 +309,7 @@ class Loop:
         took = float(self.seconds[gamma] * np.exp(self.noise * self.rng.standard_normal()))
         self.clock_s += took
         self.steps_by_gamma[gamma] += 1
-        self.control.stepped(self.rows, gamma, took)
+        self.control.stepped(self.rows, gamma, took, self.rows)
 
     def _probe(self) -> None:
         """As the batch does: what plain steps emitted in one row goes through the draft at once."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from decoder.prices import Price, Prices
 from decoder.shapes import best_shape
 from online.messages import DrafterName, Query
 from tests.engines import Bench, bench, query, target_alone
@@ -60,8 +61,11 @@ def test_greedy_is_the_target_alone_token_for_token(pair: TinyPair, tiny: Bench)
 
 
 @wishes
-def test_greedy_alone_is_the_target_alone(pair: TinyPair, tiny: Bench, wish: dict[str, Any]) -> None:
-    """One row, whose prompt goes along with its first step; and drafts are used."""
+def test_greedy_alone_is_the_target_alone(
+    pair: TinyPair, tiny: Bench, wish: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row, whose prompt goes along with its first step; and drafts are used, where they cost little."""
+    monkeypatch.setattr(Prices, "of", lambda *_: Price(0.0, 0.02, 0.1))
     accepted = 0
     for prompt in PROMPTS:
         (found,) = tiny.run(query(prompt, **{**wish, "max_tokens": 60}))

@@ -84,7 +84,7 @@ def test_every_token_is_drawn_from_the_first_exit_that_is_good(module: LlamaForC
 def test_another_layer_has_to_be_worth_its_price(module: LlamaForCausalLM, price: float, layers: int) -> None:
     """Where an exit is worse than what comes after it."""
     uniform_BN = torch.full((2, DRAFTED), 0.5, dtype=torch.float64)
-    asked = group(module, uniform_BN, good_from(SHARES), Price(0.0, price))
+    asked = group(module, uniform_BN, good_from(SHARES), Price(0.0, 0.0, price))
     exits.ExitDrafter().propose(asked)
     assert asked.forwards == pytest.approx(1 + (DRAFTED - 1) * layers / LAYERS)
 
@@ -94,7 +94,7 @@ def test_what_became_of_tokens_is_learnt(module: LlamaForCausalLM) -> None:
     known, forwards = Kept(), []
     for seed in range(60):
         uniform_BN = torch.rand(2, DRAFTED, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        asked = group(module, uniform_BN, known, Price(0.0, 0.01))
+        asked = group(module, uniform_BN, known, Price(0.0, 0.0, 0.01))
         drafter = exits.ExitDrafter()
         drafter.propose(asked)
         assert asked.forwards is not None

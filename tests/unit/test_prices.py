@@ -7,7 +7,7 @@ from decoder.prices import FIRST, LEAST, Prices
 
 
 def test_nothing_is_known_at_first() -> None:
-    assert Prices().of(1, 2.0) == pytest.approx(2 * FIRST[1:])
+    assert Prices().of(4) == pytest.approx(4 * FIRST)
 
 
 def test_candidates_and_forwards_are_told_apart() -> None:
@@ -16,17 +16,18 @@ def test_candidates_and_forwards_are_told_apart() -> None:
     for _ in range(600):
         candidates = int(rng.integers(1, 8))
         forwards = int(rng.integers(0, candidates + 1))
-        prices.observe(1, candidates, forwards, 1.1 + 0.05 * candidates + 0.2 * forwards + rng.normal(0, 0.05))
-        prices.observe(8, candidates, forwards, 1.1 + 0.25 * candidates + 0.1 * forwards + rng.normal(0, 0.05))
-    assert prices.of(1, 1.0) == pytest.approx((0.05, 0.2), abs=0.04)
-    assert prices.of(5, 1.0) == pytest.approx((0.25, 0.1), abs=0.04)
+        for rows, candidate, forward in ((1, 0.05, 0.2), (8, 0.25, 0.1)):
+            took = 1.1 + candidate * candidates + forward * forwards + rng.normal(0, 0.05)
+            prices.observe(rows, rows, took, (candidates, forwards))
+    assert prices.of(1) == pytest.approx((0.1, 0.05, 0.2), abs=0.04)
+    assert np.array(prices.of(5)) / 5 == pytest.approx((0.1, 0.25, 0.1), abs=0.04)
 
 
 def test_chains_alone_say_what_both_cost_together() -> None:
     rng, prices = np.random.default_rng(0), Prices()
     for gamma in rng.integers(1, 6, 900).tolist():
-        prices.observe(2, gamma, gamma, 1.05 + gamma * 0.3)
-    candidate, forward = prices.of(2, 1.0)
+        prices.observe(1, 1, 1.05 + gamma * 0.3, (gamma, gamma))
+    _, candidate, forward = prices.of(1)
     assert candidate + forward == pytest.approx(0.3, abs=0.01)
     assert forward - candidate == pytest.approx(FIRST[2] - FIRST[1], abs=0.01)
 
@@ -34,7 +35,35 @@ def test_chains_alone_say_what_both_cost_together() -> None:
 def test_nothing_is_ever_free_and_one_slow_step_is_not_everything() -> None:
     rng, prices = np.random.default_rng(0), Prices()
     for candidates in rng.integers(1, 6, 600).tolist():
-        prices.observe(1, candidates, 0, 1.1 - 0.02 * candidates)
-    assert prices.of(1, 1.0).candidate == LEAST
-    prices.observe(1, 4, 0, 1e6)
-    assert prices.of(1, 1.0).candidate < 0.05
+        prices.observe(1, 1, 1.1 - 0.02 * candidates, (candidates, 0.0))
+    assert prices.of(1).candidate == LEAST
+    prices.observe(1, 1, 1e6, (4, 0.0))
+    assert prices.of(1).candidate < 0.05
+
+
+def test_long_steps_of_many_candidates_count_as_long_as_they_take() -> None:
+    """With eight rows sixteen candidates take five plain steps: that is no fault of the machine's."""
+    rng, prices = np.random.default_rng(0), Prices()
+    for candidates in rng.integers(1, 17, 300).tolist():
+        prices.observe(8, 8, 1.1 + 0.25 * candidates, (candidates, 0.0))
+    assert prices.of(8).candidate / 8 == pytest.approx(0.25, abs=0.01)
+
+
+def test_time_is_worth_what_the_rows_make_of_it() -> None:
+    """In the time of a plain step: twice as many tokens, and never less than one each."""
+    prices = Prices()
+    for _ in range(1000):
+        prices.observe(4, 12, 1.5, None)
+        prices.observe(1, 1, 2.0, None)
+    assert prices.of(4) == pytest.approx(4 * 2 * FIRST, rel=0.02)
+    assert prices.of(1) == pytest.approx(FIRST)
+
+
+def test_what_was_too_dear_is_tried_again() -> None:
+    prices = Prices()
+    for _ in range(100):
+        prices.observe(1, 1, 4.0, (1, 0.0))
+    dear = prices.of(1).candidate
+    for _ in range(3000):
+        prices.observe(1, 1, 1.0, None)
+    assert prices.of(1).candidate < 0.2 * dear

@@ -107,7 +107,7 @@ def test_a_cascade_asks_a_draft_again_that_has_been_replaced(
     pair: TinyPair, monkeypatch: pytest.MonkeyPatch, learn: Callable[[Bench, Path], None]
 ) -> None:
     """What a spoilt one's tokens were worth says nothing of the next one's."""
-    monkeypatch.setattr(Prices, "of", lambda *_: Price(0.05, 0.2))
+    monkeypatch.setattr(Prices, "of", lambda *_: Price(0.0, 0.05, 0.2))
     asked = {"drafter": "cascade", "max_tokens": 200, "temperature": 1.0}
     with bench(pair, drafts={"default": pair.spoilt}) as tiny:
         believe(tiny, *PLAIN_IS_DEAR)
