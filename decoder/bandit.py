@@ -23,7 +23,7 @@ Floats = NDArray[np.float64]
 STRETCH = 16  # steps
 FLOOR = 0.02  # share of the time that the ways have between them in any case, each the same
 MEMORY = 40.0  # stretches that a way's speed in a situation remembers
-SPREAD = 0.2  # how far a stretch's speed is from the mean, as a rule
+SPREAD = 0.4  # how far a stretch's speed is from the mean, of one row
 ELSEWHERE = 1.0  # own stretches that the opinion of a situation one apart is worth, at most
 ROUNDS = 4  # of fitting situations and ways by turns
 KEPT = (1 - 1 / MEMORY) ** (1 / STRETCH)  # by a step, of what was known
@@ -36,6 +36,11 @@ class Situation(NamedTuple):
     route: str
     rows: int  # twice as many are one more
     greedy: bool
+
+    @property
+    def spread(self) -> float:
+        """The more rows, the less one easy text does to a stretch (measured: docs/drafters.md)."""
+        return SPREAD / math.sqrt(2**self.rows)
 
     def worth(self, other: "Situation") -> float:
         """Own stretches that the opinion of another one of the same route is worth at most: the less, the farther."""
@@ -67,10 +72,9 @@ class Belief(NamedTuple):
     log_speed: float
     stretches: float  # that speak for it
 
-    @property
-    def promise(self) -> float:
+    def promise(self, spread: float) -> float:
         """What it might be: the less is known of it, the more."""
-        return self.log_speed + math.log(1 + SPREAD / math.sqrt(self.stretches)) if self.stretches else math.inf
+        return self.log_speed + math.log(1 + spread / math.sqrt(self.stretches)) if self.stretches else math.inf
 
 
 def _best(beliefs: dict[str, Belief]) -> str:
@@ -116,7 +120,8 @@ class Choice:
             stretch = self._stretches[situation.route]
             stretch.steps, stretch.seconds = stretch.steps + 1, stretch.seconds + seconds
             self._seconds[situation.route][way] += seconds
-            self._speeds[situation.route][situation][way].add(tokens, seconds)
+            if not stretch.tried or stretch.steps > 1:  # before, drafts catch up on what was drafted without them
+                self._speeds[situation.route][situation][way].add(tokens, seconds)
 
     def _begin(self, situation: Situation, last: Stretch | None) -> Stretch:
         spent = self._seconds.setdefault(situation.route, dict.fromkeys(self.ways, 0.0))
@@ -124,7 +129,7 @@ class Choice:
         if last and spent[least] + last.seconds < FLOOR / len(self.ways) * sum(spent.values()):
             return Stretch(least)
         beliefs = self.beliefs(situation)
-        chosen = max(self.ways, key=lambda way: beliefs[way].promise)
+        chosen = max(self.ways, key=lambda way: beliefs[way].promise(situation.spread))
         known = beliefs[chosen].stretches > 0
         return Stretch(best={situation: chosen}) if known and chosen == _best(beliefs) else Stretch(chosen)
 

@@ -100,6 +100,7 @@ class Batch:
             self._prefill()
         if not (ready := 1 if alone else self.ready):
             return
+        began = time.perf_counter()
         schemes = self._drafting.choose(self.rows[:ready])
         started = time.perf_counter()
         plan = self._planner.plan(self.rows[:ready], schemes)

@@ -22,6 +22,7 @@ from decoder.drafters.graph import GraphDrafter
 from decoder.drafters.model import ModelDrafter
 from decoder.drafters.ngrams import NgramDrafter
 from decoder.drafters.parallel import ParallelDrafter
+from decoder.drafters.plain import PlainDrafter
 from decoder.drafts import LiveDraft
 from decoder.evidence import ANY, DRAWN
 from decoder.plan import StepPlan
@@ -39,6 +40,7 @@ log = logging.getLogger("slipstream.drafting")
 R = TypeVar("R")
 
 DRAFT_PREFILL = 4  # prompt tokens of a draft that cost about as much as one of the target
+PLAIN = "plain"  # not a drafter that requests can name: they say `gamma: 0`
 PROBED = 8  # tokens that a row must have emitted plainly before its draft is probed on them
 
 
@@ -51,8 +53,9 @@ DRAFTERS: dict[str, Drafter] = {
     "graph": GraphDrafter(),
     "parallel": ParallelDrafter(),
     "exits": ExitDrafter(),
+    PLAIN: PlainDrafter(),
 }
-AUTO = ("chain", "cascade", "parallel_cascade", "ngrams")  # which of them the engine chooses from by itself
+AUTO = ("chain", "cascade", "parallel_cascade", "ngrams", PLAIN)  # which of them the engine chooses from by itself
 
 
 class Drafting:
@@ -126,7 +129,9 @@ class Drafting:
             return [row.query.drafter for row in rows]
         greedy = 2 * sum(row.query.temperature == 0 for row in ours) > len(ours)
         chosen = self.choice.choose(Situation(ours[0].query.route, (len(rows) - 1).bit_length(), greedy))
-        return [chosen if row.query.drafter == "auto" else row.query.drafter for row in rows]
+        asked = "chain" if chosen == PLAIN else chosen  # for those that say how much is to be drafted
+        own = [chosen if row.query.gamma is None else asked for row in rows]
+        return [name if row.query.drafter == "auto" else row.query.drafter for row, name in zip(rows, own, strict=True)]
 
     def _wanted(self, row: Row, drafter: Drafter, gamma: int) -> Scheme:
         asked = row.query.gamma

@@ -1,0 +1,22 @@
+"""No drafting: what is fastest where everything that could be drafted costs more than it brings."""
+
+from collections.abc import Sequence
+
+from decoder.drafters import Group
+from decoder.rows import Row
+from decoder.shapes import NOTHING, Scheme
+
+
+class PlainDrafter:
+    """A `Drafter` of nothing."""
+
+    uses_model = waits = False
+
+    def scheme(self, row: Row, gamma: int, most: int) -> Scheme:
+        return NOTHING
+
+    def propose(self, group: Group) -> None:
+        return None
+
+    def settle(self, group: Group, kept: Sequence[Sequence[int]]) -> None:
+        pass
