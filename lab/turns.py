@@ -8,6 +8,14 @@ import numpy as np
 from lab.rig import Answer
 from lab.statistics import median_ratio
 
+A_SEQUENCE = 4  # queries of a turn, where several are answered at once
+
+
+def in_turn(queries: int, at_once: int) -> int:
+    """How many are asked. Where drafts are kept, answers end one after another, and all at once where nothing is
+    drafted: a turn of as many queries as sequences would mostly compare ends, with fewer and fewer sequences."""
+    return max(queries, A_SEQUENCE * at_once) if at_once > 1 else queries
+
 
 @dataclass(kw_only=True)
 class Turns:

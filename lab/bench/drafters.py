@@ -32,7 +32,7 @@ from lab.replay.config import Domain, preset
 from lab.replay.streams import Asked, Source, exam, prompts
 from lab.rig import Pair, Rig
 from lab.statistics import rounded
-from lab.turns import Turns
+from lab.turns import A_SEQUENCE, Turns, in_turn
 from online.messages import DrafterName, Query
 
 AS_IS_FASTEST = -1  # instead of a number of tokens: the engine's choice, before every step
@@ -140,14 +140,15 @@ class Bench:
 
 
 def compare(bench: Bench, asked: Sequence[Asked], at_once: int, args: argparse.Namespace) -> dict[str, Contestant]:
-    rounds = [rig.dealt(asked, max(1, args.queries // 2), turn) for turn in range(ROUNDS)]
+    count = in_turn(args.queries, at_once)
+    rounds = [rig.dealt(asked, max(1, count // 2), turn) for turn in range(ROUNDS)]
     found = {PLAIN: Contestant(gamma=0)} | {
         name: Contestant(drafter=name, gamma=bench.best(name, rounds, at_once)) for name in args.drafters
     }
     everyone = list(found.values())
     for turn in range(args.turns):
         for one in everyone if turn % 2 else everyone[::-1]:
-            bench.run(one, rig.dealt(asked, args.queries, turn), at_once)
+            bench.run(one, rig.dealt(asked, count, turn), at_once)
     return found
 
 
@@ -177,7 +178,12 @@ def main() -> None:
         help="beside the chain (default: all)",
     )
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 8], help="sequences (default: %(default)s)")
-    parser.add_argument("--queries", type=int, default=16, help="of a turn (default: %(default)s)")
+    parser.add_argument(
+        "--queries",
+        type=int,
+        default=16,
+        help=f"of a turn; {A_SEQUENCE} a sequence at least, where several are answered at once (default: %(default)s)",
+    )
     parser.add_argument(
         "--answered", type=int, default=300, help="queries of every stream answered before (default: %(default)s)"
     )
@@ -208,7 +214,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if unknown := set(args.streams or ()) - set(domains):
         raise ValueError(f"--streams: {', '.join(sorted(unknown))} are not among {', '.join(domains)}")
     tokenizer = load_tokenizer(rig.files_of(args))
-    held_out = max(ROUNDS * args.queries // 2, args.turns * args.queries) // 2
+    held_out = max(ROUNDS, 2 * args.turns) * in_turn(args.queries, max(args.at_once)) // 4
     asked = {
         name: _mixed(exam(name, domain.held_out, tokenizer, LONGEST, held_out, 1))
         for name, domain in domains.items()

@@ -15,7 +15,7 @@ from lab.replay.config import Replay
 from lab.replay.service import FROZEN, LIVE, Service
 from lab.replay.streams import Asked
 from lab.rig import dealt
-from lab.turns import Turns
+from lab.turns import Turns, in_turn
 from online.messages import DrafterName
 
 GAMMAS = (0, 1, 2, 3, 4, 6, 8)
@@ -45,8 +45,8 @@ def compare_speeds(service: Service, asked: Sequence[Asked], config: Replay) -> 
     # Sampled and greedy ones alike in every turn.
     mixed = [one for pair in zip(asked[: len(asked) // 2], asked[len(asked) // 2 :], strict=True) for one in pair]
     for at_once in sorted({1, config.at_once}):
-        share = max(1, config.wall_queries // 2)
-        tried = [dealt(mixed, share, turn) for turn in range(ROUNDS)]
+        count = in_turn(config.wall_queries, at_once)
+        tried = [dealt(mixed, max(1, count // 2), turn) for turn in range(ROUNDS)]
         usual = {"plain": Contestant(route=LIVE, gamma=0)} | {
             name: Contestant(route=route, gamma=_best_gamma(service, route, tried, at_once))
             for name, route in (("frozen", FROZEN), ("live", LIVE))
@@ -54,7 +54,7 @@ def compare_speeds(service: Service, asked: Sequence[Asked], config: Replay) -> 
         others = {name: Contestant(route=LIVE, gamma=None, drafter=name) for name in config.drafters}
         everyone = [*usual.values(), *others.values()]
         for turn in range(config.wall_turns):
-            queries = dealt(mixed, config.wall_queries, turn)
+            queries = dealt(mixed, count, turn)
             for one in everyone if turn % 2 else everyone[::-1]:
                 one.turn(service, queries, at_once)
         found[str(at_once)] = {
