@@ -113,15 +113,16 @@ class Choice:
         self._now = situation, stretch.tried or stretch.best[situation]
         return self._now[1]
 
-    def stepped(self, tokens: int, seconds: float) -> None:
-        """The step that was chosen for has been taken; without a choice there is nothing to learn."""
+    def stepped(self, tokens: int, seconds: float, before: float = 0.0) -> None:
+        """The step that was chosen for has been taken; without a choice there is nothing to learn. `before`: seconds in
+        which drafts were kept up with contexts. That is a part of what a way costs, but not of what it costs to try:
+        there it is for what was drafted without them."""
         if self._now is not None:
             (situation, way), self._now = self._now, None
             stretch = self._stretches[situation.route]
             stretch.steps, stretch.seconds = stretch.steps + 1, stretch.seconds + seconds
             self._seconds[situation.route][way] += seconds
-            if not stretch.tried or stretch.steps > 1:  # before, drafts catch up on what was drafted without them
-                self._speeds[situation.route][situation][way].add(tokens, seconds)
+            self._speeds[situation.route][situation][way].add(tokens, seconds + (0.0 if stretch.tried else before))
 
     def _begin(self, situation: Situation, last: Stretch | None) -> Stretch:
         spent = self._seconds.setdefault(situation.route, dict.fromkeys(self.ways, 0.0))

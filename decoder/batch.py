@@ -21,6 +21,7 @@ from decoder.models import LanguageModel
 from decoder.observe import Observation, StepTrace, observe
 from decoder.plan import Planner, StepPlan
 from decoder.prefixes import Context, Prefixes
+from decoder.prices import Prices
 from decoder.proposal import Proposal
 from decoder.ragged import encode, fit, integers, ragged
 from decoder.rows import Row
@@ -73,7 +74,7 @@ class Batch:
         finally:
             self.clear()
             self._metrics = metrics
-            self.control.credit_s = 0.0
+            self.control.credit_s, self.control.prices = 0.0, Prices()
             for draft in self.drafts.values():
                 draft.acceptance.forget()
 
@@ -110,11 +111,9 @@ class Batch:
         self._settle(plan, verdicts)
         emitted = self._commit(plan, verdicts, observation)
         if not alone:
-            ended = time.perf_counter()
-            self.control.stepped(ready, plan.gamma, ended - started, emitted, self._drafting.work)
-            self._drafting.choice.stepped(
-                emitted, ended - began
-            )  # to keep a draft up with contexts is a way's cost, too
+            seconds = time.perf_counter() - started
+            self.control.stepped(ready, plan.gamma, seconds, emitted, self._drafting.work)
+            self._drafting.choice.stepped(emitted, seconds, started - began)
 
     # ── joining and leaving ──
 

@@ -113,7 +113,8 @@ class Drafting:
         wanted = [self._wanted(row, drafter, gamma) for row, drafter in zip(rows, drafters, strict=True)]
         fed = [i for i, scheme in enumerate(wanted) if scheme.candidates and modelled[i]]
         late = [i for i in fed if rows[i].draft_lag > self._feed(rows)]
-        self._catch_up([i for i in late if drafters[i].waits or rows[i].draft_wanted])
+        asked = [i for i in late if drafters[i].waits or rows[i].draft_wanted or rows[i].query.gamma is not None]
+        self._catch_up(asked)
         for i in fed:
             if not rows[i].draft.usable or (drafters[i].waits and rows[i].draft_lag > self._feed(rows)):
                 wanted[i] = NOTHING
@@ -222,6 +223,8 @@ class Drafting:
     def _grouped(self, plan: StepPlan) -> list[tuple[list[int], Group]]:
         """Rows that one draft drafts for in one shape; some of them fewer candidates of it than others."""
         alike: dict[tuple[LiveDraft, Scheme], list[int]] = {}
+        drafting = max(1, sum(scheme.candidates > 0 for scheme in plan.schemes))
+        price = self.control.price(len(plan.rows))
         for i, (row, scheme) in enumerate(zip(plan.rows, plan.schemes, strict=True)):
             if scheme.candidates:
                 alike.setdefault((row.draft, replace(scheme, candidates=0)), []).append(i)
@@ -239,7 +242,7 @@ class Drafting:
                 plan.draft_uniform_BN if everyone else plan.draft_uniform_BN[members],
                 self._vocab_size,
                 self._device,
-                self.control.price(len(plan.rows)),
+                price * (len(members) / drafting),
                 self._feed(plan.rows),
             )
             found.append((members, group))

@@ -22,7 +22,7 @@ SLOWEST = 2.0  # times as long as thought: what takes longer was held up by some
 
 
 class Price(NamedTuple):
-    """Tokens that all rows of a step would have emitted meanwhile."""
+    """In plain steps, or in tokens that rows would have emitted meanwhile."""
 
     start: float  # of drafting at all
     candidate: float

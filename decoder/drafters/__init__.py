@@ -37,7 +37,7 @@ class Group:
     uniform_BN: Tensor
     vocab_size: int
     device: torch.device | str
-    price: Price = FREE  # of the whole step, in which others may take part
+    price: Price = FREE  # of what drafting costs all rows of the step, these rows' share
     feed: int = FEED  # tokens of its context that a row's draft may lack and still be asked in this step
     forwards: float | None = None  # of the draft model, where the drafter counts them: prices are learnt from it
     # By row: of candidates whose keys the draft's slot holds, the cell behind the context.

@@ -9,7 +9,7 @@ there already.
 
 A token is drafted as long as it is likely enough to be kept for what it costs, and what is known of that are the
 acceptance of the model's tokens and how often guesses like this one were kept: a stop that is learnt while it serves.
-All of it depends on nothing but the tokens before; that is what verification asks for.
+All of it depends on nothing but the tokens before and on other rows; that is what verification asks for.
 
 Legend: B rows, M positions of a forward that a token is drawn from, Q drawn tokens of a row at most, V vocabulary.
 """
@@ -114,6 +114,8 @@ def _asking(chains: Sequence[Chain], price: Price, masks: int) -> tuple[list[int
     """The chains that the model drafts for next, and how many tokens of each it is asked for. All rows of a step take
     the time of its forward: they share it."""
     wanting = [one for one in chains if one.open]
+    if any(one.tokens for one in chains):
+        price = price._replace(start=0.0)
     if not (places := worthwhile(wanting, price, masks)):
         return [], 0
     for one in wanting:

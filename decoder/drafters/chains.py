@@ -21,12 +21,16 @@ from online.messages import MAX_GAMMA
 
 MASKED = 0.8  # how much less than the one before a mask's token is kept, where nothing is known
 AHEAD = 0.3  # how likely the model's draws must have followed guesses for one more to be worth a place in its forward
-LITTLE = 0.01  # how likely a token must be kept to be looked up at all
+LITTLE = 0.01  # how likely a token must be kept to be added, whoever pays for its place
 
 
 @dataclass(slots=True)
 class Chain:
-    """One row's, as far as it is drafted."""
+    """One row's, as far as it is drafted.
+
+    Whether a token is drawn may depend on the tokens before it and on other rows; what becomes of one that has been
+    drawn, on nothing that it had a part in: to leave it out for what it is would be to draw from something else.
+    """
 
     context: list[int]
     held: int  # tokens of context and chain that the draft's slot holds
@@ -74,7 +78,7 @@ class Chain:
 
     def choose(self) -> None:
         """Tokens that n-grams are sure of, before the model is asked."""
-        while self.open and not self.lags and (guess := self.guess(self.tokens)) is not None:
+        while self.open and (guess := self.guess(self.tokens)) is not None:
             if guess.kept < self.sure or self.reach * guess.kept < self.share.candidate:
                 return
             self._add(guess.token, CHOSEN, guess.evidence, guess.kept, guess.kept)
@@ -86,8 +90,13 @@ class Chain:
         kept = self.expected(0)
         return kept - self.share.forward * (1 - kept)
 
-    def worth_at(self, place: int) -> float:
-        """How likely the token there was to be kept before it was drawn; n-grams draft the next one."""
+    @property
+    def fixed(self) -> int:
+        """Tokens up to the last one that was drawn: they stay."""
+        return next((n for n in range(len(self.sources), 0, -1) if self.sources[n - 1] != CHOSEN), 0)
+
+    def grown(self, place: int) -> float:
+        """How likely the token there was to be kept before it was drawn; where the chain ends, n-grams go on first."""
         guess = self.guess(self.tokens) if place == len(self.tokens) < self.most else None
         if guess is not None and (self.asked or self.reach * guess.kept >= LITTLE):
             self._add(guess.token, CHOSEN, guess.evidence, guess.kept, guess.kept)
@@ -155,7 +164,7 @@ def finished(chains: Sequence[Chain], logits_BQV: list[Tensor], probs_BQV: Tenso
         return None
     device = group.device
     tokens_BN, drafted_B = ragged([one.tokens[:most] for one in chains], device), integers(group.drafted, device)
-    if all(one.sources == list(range(len(one.tokens))) for one in chains):
+    if all(one.sources[:most] == list(range(len(one.tokens[:most]))) for one in chains):
         return Proposal(tokens_BN, probs_BQV[:, :most], logits_BQV[:most], drafted_B)
     tree = Tree.of(chain(most), len(chains), False, device)
     sources_BN = ragged([one.sources[:most] for one in chains], device)
@@ -164,24 +173,21 @@ def finished(chains: Sequence[Chain], logits_BQV: list[Tensor], probs_BQV: Tenso
 
 def complete(chains: Sequence[Chain], price: Price) -> int:
     """N-grams go on for as long as a candidate is worth its place: one row's has a place in the forward of all. Returns
-    how long the longest is to be.
-
-    What a drawn token is does not decide whether it stays: that would be to draw from something else. So nothing is
-    taken back as a whole where anything has been drawn.
-    """
-    most, gain = 0, 0.0
-    while worth := sum(one.worth_at(most) for one in chains):
-        if worth < price.candidate and not any(one.asked and most < len(one.tokens) for one in chains):
+    how long the longest is to be."""
+    most, gain, fixed = 0, 0.0, max(one.fixed for one in chains)
+    while worth := sum(one.grown(most) for one in chains):
+        asked = most < fixed or any(one.asked and most < len(one.tokens) for one in chains)
+        if worth < price.candidate and not asked:
             break
         most, gain = most + 1, gain + worth - price.candidate
-    return most if gain >= price.start or any(one.asked or one.drawn for one in chains) else 0
+    return most if fixed or gain >= price.start or any(one.asked for one in chains) else 0
 
 
 def worthwhile(chains: Sequence[Chain], price: Price, masks: int) -> int:
-    """How many more tokens of each a forward of the model is worth asking for: one, and masks' behind it, or none."""
+    """How many more tokens of each a forward of the model is worth asking for: one, and masks' behind it, or none.
+    Where nothing is drafted yet, `price` has a start."""
     if any(one.asked for one in chains):
         return 1 + masks
     worth = [sum(place) for place in zip_longest(*(one.promises(masks) for one in chains), fillvalue=0.0)]
     gains = [one - price.candidate for one in worth if one >= price.candidate]  # they only get smaller
-    cost = price.forward + (0.0 if any(one.tokens for one in chains) else price.start)
-    return len(gains) if sum(gains) >= cost else 0
+    return len(gains) if sum(gains) >= price.forward + price.start else 0

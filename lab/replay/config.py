@@ -80,7 +80,7 @@ class Replay(BaseModel):
     gamma: Annotated[int, Field(ge=1)] = 4  # of all traffic and exams, so that τ means the same everywhere
     held_out: Annotated[int, Field(ge=8)] = 100  # queries of a domain, each asked sampled and greedy
     look_every: Annotated[int, Field(ge=1)] = 50  # queries between two looks for work, as the service's clock does
-    wall_queries: Annotated[int, Field(ge=0)] = 16  # a turn of the comparison of tokens per second; 0: none
+    wall_queries: Annotated[int, Field(ge=0)] = 16  # of a turn that compares tokens per second, at least; 0: no such
     wall_turns: Annotated[int, Field(ge=2)] = 5
     drafters: list[DrafterName] = ["auto"]  # timed there beside the chain, as the engine would have them
 

@@ -45,7 +45,7 @@ def compare_speeds(service: Service, asked: Sequence[Asked], config: Replay) -> 
     # Sampled and greedy ones alike in every turn.
     mixed = [one for pair in zip(asked[: len(asked) // 2], asked[len(asked) // 2 :], strict=True) for one in pair]
     for at_once in sorted({1, config.at_once}):
-        count = in_turn(config.wall_queries, at_once)
+        count = min(in_turn(config.wall_queries, at_once), len(mixed))
         tried = [dealt(mixed, max(1, count // 2), turn) for turn in range(ROUNDS)]
         usual = {"plain": Contestant(route=LIVE, gamma=0)} | {
             name: Contestant(route=route, gamma=_best_gamma(service, route, tried, at_once))
