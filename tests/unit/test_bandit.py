@@ -3,6 +3,7 @@
 In simulated seconds: a step of each way emits tokens at random and takes a time at random.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -81,6 +82,20 @@ def test_others_get_their_share_and_no_more() -> None:
         other += choice.choose(HERE) != "0"
         play(choice, (3.0, 1.5, 1.5, 1.5), 1, rng)
     assert 0.3 * FLOOR < other / 10_000 < FLOOR  # the first tries count, too
+
+
+def test_a_try_does_not_pay_for_what_was_drafted_without_it() -> None:
+    """Catching up counts for the way in use, and not for one that is tried."""
+    choice = Choice(("old", "new"))
+    for _ in range(4 * STRETCH):
+        choice.choose(HERE)
+        choice.stepped(2, 1.0, before=1.0)
+    assert choice.beliefs(HERE)["old"].log_speed < math.log(1.9)
+    tried = Choice(("old", "new"))
+    for _ in range(2 * STRETCH):
+        tried.choose(HERE)
+        tried.stepped(2, 1.0, before=1.0)
+    assert tried.beliefs(HERE)["new"].log_speed == pytest.approx(math.log(2))
 
 
 def test_situations_are_told_apart() -> None:

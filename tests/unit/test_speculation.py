@@ -1,6 +1,7 @@
 """γ left to the engine: the target's answers whatever it chooses, and a look at the draft while it chooses nothing."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 import decoder.control
 from decoder.evidence import ANY, DRAWN
-from decoder.prices import Price, Prices
+from decoder.prices import FIRST, Price, Prices
 from decoder.sampling import Sampling, probabilities
 from online.messages import Query
 from tests.engines import Bench, Finished, bench, query, reference, target_alone
@@ -119,6 +120,15 @@ def test_a_cascade_asks_a_draft_again_that_has_been_replaced(
     assert (again.compared > 0.8 * again.steps) == (learn is install)
 
 
+def test_a_canarys_row_is_drafted_for_among_others(pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts that share a step share what drafting costs it: one row's gain need not be worth the time of all."""
+    monkeypatch.setattr(Prices, "of", lambda self, rows: Price(0.05, 0.05, 0.3) * rows)
+    with bench(pair, drafts={"default": pair.draft, "own": pair.draft}, slots=4) as tiny:
+        asked = [free(PROMPTS[1], f"q{i}", drafter="cascade", temperature=1.0, seed=i) for i in range(4)]
+        found = tiny.run(replace(asked[0], route="own", max_tokens=20), *asked[1:])
+    assert all(one.stats.compared > 0 for one in found)
+
+
 def test_rows_with_and_without_a_gamma_of_their_own_share_a_batch(pair: TinyPair, tiny: Bench) -> None:
     """Each keeps its own wish, beyond what the engine would draft, and the others get theirs."""
     asked = [free(p, f"q{i}", gamma=gamma) for i, (p, gamma) in enumerate(zip(PROMPTS, (None, 0, 7, 2), strict=True))]
@@ -199,6 +209,7 @@ def test_timing_steps_at_start_leaves_no_trace(pair: TinyPair, tiny: Bench) -> N
     for rows in costs.rows:
         assert max(costs.seconds(rows)) < 0.5, "a second is what a step costs that was not timed"
     assert draft.acceptance.rate == pytest.approx(decoder.control.FIRST_GUESS)
+    assert tiny.engine.batch.control.price(4) == pytest.approx(4 * FIRST)
     assert (tiny.counter("vllm:generation_tokens"), tiny.counter(DRAFTS), tiny.engine.running) == (0, 0, 0)
     assert tiny.run(query((1,) * 20, gamma=0))[0].ids == target_alone(pair, (1,) * 20, 24)
     assert tiny.counter("vllm:prefix_cache_hits") == 0
