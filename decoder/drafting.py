@@ -223,12 +223,12 @@ class Drafting:
     def _grouped(self, plan: StepPlan) -> list[tuple[list[int], Group]]:
         """Rows that one draft drafts for in one shape; some of them fewer candidates of it than others."""
         alike: dict[tuple[LiveDraft, Scheme], list[int]] = {}
-        drafting = max(1, sum(scheme.candidates > 0 for scheme in plan.schemes))
-        price = self.control.price(len(plan.rows))
         for i, (row, scheme) in enumerate(zip(plan.rows, plan.schemes, strict=True)):
             if scheme.candidates:
                 alike.setdefault((row.draft, replace(scheme, candidates=0)), []).append(i)
-        found = []
+        if not alike:
+            return []
+        found, drafting, price = [], sum(map(len, alike.values())), self.control.price(len(plan.rows))
         for (draft, _), members in alike.items():
             everyone = len(members) == len(plan.rows)
             schemes = [plan.schemes[i] for i in members]
@@ -242,7 +242,7 @@ class Drafting:
                 plan.draft_uniform_BN if everyone else plan.draft_uniform_BN[members],
                 self._vocab_size,
                 self._device,
-                price * (len(members) / drafting),
+                price.times(len(members) / drafting),
                 self._feed(plan.rows),
             )
             found.append((members, group))

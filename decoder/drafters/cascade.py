@@ -95,8 +95,10 @@ def propose(
             one.held += len(tokens)
         behind = [slice(len(unseen[b]) - 1, len(fed[b])) for b in asking]
         said_AMV = _stacked([[logits_BFV[b, at]] for b, at in zip(asking, behind, strict=True)])
-        own = sampling if len(asking) == count else sampling.select(asking)
-        drawn, chances, q_AMV = _draw(said_AMV, own, uniform_BN[asking], [len(chains[b].tokens) for b in asking])
+        everyone = len(asking) == count
+        own = sampling if everyone else sampling.select(asking)
+        uniform_AN = uniform_BN if everyone else uniform_BN[asking]
+        drawn, chances, q_AMV = _draw(said_AMV, own, uniform_AN, [len(chains[b].tokens) for b in asking])
         for a, b in enumerate(asking):
             taken = 1 + (len(ahead[b]) if masks else _agreement(drawn[a], ahead[b]))
             taken = chains[b].draw(drawn[a][:taken], chances[a][:taken], masked=masks > 0)

@@ -146,7 +146,7 @@ class Chain:
 
 def begun(group: Group) -> list[Chain]:
     """The rows', before anything is drafted."""
-    share = group.price * (1 / len(group.rows))
+    share = group.price.times(1 / len(group.rows))
     return [Chain.of(row, most, share, group) for row, most in zip(group.rows, group.drafted, strict=True)]
 
 

@@ -144,7 +144,7 @@ def step(
     rows = [made([0], 0, 3, ours, lead=3, acceptance=0.6, share=each, known=known()) for ours in (guess, other)[:count]]
     drawn = [[*uniforms, 0.5, 0.5, 0.5][:3], [*beside, 0.5, 0.5, 0.5][:3]][:count]
     uniform_BN = torch.tensor(drawn, dtype=torch.float64)
-    sampling, draft, price = of_all(setting, count), Draft(3, 0, count, dtype=dtype), each * count
+    sampling, draft, price = of_all(setting, count), Draft(3, 0, count, dtype=dtype), each.times(count)
     logits_BQV, probs_BQV, _ = cascade.propose(draft, slice(0, count), rows, sampling, uniform_BN, price, masks)
     those: Any = [SimpleNamespace(tokens=[0])] * count
     nothing: Any = None

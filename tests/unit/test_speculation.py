@@ -122,7 +122,7 @@ def test_a_cascade_asks_a_draft_again_that_has_been_replaced(
 
 def test_a_canarys_row_is_drafted_for_among_others(pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts that share a step share what drafting costs it: one row's gain need not be worth the time of all."""
-    monkeypatch.setattr(Prices, "of", lambda self, rows: Price(0.05, 0.05, 0.3) * rows)
+    monkeypatch.setattr(Prices, "of", lambda self, rows: Price(0.05, 0.05, 0.3).times(rows))
     with bench(pair, drafts={"default": pair.draft, "own": pair.draft}, slots=4) as tiny:
         asked = [free(PROMPTS[1], f"q{i}", drafter="cascade", temperature=1.0, seed=i) for i in range(4)]
         found = tiny.run(replace(asked[0], route="own", max_tokens=20), *asked[1:])
