@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from online.errors import InvalidRequest
+
+REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no character, or not yet
 
 
 class HfCodec:
@@ -45,30 +46,41 @@ class HfCodec:
 
 
 class TextStream:
-    """One row's text as its tokens come. Text that may yet turn into a stop string is held back."""
+    """One sequence's text as its tokens come. Text that may yet turn into a stop string is held back.
+
+    Never raises, whatever the tokens: bytes that form no character become U+FFFD.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
         self._stop = stop
         self._held = ""
-        self._ids: list[int] = []
-        self._seen = 0  # characters decoded so far, held or not
+        self._shown: list[int] = []  # the tokens whose text was released last: context for the next
+        self._pending: list[int] = []  # tokens that have not become whole characters yet
         self.stopped = False
 
     def push(self, token_id: int) -> str:
         """Text that this token makes certain. After a stop string `stopped` is true, and the string is cut off."""
-        self._ids.append(token_id)
-        piece = self._stream.step(self._tokenizer, token_id) or ""
-        self._seen += len(piece)
+        self._pending.append(token_id)
+        piece = self._new_text()
+        if not piece and self._shown:
+            self._pending.clear()  # a special token: it has no text, here or later
+        if not piece or piece.endswith(REPLACEMENT):
+            return ""
+        self._shown, self._pending = self._pending, []
         return self._release(piece, final=False)
 
     def finish(self) -> str:
         """What is left at the end: held-back text, and bytes that never became a whole character."""
-        if self.stopped:
-            return ""
-        whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        return self._release(whole[self._seen :], final=True)
+        return "" if self.stopped else self._release(self._new_text(), final=True)
+
+    def _new_text(self) -> str:
+        """What the pending tokens add behind the shown ones: decoders treat the first token of a text differently."""
+        shown = self._decode(self._shown)
+        return self._decode(self._shown + self._pending)[len(shown) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def _release(self, piece: str, *, final: bool) -> str:
         text = self._held + piece
