@@ -126,11 +126,21 @@ class TextPart(BaseModel):
     text: Text
 
 
+Empty = Annotated[list[Any], Field(max_length=0)]
+
+
 class Message(BaseModel):
     model_config = Body
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart]
     name: Text | None = None
+    # Clients send an answer's message back as it came. Accepted as long as they are empty.
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    reasoning_content: None = None
+    annotations: Empty | None = None
+    tool_calls: Empty | None = None
 
     @property
     def text(self) -> str:

@@ -54,6 +54,26 @@ def test_chat_streams_what_it_answers_whole(client: OpenAI) -> None:
     assert len({chunk.id for chunk in chunks}) == 1
 
 
+def test_a_second_turn_takes_the_first_answer_back(client: OpenAI) -> None:
+    """The client sends an answer's message as it got it, with `refusal` and other fields that are null."""
+    first = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=5)  # type: ignore[arg-type]
+    turns = [*MESSAGES, first.choices[0].message, {"role": "user", "content": "and then?"}]
+    second = client.chat.completions.create(model="tiny", messages=turns, max_tokens=5)  # type: ignore[arg-type]
+    assert second.usage is not None
+    assert first.usage is not None
+    assert second.usage.prompt_tokens > first.usage.prompt_tokens
+
+
+@pytest.mark.parametrize(
+    "fields", [{"audio": None, "function_call": None, "reasoning_content": None}, {"annotations": [], "tool_calls": []}]
+)
+def test_empty_fields_of_a_message_are_accepted(shared: Served, fields: dict[str, object]) -> None:
+    """Other clients' messages carry more of them."""
+    messages = [*MESSAGES, {"role": "assistant", "content": "x", **fields}, {"role": "user", "content": "?"}]
+    answered = shared.http.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 4})
+    assert answered.status_code == 200, answered.text
+
+
 def test_n_answers_differ_and_a_seed_repeats_them(client: OpenAI) -> None:
     """Three samples of one prompt, twice with the same seed, once with another; γ fixed, as it goes with the seed."""
 
