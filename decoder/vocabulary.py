@@ -35,6 +35,7 @@ def most_likely(logits: Tensor) -> Tensor:
 def probabilities(logits: Tensor, divisor_B: Tensor, greedy_B: Tensor, out: Tensor) -> None:
     """Temperature and greediness, without top-k and top-p, [B, …, V]. Rows of `out` may lie apart."""
     logits, B, V = logits.contiguous(), len(logits), logits.shape[-1]
+    assert logits.dtype == out.dtype == torch.float32, "numbers are read and written as they lie"
     T = logits.numel() // (B * V)
     _probabilities(at(logits), at(divisor_B), at(greedy_B), out.data_ptr(), out.stride(0), B, T, V)
 

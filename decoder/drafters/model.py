@@ -88,7 +88,7 @@ def propose(
     have candidates, in their order, but the root, which is a part of the context.
     """
     logits_BWV = model.forward(rows, unseen_BT, starts_B, upto)
-    logits_BWV = behind(logits_BWV, unseen_B)
+    logits_BWV = at_least_float32(behind(logits_BWV, unseen_B))
     starts_B = starts_B + unseen_B
     count, vocabulary = len(unseen_B), logits_BWV.shape[-1]
     tokens_BN = torch.zeros((count, len(shape.parents)), dtype=torch.long, device=logits_BWV.device)

@@ -235,3 +235,14 @@ def test_bfloat16_answers_are_the_targets_up_to_near_ties(pair: TinyPair, gamma:
     assert agreed > 0.9 * sum(len(answer.ids) for answer in found)
     if gamma:
         assert sum(answer.stats.accepted for answer in found) > 0
+
+
+@pytest.mark.parametrize("drafter", ["chain", "tree", "graph", "cascade", "parallel", "parallel_cascade", "exits"])
+def test_bfloat16_is_sampled_with_every_drafter(pair: TinyPair, drafter: str) -> None:
+    """Draft distributions are float32: a compiled kernel wrote them into a bfloat16 buffer and killed the process."""
+    with bench(pair, dtype="bfloat16") as tiny:
+        asked = [query(p, f"q{i}", temperature=1.0, seed=i, drafter=drafter) for i, p in enumerate(PROMPTS)]
+        found = tiny.run(*asked)
+        assert [answer.reason for answer in found] == ["length"] * len(asked)
+        assert tiny.counter("slipstream_engine_faults") == 0
+    assert sum(answer.stats.drafted for answer in found) > 0
