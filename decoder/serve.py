@@ -10,12 +10,9 @@ import uvicorn
 from fastapi import FastAPI
 from sqlalchemy import Engine as DatabaseEngine
 
-from decoder.canary import Canaries
-from decoder.device import device_of, prefill_tokens, stay_on_one_core
-from decoder.drafts import LiveDraft
-from decoder.engine import Engine, EngineLimits
-from decoder.install import Installer
-from decoder.models import (
+from decoder.device.placement import device_of, prefill_tokens, stay_on_one_core
+from decoder.engine.engine import Engine, EngineLimits
+from decoder.models.base import (
     ModelFiles,
     ServedModel,
     context_limit,
@@ -26,17 +23,20 @@ from decoder.models import (
     refuse_windows,
     save_first_draft,
 )
-from decoder.recorder import Recorder
+from decoder.recording.recorder import Recorder
+from decoder.rollout.canary import Canaries
+from decoder.rollout.installer import Installer
+from decoder.rollout.live import LiveDraft
+from decoder.rollout.swapper import Swapper
+from decoder.sequence.text import HfCodec
 from decoder.service import DecoderService
-from decoder.swap import Swapper
-from decoder.text import HfCodec
 from online.api.app import ApiParts, create_app
 from online.artifacts import ArtifactStore
 from online.canaries import CanaryLedger
-from online.clusters import Clusters
 from online.connections import celery_app, git_commit, signal_buffer
 from online.cycles import CycleLedger
 from online.metrics import ServiceMetrics
+from online.prompt_routes import Clusters
 from online.registry import Candidate, Registry
 from online.rollout import RolloutGuard, Rules
 from online.settings import Settings

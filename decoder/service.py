@@ -1,9 +1,9 @@
 """The decoder as the REST API sees it: `online.messages.EngineClient` over the engine and what keeps its drafts."""
 
-from decoder.engine import Engine
-from decoder.install import Installer
-from decoder.rows import OnDelta
-from decoder.swap import Swapper
+from decoder.engine.engine import Engine
+from decoder.rollout.installer import Installer
+from decoder.rollout.swapper import Swapper
+from decoder.sequence.sequence import OnDelta
 from online.messages import EngineStatus, Query
 
 

@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from decoder.proposal import CHOSEN, Proposal, Tree
-from decoder.sampling import Sampling, probabilities
-from decoder.shapes import Shape
-from decoder.verify import Verdict
+from decoder.verification.proposal import CHOSEN, Proposal, Tree
+from decoder.verification.sampling import Sampling, probabilities
+from decoder.verification.tree_shape import Shape
+from decoder.verification.verify import Verdict
 
 Floats = NDArray[np.float64]
 Setting = tuple[float, int, float]  # temperature, top-k, top-p

@@ -14,11 +14,11 @@ from typing import TypeVar
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from decoder.device import device_of, prefill_tokens, stay_on_one_core
-from decoder.drafts import LiveDraft
-from decoder.engine import Engine, EngineLimits
-from decoder.models import ModelFiles, end_ids, load_models, load_tokenizer
-from decoder.recorder import Recorder
+from decoder.device.placement import device_of, prefill_tokens, stay_on_one_core
+from decoder.engine.engine import Engine, EngineLimits
+from decoder.models.base import ModelFiles, end_ids, load_models, load_tokenizer
+from decoder.recording.recorder import Recorder
+from decoder.rollout.live import LiveDraft
 from lab import traffic
 from online.buffer import Bounds, MemoryBuffer, SignalBuffer
 from online.messages import Delta, Query, SpeculationStats

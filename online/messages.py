@@ -16,7 +16,7 @@ DrafterName = Literal["chain", "tree", "graph", "ngrams", "cascade", "parallel",
 
 @dataclass(frozen=True, slots=True)
 class Lenience:
-    """How much is kept of a draft beyond what is exact: f(p) takes the place of p, as `decoder/lenience.py` says."""
+    """Accepts more of a draft than is exact: f(p) takes the place of p (decoder/verification/lenience.py)."""
 
     function: LenienceFunction
     epsilon: float  # in (0, 1]; 1: exact

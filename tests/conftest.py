@@ -14,7 +14,7 @@ import redis
 import transformers
 from sqlalchemy import Engine, create_engine, text
 
-from decoder.device import stay_on_one_core
+from decoder.device.placement import stay_on_one_core
 from migrations import upgrade
 from online.embedded import servers, start_server
 from online.tables import connect

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from decoder.drafts import LiveDraft
-from decoder.engine import Engine, EngineLimits
-from decoder.models import load_models, load_module, over_slots
-from decoder.recorder import Recorder
+from decoder.engine.engine import Engine, EngineLimits
+from decoder.models.base import load_models, load_module, over_slots
+from decoder.recording.recorder import Recorder
+from decoder.rollout.live import LiveDraft
 from online.buffer import Bounds, MemoryBuffer
 from online.messages import Delta, Query, SpeculationStats
 from online.metrics import ServiceMetrics

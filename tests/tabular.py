@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decoder.slots import Nodes, Rows
+from decoder.models.kv_cache import Nodes, Rows
 
 
 class TableModel:

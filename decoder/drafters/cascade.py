@@ -20,16 +20,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from decoder.drafters import Group, learn
-from decoder.drafters.chains import Chain, begun, finished, longest, worthwhile
-from decoder.models import LanguageModel
-from decoder.prices import FREE, Price
-from decoder.proposal import Proposal
-from decoder.ragged import integers, ragged
-from decoder.rows import Row
-from decoder.sampling import Sampling, at_least_float32, most_likely, probabilities, sample
-from decoder.shapes import Scheme, chain_of
-from decoder.slots import Rows
+from decoder.drafters.base import Group, learn
+from decoder.drafters.chain import Chain, begun, finished, longest, worthwhile
+from decoder.models.base import LanguageModel
+from decoder.models.kv_cache import Rows
+from decoder.models.ragged import integers, ragged
+from decoder.policy.step_cost import FREE, Price
+from decoder.sequence.sequence import Row
+from decoder.verification.proposal import Proposal
+from decoder.verification.sampling import Sampling, at_least_float32, most_likely, probabilities, sample
+from decoder.verification.tree_shape import Scheme, chain_of
 
 
 class CascadeDrafter:

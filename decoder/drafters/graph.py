@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decoder.device import to_host, upload
-from decoder.drafters import Group, begin, keep
-from decoder.proposal import Proposal, Tree
-from decoder.ragged import integers, ragged
-from decoder.rows import Row
-from decoder.sampling import at_least_float32, probabilities, sample
-from decoder.shapes import Scheme, chain
-from decoder.slots import Nodes
+from decoder.device.placement import to_host, upload
+from decoder.drafters.base import Group, begin, keep
+from decoder.models.kv_cache import Nodes
+from decoder.models.ragged import integers, ragged
+from decoder.sequence.sequence import Row
+from decoder.verification.proposal import Proposal, Tree
+from decoder.verification.sampling import at_least_float32, probabilities, sample
+from decoder.verification.tree_shape import Scheme, chain
 from online.messages import MAX_GAMMA
 
 SHARED = 2  # last tokens that two hypotheses have to have in common

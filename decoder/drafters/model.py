@@ -11,14 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from decoder.drafters import Group, behind, keep
-from decoder.models import LanguageModel
-from decoder.proposal import Proposal, Tree
-from decoder.ragged import integers, ragged
-from decoder.rows import Row
-from decoder.sampling import Sampling, at_least_float32, most_likely, probabilities, sample
-from decoder.shapes import Level, Scheme, Shape, best_shape, chain_of, shape_of_widths, span
-from decoder.slots import Nodes, Rows
+from decoder.drafters.base import Group, behind, keep
+from decoder.models.base import LanguageModel
+from decoder.models.kv_cache import Nodes, Rows
+from decoder.models.ragged import integers, ragged
+from decoder.sequence.sequence import Row
+from decoder.verification.proposal import Proposal, Tree
+from decoder.verification.sampling import Sampling, at_least_float32, most_likely, probabilities, sample
+from decoder.verification.tree_shape import Level, Scheme, Shape, best_shape, chain_of, shape_of_widths, span
 from online.messages import MAX_GAMMA
 
 

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import torch
 
-from decoder.drafters import Group, learn
-from decoder.drafters.chains import begun, finished, longest
-from decoder.proposal import Proposal
-from decoder.rows import Row
-from decoder.shapes import Scheme, chain_of
+from decoder.drafters.base import Group, learn
+from decoder.drafters.chain import begun, finished, longest
+from decoder.sequence.sequence import Row
+from decoder.verification.proposal import Proposal
+from decoder.verification.tree_shape import Scheme, chain_of
 
 
 class NgramDrafter:

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 import torch
 
-from decoder.drafters import Group
-from decoder.proposal import Proposal
-from decoder.ragged import integers, ragged
-from decoder.rows import Row
-from decoder.sampling import at_least_float32, most_likely, probabilities, sample
-from decoder.shapes import Scheme, chain_of
+from decoder.drafters.base import Group
+from decoder.models.ragged import integers, ragged
+from decoder.sequence.sequence import Row
+from decoder.verification.proposal import Proposal
+from decoder.verification.sampling import at_least_float32, most_likely, probabilities, sample
+from decoder.verification.tree_shape import Scheme, chain_of
 
 
 class ParallelDrafter:

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from decoder.drafters import Group
-from decoder.rows import Row
-from decoder.shapes import NOTHING, Scheme
+from decoder.drafters.base import Group
+from decoder.sequence.sequence import Row
+from decoder.verification.tree_shape import NOTHING, Scheme
 
 
 class PlainDrafter:

@@ -21,10 +21,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from decoder.device import device_of
-from decoder.llama import Llama, Residual
-from decoder.models import load_tokenizer
-from decoder.verify import judge
+from decoder.device.placement import device_of
+from decoder.models.base import load_tokenizer
+from decoder.models.llama import Llama, Residual
+from decoder.verification.verify import judge
 from lab import rig
 from lab.enumeration import AHEAD, BEHIND, CHOSEN_WHOLE, SHAPES, WHOLE, Case, distance, on
 from lab.replay import SHARED

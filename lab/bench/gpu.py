@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from decoder.device import device_of
-from decoder.models import LanguageModel
+from decoder.device.placement import device_of
+from decoder.models.base import LanguageModel
 from lab import rig
 from lab.rig import Pair
 from online.messages import Query

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-from decoder.engine import Engine
-from decoder.models import ModelFiles
+from decoder.engine.engine import Engine
+from decoder.models.base import ModelFiles
 from lab import rig
 from online.errors import SlipstreamError
 from online.messages import Delta, Query, SpeculationStats
@@ -105,7 +105,7 @@ def swaps(engine: Engine, folders: Sequence[Path], due: Callable[[int], bool]) -
 
 
 def swap(engine: Engine, folder: Path, version: int) -> Swap:
-    """As `decoder/swap.py` does it: staged on this thread, installed by the engine's between two steps."""
+    """As `decoder/rollout/swapper.py` does it: staged on this thread, installed by the engine's between two steps."""
     outcome: queue.SimpleQueue[Swap | Exception] = queue.SimpleQueue()
     draft, started = engine.batch.drafts[rig.ROUTE], time.perf_counter()
     staged = draft.stage(folder)

@@ -1,7 +1,7 @@
 """`python -m lab bench swap`: drafts swapped under load, a hundred times.
 
 Streams are always running while a second thread stages weights and the engine's thread installs them, as
-`decoder/swap.py` has it: the pair's draft and one that knows nothing, by turns. `pause` is the install on the engine's
+`decoder/rollout/swapper.py` has it: the pair's draft and one that knows nothing, by turns. `pause` is the install on the engine's
 thread. A gap is the time between the ends of two steps: one that contains a swap holds the pause, the step after it,
 and what the staging thread took of the machine.
 
@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from decoder.batch import Batch
-from decoder.device import stay_on_one_core
+from decoder.device.placement import stay_on_one_core
+from decoder.engine.batch import Batch
 from lab import rig
 from lab.bench.load import Stream, Swap, draft_folders, keep_busy, swaps
 from lab.statistics import Floats

@@ -13,19 +13,19 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from decoder.install import Installer
-from decoder.models import ModelFiles, fingerprint
+from decoder.models.base import ModelFiles, fingerprint
+from decoder.rollout.installer import Installer
+from decoder.rollout.swapper import Swapper
 from decoder.serve import follower
-from decoder.swap import Swapper
 from lab import rig
 from lab.replay.config import Replay
 from lab.replay.streams import Asked
 from migrations import upgrade
 from online.buffer import LATEST
-from online.clusters import Clusters
 from online.cycles import UNFINISHED
 from online.embedded import start_server
 from online.messages import DrafterName, Query
+from online.prompt_routes import Clusters
 from online.registry import Registry
 from online.settings import Settings
 from online.signals import Signal, decode

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 from lab import rig
 from lab.warmup.exam import Marks, difference, examine
+from lab.warmup.features import match_features
 from lab.warmup.lessons import (
     Progress,
     add_arguments,
@@ -35,7 +36,6 @@ from lab.warmup.lessons import (
 )
 from online.signals import Signal
 from trainer.distill import Recipe, steps
-from trainer.features import match_features
 
 WAYS = ("one stage", "outputs, outputs", "features, outputs")
 

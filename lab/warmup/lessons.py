@@ -12,12 +12,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from lab import rig, traffic
+from lab.warmup.initial import spread, thinned
 from online.buffer import LATEST
 from online.messages import Query
 from online.signals import Signal, decode
 from trainer.batches import held_out, usable
 from trainer.distill import Distilled, Recipe, distill, steps
-from trainer.initial import spread, thinned
 
 AT_ONCE = 32  # queries answered together
 EXAM_GAMMA = 4

@@ -3,8 +3,8 @@
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from lab.warmup.disagreement import Frame, Growth, grown
 from lab.warmup.lessons import Prompts
-from trainer.disagreement import Frame, Growth, grown
 
 SOURCES = {
     "random": "token ids drawn alike",

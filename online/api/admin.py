@@ -13,11 +13,11 @@ from online.api.schemas import Text
 from online.artifacts import ArtifactStore
 from online.buffer import SignalBuffer
 from online.canaries import CanaryLedger, Outcome
-from online.clusters import Clusters
 from online.connections import CYCLE_TASK
 from online.cycles import CycleLedger
 from online.errors import Unavailable
 from online.messages import EngineClient, Loaded
+from online.prompt_routes import Clusters
 from online.registry import Registry, is_generic
 from online.settings import Settings
 from online.tables import Base, Canary, Route

@@ -23,11 +23,11 @@ from online.api.job import ClientGone
 from online.artifacts import ArtifactStore
 from online.buffer import SignalBuffer
 from online.canaries import CanaryLedger
-from online.clusters import Clusters
 from online.cycles import CycleLedger
 from online.errors import InvalidRequest, NotFound, SlipstreamError
 from online.messages import EngineClient, TextCodec
 from online.metrics import ServiceMetrics
+from online.prompt_routes import Clusters
 from online.registry import Registry
 from online.settings import Settings
 

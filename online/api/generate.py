@@ -11,12 +11,12 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from online.api import shapes
+from online.api import openai_format as shapes
 from online.api.job import ClientGone, Job, unless_gone
 from online.api.schemas import ChatBody, CompletionBody, GenerationBody
-from online.clusters import Clusters
 from online.errors import InvalidRequest, NotFound, SlipstreamError
 from online.messages import EngineClient, Lenience, Query, TextCodec
+from online.prompt_routes import Clusters
 from online.settings import Settings
 from online.speculation import Drafting, candidates
 

@@ -13,10 +13,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from decoder.captured import Graphs
-from decoder.drafts import LiveDraft
-from decoder.llama import Llama
-from decoder.models import (
+from decoder.models.base import (
     LanguageModel,
     ModelFiles,
     ServedModel,
@@ -25,8 +22,11 @@ from decoder.models import (
     refuse_windows,
     save_first_draft,
 )
-from decoder.sampling import fit_vocabulary
-from decoder.slots import Nodes
+from decoder.models.cuda_graphs import Graphs
+from decoder.models.kv_cache import Nodes
+from decoder.models.llama import Llama
+from decoder.rollout.live import LiveDraft
+from decoder.verification.sampling import fit_vocabulary
 from online.errors import InvalidRequest
 from tests.device import DEVICE
 from tests.tabular import TableModel

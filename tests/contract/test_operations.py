@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from decoder.kernels import FusedOperations
-from decoder.operations import Norms, Operations, Rotations, TorchOperations
-from decoder.shapes import Shape
-from decoder.slots import Nodes, Rows, SlotCache
+from decoder.models.kv_cache import Nodes, Rows, SlotCache
+from decoder.models.ops import Norms, Operations, Rotations, TorchOperations
+from decoder.models.ops_cpu import FusedOperations
+from decoder.verification.tree_shape import Shape
 
 CAPACITY, HEADS, KV_HEADS, SIZE = 24, 6, 2, 16
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 2e-2}

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from decoder import vocabulary
-from decoder.lenience import Lenient
-from decoder.observe import look
-from decoder.proposal import CHOSEN, Proposal, Tree
-from decoder.sampling import Sampling, most_likely, probabilities, sample
-from decoder.shapes import Shape, chain
-from decoder.verify import judge
+from decoder.recording.observation import look
+from decoder.verification import fused as vocabulary
+from decoder.verification.lenience import Lenient
+from decoder.verification.proposal import CHOSEN, Proposal, Tree
+from decoder.verification.sampling import Sampling, most_likely, probabilities, sample
+from decoder.verification.tree_shape import Shape, chain
+from decoder.verification.verify import judge
 from online.messages import Lenience
 
 SIZES = [3, 64, 1000, 4099]

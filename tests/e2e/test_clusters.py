@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from online.clusters import Clusters
+from online.prompt_routes import Clusters
 from online.signals import decode
 from tests.e2e.conftest import Served, serve, tiny_settings
 from tests.loop.conftest import until

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from decoder.llama import Llama
-from decoder.verify import judge
+from decoder.models.llama import Llama
+from decoder.verification.verify import judge
 from lab.enumeration import CHAINS, SHAPES, WAYS, Case, distance, on
 from tests.device import DEVICE
 from tests.engines import Bench, bench, query, target_alone

@@ -121,7 +121,7 @@ def test_a_stopped_replay_goes_on_where_it_was(
 
 def test_an_arm_may_learn_routes(pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clusters learn beside the live route, and every prompt is judged by the draft that it gets."""
-    monkeypatch.setattr("online.router.POOL", 40)
+    monkeypatch.setattr("online.clustering.POOL", 40)
     arm = Arm(name="clusters", settings={"learnt_routes": 2, "cycle_min_signals": 24})
     config = read(toml(tmp_path, pair, queries=80)).model_copy(update={"wall_queries": 0, "arms": [arm]})
     mixed = Segment(queries=160, mix={"low": 1.0, "high": 1.0})

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from decoder.bandit import FLOOR, STRETCH, Choice, Situation
+from decoder.policy.bandit import FLOOR, STRETCH, Choice, Situation
 
 HERE = Situation("default", 3, greedy=False)
 

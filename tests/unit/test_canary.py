@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from sqlalchemy import Engine
 
-from decoder.canary import Canaries
-from decoder.drafts import LiveDraft, fraction
-from decoder.install import Installer
+from decoder.rollout.canary import Canaries
+from decoder.rollout.installer import Installer
+from decoder.rollout.live import LiveDraft, fraction
 from online.artifacts import ArtifactStore
 from online.canaries import CanaryLedger, open_canary
 from online.registry import Candidate, Registry, add_version

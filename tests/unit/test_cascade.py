@@ -12,16 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from decoder.drafters import Group, cascade, chains, model
-from decoder.drafters.chains import Chain
-from decoder.evidence import DRAWN, Kept
-from decoder.prices import FREE, Price
-from decoder.proposal import CHOSEN, Proposal, Tree
-from decoder.ragged import integers, ragged
-from decoder.sampling import Sampling
-from decoder.shapes import chain
-from decoder.suffixes import Guess
-from decoder.verify import judge
+from decoder.drafters import chain as chains
+from decoder.drafters.base import Group, cascade, model
+from decoder.drafters.chain import Chain
+from decoder.models.ragged import integers, ragged
+from decoder.policy.keep_rates import DRAWN, Kept
+from decoder.policy.step_cost import FREE, Price
+from decoder.sequence.ngram_index import Guess
+from decoder.verification.proposal import CHOSEN, Proposal, Tree
+from decoder.verification.sampling import Sampling
+from decoder.verification.tree_shape import chain
+from decoder.verification.verify import judge
 from lab import enumeration
 from lab.enumeration import DRAFT, TARGET, Case, distance, of_all, told
 from tests.tabular import TableModel

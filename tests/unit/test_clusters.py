@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from online.clusters import SAVE_EVERY, Clusters
-from online.router import POOL
+from online.clustering import POOL
+from online.prompt_routes import SAVE_EVERY, Clusters
 from online.settings import Settings
 from tests.unit.test_router import prompt, stream
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decoder.control import (
+from decoder.policy.gamma import (
     FIRST_GUESS,
     MARGIN,
     PROBE_SHARE,

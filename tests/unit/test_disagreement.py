@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from lab.warmup.disagreement import Frame, Growth, continued, disagreement, grown
 from tests.tiny import VOCABULARY, TinyPair
-from trainer.disagreement import Frame, Growth, continued, disagreement, grown
 
 FRAME = Frame(head=[1], tail=[2], never=[0, 1, 2, 3])
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from decoder.drafters.model import propose
-from decoder.proposal import Proposal
-from decoder.sampling import Sampling, probabilities
-from decoder.shapes import Shape, chain
+from decoder.verification.proposal import Proposal
+from decoder.verification.sampling import Sampling, probabilities
+from decoder.verification.tree_shape import Shape, chain
 from lab.enumeration import outcome_masses
 from tests.tabular import TableModel
 from tests.unit.test_exactness import PROMPT, SETTINGS, V, either

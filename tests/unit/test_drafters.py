@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from decoder.prices import Price, Prices
-from decoder.shapes import best_shape
+from decoder.policy.step_cost import Price, Prices
+from decoder.verification.tree_shape import best_shape
 from online.messages import DrafterName, Query
 from tests.engines import Bench, bench, query, target_alone
 from tests.tiny import TinyPair

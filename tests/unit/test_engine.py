@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from decoder.slots import Nodes, Rows
+from decoder.models.kv_cache import Nodes, Rows
 from online.errors import Overloaded, Unavailable
 from tests.device import DEVICE
 from tests.engines import Bench, bench, query, target_alone

@@ -1,6 +1,6 @@
 """What is counted of drafted tokens."""
 
-from decoder.evidence import ANY, Kept
+from decoder.policy.keep_rates import ANY, Kept
 
 
 def test_what_became_of_tokens_says_how_likely_the_next_ones_are_kept() -> None:

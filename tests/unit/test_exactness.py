@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from decoder.drafters.model import propose as propose_tokens
-from decoder.proposal import Proposal
-from decoder.sampling import Sampling, probabilities, sample
-from decoder.shapes import chain
-from decoder.verify import Verdict, judge, verify
+from decoder.verification.proposal import Proposal
+from decoder.verification.sampling import Sampling, probabilities, sample
+from decoder.verification.tree_shape import chain
+from decoder.verification.verify import Verdict, judge, verify
 from lab.enumeration import LEFT, boundary, outcome_masses
 from tests.tabular import TableModel
 

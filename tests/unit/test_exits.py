@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from decoder.drafters import Group, exits
-from decoder.evidence import SHARES, Kept, left, went
-from decoder.models import over_slots
-from decoder.prices import FREE, Price
-from decoder.sampling import Sampling
+from decoder.drafters import early_exit as exits
+from decoder.drafters.base import Group
+from decoder.models.base import over_slots
+from decoder.policy.keep_rates import SHARES, Kept, left, went
+from decoder.policy.step_cost import FREE, Price
+from decoder.verification.sampling import Sampling
 from tests.unit.test_graph import Context
 
 V, LAYERS, DRAFTED = 40, 3, 6

@@ -6,10 +6,10 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from lab.warmup.features import match_features, projector
 from tests.signals import taught
 from tests.tiny import VOCABULARY, TinyPair
 from trainer.distill import Recipe
-from trainer.features import match_features, projector
 
 
 def narrow() -> LlamaForCausalLM:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from decoder.drafts import LiveDraft
+from decoder.rollout.live import LiveDraft
 from tests.engines import Bench, bench, query, target_alone
 from tests.tiny import TinyPair
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from decoder.drafters import Group, graph
-from decoder.proposal import Proposal, Tree
-from decoder.sampling import Sampling
-from decoder.verify import judge
+from decoder.drafters.base import Group, graph
+from decoder.verification.proposal import Proposal, Tree
+from decoder.verification.sampling import Sampling
+from decoder.verification.verify import judge
 from lab.enumeration import DRAFT, TARGET, Case, Setting, V, distance, logits, of_all, told
 from tests.tabular import TableModel
 from tests.unit.test_exactness import LIMIT

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from lab.warmup.initial import spread, thinned
 from tests.tiny import TinyPair
-from trainer.initial import spread, thinned
 
 
 def test_layers_are_spread_from_the_first_to_the_last() -> None:

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from decoder.lenience import Lenient
-from decoder.proposal import Proposal
-from decoder.sampling import Sampling, probabilities, sample
-from decoder.verify import Verdict, judge
+from decoder.verification.lenience import Lenient
+from decoder.verification.proposal import Proposal
+from decoder.verification.sampling import Sampling, probabilities, sample
+from decoder.verification.verify import Verdict, judge
 from online.messages import Lenience
 from tests.engines import bench, query
 from tests.tabular import TableModel

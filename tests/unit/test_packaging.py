@@ -2,13 +2,16 @@
 
 import tomllib
 
+from setuptools import find_packages
+
 from online.stack import ROOT
 
 
 def test_every_file_of_a_package_is_packaged() -> None:
     """An image without its migrations would call an empty database migrated; one without the pair would not start."""
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {package.replace(".", "/") for package in setuptools["packages"]}
+    packages = find_packages(str(ROOT), include=setuptools["packages"]["find"]["include"])
+    folders = {package.replace(".", "/") for package in packages}
     patterns = [
         f"{package.replace('.', '/')}/{pattern}"
         for package, found in setuptools["package-data"].items()

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decoder.prefixes import WORTHWHILE
-from decoder.ragged import fit
+from decoder.models.ragged import fit
+from decoder.sequence.prefix_cache import WORTHWHILE
 from online.messages import Delta, Query
 from tests.engines import Bench, Listener, bench, query, target_alone
 from tests.tiny import TinyPair

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decoder.prefixes import WORTHWHILE, Context, Prefixes, common_prefix
+from decoder.sequence.prefix_cache import WORTHWHILE, Context, Prefixes, common_prefix
 
 FIRST = 8  # the first slot that is not a row's
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from online import router
-from online.router import Router, features, groups
+from online import clustering as router
+from online.clustering import Router, features, groups
 
 TEMPLATE_START, TEMPLATE_END = list(range(10)), list(range(10, 20))
 

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decoder.device import pack, unpack
-from decoder.sampling import Sampling, probabilities, sample
+from decoder.device.placement import pack, unpack
+from decoder.verification.sampling import Sampling, probabilities, sample
 
 
 def of(temperature: float, top_k: int = 0, top_p: float = 1.0, vocabulary: int = 6) -> Sampling:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-import decoder.control
-from decoder.evidence import ANY, DRAWN
-from decoder.prices import FIRST, Price, Prices
-from decoder.sampling import Sampling, probabilities
+import decoder.policy.gamma
+from decoder.policy.keep_rates import ANY, DRAWN
+from decoder.policy.step_cost import FIRST, Price, Prices
+from decoder.verification.sampling import Sampling, probabilities
 from online.messages import Query
 from tests.engines import Bench, Finished, bench, query, reference, target_alone
 from tests.tiny import VOCABULARY, TinyPair
@@ -174,7 +174,7 @@ def test_probes_measure_the_overlap_of_the_distributions(
     pair: TinyPair, monkeypatch: pytest.MonkeyPatch, temperature: float, top_k: int
 ) -> None:
     """Probed at every step: the mean is that of Σ min(p, q), as `transformers` has it over the same answers."""
-    monkeypatch.setattr(decoder.control, "PROBE_SHARE", 100.0)
+    monkeypatch.setattr(decoder.policy.gamma, "PROBE_SHARE", 100.0)
     asked = [
         free((40 + i, *PROMPTS[1]), f"q{i}", temperature=temperature, top_k=top_k, seed=i, ignore_eos=True)
         for i in range(16)
@@ -208,7 +208,7 @@ def test_timing_steps_at_start_leaves_no_trace(pair: TinyPair, tiny: Bench) -> N
     costs, draft = tiny.engine.batch.control.costs, tiny.engine.batch.drafts["default"]
     for rows in costs.rows:
         assert max(costs.seconds(rows)) < 0.5, "a second is what a step costs that was not timed"
-    assert draft.acceptance.rate == pytest.approx(decoder.control.FIRST_GUESS)
+    assert draft.acceptance.rate == pytest.approx(decoder.policy.gamma.FIRST_GUESS)
     assert tiny.engine.batch.control.price(4) == pytest.approx(4 * FIRST)
     assert (tiny.counter("vllm:generation_tokens"), tiny.counter(DRAFTS), tiny.engine.running) == (0, 0, 0)
     assert tiny.run(query((1,) * 20, gamma=0))[0].ids == target_alone(pair, (1,) * 20, 24)

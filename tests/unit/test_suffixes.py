@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decoder import suffixes
-from decoder.suffixes import LONGEST, Followers, Recent, Suffixes
+from decoder.sequence import ngram_index as suffixes
+from decoder.sequence.ngram_index import LONGEST, Followers, Recent, Suffixes
 
 texts = st.lists(st.integers(0, 2), min_size=1, max_size=30)
 

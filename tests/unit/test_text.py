@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer
 
-from decoder.text import HfCodec, TextStream
+from decoder.sequence.text import HfCodec, TextStream
 from online.errors import InvalidRequest
 from tests.tiny import VOCABULARY, TinyPair
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from decoder.proposal import CHOSEN, Tree
-from decoder.verify import Verdict, judge
+from decoder.verification.proposal import CHOSEN, Tree
+from decoder.verification.verify import Verdict, judge
 from lab.enumeration import BEHIND, CHAINS, SHAPES, WAYS, Case, distance
 from tests.unit.test_exactness import LIMIT, SETTINGS, either
 

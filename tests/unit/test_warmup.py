@@ -8,8 +8,8 @@ import torch
 from sqlalchemy import Engine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from decoder.drafts import LiveDraft
-from decoder.models import load_models
+from decoder.models.base import load_models
+from decoder.rollout.live import LiveDraft
 from lab.bench.contestants import Outcome
 from lab.warmup import align, cold_start, generic, two_stage
 from lab.warmup.prompts import SOURCES, frame_of

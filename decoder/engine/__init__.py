@@ -1,0 +1,1 @@
+"""The loop: queries in, steps, deltas out."""

@@ -1,0 +1,1 @@
+"""Target and drafts: forwards over slot caches."""

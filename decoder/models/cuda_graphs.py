@@ -1,0 +1,101 @@
+"""A model's forward on CUDA, captured as graphs: a launch for the whole of it, instead of hundreds.
+
+For a few tokens the host takes longer to launch a layer's operations than the device to do them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from decoder.models.kv_cache import Nodes
+
+Forward = Callable[[Any, Tensor, Tensor, int, Nodes | None], Tensor]  # rows, ids [B, T], starts [B], upto → logits
+Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    """What a graph reads, and how it is run."""
+
+    ids: Tensor
+    starts: Tensor
+    nodes: Nodes | None
+    replay: Callable[[], Tensor]
+
+
+class Graphs:
+    """A forward as captured CUDA graphs, one for each shape of a ladder; others run as they are.
+
+    Rows are rounded up to a power of two and contexts to the next rung, so that few graphs serve all steps. Rows beyond
+    the real ones write to the last cell of their slots, which belongs to nobody, and their logits are cut off. Graphs
+    read weights and caches at their addresses, which stay: a swap needs no new capture.
+    """
+
+    CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+    TOKENS = 17  # new tokens of a row: a step's, not a prompt's
+
+    def __init__(self, forward: Forward, slots: int, capacity: int, device: torch.device, capture: Capture) -> None:
+        self._forward, self._capture = forward, capture
+        self._slots, self._capacity, self._device = slots, capacity, device
+        self._captured: dict[tuple[int, int, int, int], _Captured] = {}
+
+    @classmethod
+    def of(cls, forward: Forward, slots: int, capacity: int, device: torch.device) -> "Graphs | None":
+        """None where there is nothing to capture."""
+        return cls(forward, slots, capacity, device, capture_cuda()) if device.type == "cuda" else None
+
+    def take(self, rows: Any, ids_BT: Tensor) -> bool:
+        """Whether these rows are the first slots, with few new tokens each."""
+        return isinstance(rows, slice) and rows.start == 0 and ids_BT.shape[1] <= self.TOKENS
+
+    def forward(self, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None) -> Tensor:
+        count, new = ids_BT.shape
+        rows = min(1 << (count - 1).bit_length(), self._slots)
+        context = min(next((rung for rung in self.CONTEXTS if rung >= upto), self._capacity), self._capacity)
+        key = rows, new, context, 0 if nodes is None else nodes.visible_BTC.shape[2]
+        if key not in self._captured:
+            self._captured[key] = self._new(*key)
+        held = self._captured[key]
+        held.ids[:count].copy_(ids_BT)
+        held.starts[:count].copy_(starts_B)
+        held.starts[count:].fill_(self._capacity - 1)
+        if nodes is not None and held.nodes is not None:
+            held.nodes.depth_BT[:count].copy_(nodes.depth_BT)
+            held.nodes.visible_BTC[:count].copy_(nodes.visible_BTC)
+        return held.replay()[:count].clone()  # the next replay writes over it
+
+    def _new(self, rows: int, new: int, context: int, cells: int) -> _Captured:
+        ids = torch.zeros((rows, new), dtype=torch.long, device=self._device)
+        starts = torch.full((rows,), self._capacity - 1, device=self._device)
+        visible = torch.ones((rows, new, cells), dtype=torch.bool, device=self._device)
+        nodes = Nodes(torch.zeros_like(ids), visible) if cells else None
+        replay = self._capture(lambda: self._forward(slice(0, rows), ids, starts, context, nodes))
+        return _Captured(ids, starts, nodes, replay)
+
+
+def capture_cuda() -> Capture:
+    """Records work on the device once, to be replayed on whatever then lies at the same addresses."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # libraries choose and allocate before the recording
+            for _ in range(3):
+                work()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads go on meanwhile: they stage a draft, or wait for a download.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            out = work()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+    return capture

@@ -1,0 +1,1 @@
+"""What to draft, and how much: learnt from steps as they come."""

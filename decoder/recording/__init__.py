@@ -1,0 +1,1 @@
+"""What a step saw becomes a signal."""

@@ -1,0 +1,1 @@
+"""The drafts in use, and how they are replaced while they serve."""

@@ -1,0 +1,1 @@
+"""Proposals, and what the target accepts of them."""
