@@ -12,12 +12,12 @@ from sqlalchemy import Engine as DatabaseEngine
 
 from decoder.device.placement import device_of, prefill_tokens, stay_on_one_core
 from decoder.engine.engine import Engine, EngineLimits
-from decoder.models.base import (
+from decoder.models.base import ServedModel
+from decoder.models.fingerprint import fingerprint
+from decoder.models.loading import (
     ModelFiles,
-    ServedModel,
     context_limit,
     end_ids,
-    fingerprint,
     load_models,
     load_tokenizer,
     refuse_windows,

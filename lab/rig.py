@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from decoder.device.placement import device_of, prefill_tokens, stay_on_one_core
 from decoder.engine.engine import Engine, EngineLimits
-from decoder.models.base import ModelFiles, end_ids, load_models, load_tokenizer
+from decoder.models.loading import ModelFiles, end_ids, load_models, load_tokenizer
 from decoder.recording.recorder import Recorder
 from decoder.rollout.live import LiveDraft
 from lab import traffic

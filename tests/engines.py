@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from decoder.engine.engine import Engine, EngineLimits
-from decoder.models.base import load_models, load_module, over_slots
+from decoder.models.loading import load_models, load_module, over_slots
 from decoder.recording.recorder import Recorder
 from decoder.rollout.live import LiveDraft
 from online.buffer import Bounds, MemoryBuffer

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from decoder.models.kv_cache import Rows, slot_at
 from decoder.models.ragged import integers, ragged
+from decoder.policy.draft_cost import FREE, Price
 from decoder.policy.keep_rates import DRAWN, Evidence
-from decoder.policy.step_cost import FREE, Price
 from decoder.rollout.live import LiveDraft
 from decoder.sequence.sequence import Row
 from decoder.verification.proposal import Proposal

@@ -25,7 +25,7 @@ from decoder.drafters.chain import Chain, begun, finished, longest, worthwhile
 from decoder.models.base import LanguageModel
 from decoder.models.kv_cache import Rows
 from decoder.models.ragged import integers, ragged
-from decoder.policy.step_cost import FREE, Price
+from decoder.policy.draft_cost import FREE, Price
 from decoder.sequence.sequence import Row
 from decoder.verification.proposal import Proposal
 from decoder.verification.sampling import Sampling, at_least_float32, most_likely, probabilities, sample

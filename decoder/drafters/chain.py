@@ -11,8 +11,8 @@ from torch import Tensor
 
 from decoder.drafters.base import Group
 from decoder.models.ragged import integers, ragged
+from decoder.policy.draft_cost import FREE, Price
 from decoder.policy.keep_rates import ANY, DRAWN, SHARES, Evidence, Kept
-from decoder.policy.step_cost import FREE, Price
 from decoder.sequence.ngram_index import Guess
 from decoder.sequence.sequence import Row
 from decoder.verification.proposal import CHOSEN, Proposal, Tree

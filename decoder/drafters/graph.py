@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decoder.device.placement import to_host, upload
+from decoder.device.transfer import to_host, upload
 from decoder.drafters.base import Group, begin, keep
 from decoder.models.kv_cache import Nodes
 from decoder.models.ragged import integers, ragged

@@ -17,8 +17,9 @@ import torch
 from decoder.drafters.stage import Drafting
 from decoder.models.base import LanguageModel
 from decoder.models.ragged import encode, fit, integers, ragged
-from decoder.policy.gamma import Control, StepCosts
-from decoder.policy.step_cost import Prices
+from decoder.policy.draft_cost import Prices
+from decoder.policy.gamma import Control
+from decoder.policy.step_times import StepCosts
 from decoder.recording.observation import Observation, StepTrace, observe
 from decoder.rollout.live import LiveDraft
 from decoder.sequence.plan import Planner, StepPlan

@@ -1,27 +1,15 @@
-"""Models: a target and its drafts behind one small interface, and how they are loaded and told apart.
+"""What a model is to the engine: one small interface over slot caches.
 
 Legend: B rows, T new tokens, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from torch import Tensor
 
-from decoder import reference
-from decoder.device.placement import dtype_of
-from decoder.models import llama
-from decoder.models.generic import ModuleCache, ModuleModel
-from decoder.models.kv_cache import Nodes, Rows, SlotCache
-from decoder.models.llama import Llama
-from online.errors import InvalidRequest
-from online.settings import Settings
-
-FINGERPRINT_CHUNK = 1 << 24
+from decoder.models.kv_cache import Nodes, Rows
 
 
 class LanguageModel(Protocol):
@@ -68,125 +56,7 @@ class ServedModel(LanguageModel, Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class ModelFiles:
-    """Where the pair and its tokenizer are, as settings say it: folders or hub ids."""
-
-    target: str
-    draft: str
-    name: str
-
-    @classmethod
-    def of(cls, settings: Settings) -> "ModelFiles":
-        target = settings.target or str(reference.TARGET)
-        draft = settings.draft or str(reference.DRAFT)
-        default = "slipstream-reference" if not settings.target else Path(settings.target).name
-        return cls(target, draft, settings.model_name or default)
-
-
-def load_module(source: str | Path, device: torch.device, dtype: str) -> nn.Module:
-    """A causal LM from a folder or hub id, ready to serve."""
-    module: nn.Module = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype_of(dtype, device), attn_implementation="sdpa"
-    )
-    return module.to(device).eval().requires_grad_(False)
-
-
-def load_models(
-    source: str | Path, count: int, slots: int, capacity: int, device: torch.device, dtype: str, vocab_size: int = 0
-) -> list[ServedModel]:
-    """`count` models from one folder or hub id, over one cache of `slots` contexts of `capacity` tokens.
-
-    A sequence is drafted by one of the routes' drafts, which have the same shape: so they can share their slots.
-    `vocab_size` is the target's, whatever a draft's own is; 0: the model's own.
-    """
-    modules = [load_module(source, device, dtype) for _ in range(count)]
-    size = vocab_size or modules[0].get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-    return over_slots(modules, slots, capacity, size)
-
-
-def over_slots(modules: list[nn.Module], slots: int, capacity: int, vocab_size: int) -> list[ServedModel]:
-    if llama.supported(modules[0].config):  # type: ignore[arg-type]
-        cache = SlotCache(slots, capacity)
-        return [Llama(module, cache, vocab_size) for module in modules]
-    shared = ModuleCache(slots, capacity)
-    return [ModuleModel(module, shared, vocab_size) for module in modules]
-
-
-def save_first_draft(files: ModelFiles, folder: Path) -> None:
-    """The first draft as one safetensors file in its stored precision, whatever folder or hub id it came from.
-
-    Tensors have the live module's names, which for some families (GPT-NeoX) are not those of their files.
-    """
-    module = AutoModelForCausalLM.from_pretrained(files.draft, dtype="auto")
-    module.save_pretrained(folder, max_shard_size="1TB", save_original_format=False)
-
-
-def load_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
-    """The target's tokenizer, after checking that the draft speaks the same one.
-
-    Raises:
-        InvalidRequest: the two map tokens to different ids.
-    """
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(files.target)
-    if not tokenizer.is_fast:
-        raise InvalidRequest("the target's tokenizer has no fast (tokenizers) form", param="target")
-    try:
-        drafts_own = AutoTokenizer.from_pretrained(files.draft)
-    except (OSError, ValueError):
-        return tokenizer  # A draft folder without tokenizer files has said that it uses the target's.
-    if drafts_own.get_vocab() != tokenizer.get_vocab():
-        raise InvalidRequest("target and draft do not share a tokenizer: their vocabularies differ", param="draft")
-    return tokenizer
-
-
-def refuse_windows(source: str, max_context: int) -> None:
-    """Slot caches keep whole contexts: a model that forgets (sliding windows, linear attention) is refused, not bent.
-
-    Raises:
-        InvalidRequest: names the model and what it does.
-    """
-    config = AutoConfig.from_pretrained(source).get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None)
-    if kinds == {"full_attention"} and (not window or getattr(config, "use_sliding_window", True) is False):
-        return
-    if kinds <= {"full_attention", "sliding_attention"} and window and window >= max_context:
-        return
-    raise InvalidRequest(
-        f"{source}: layers of kind {sorted(kinds)} with window {window} are not supported with contexts of "
-        f"{max_context} tokens; a context within the window is",
-        param="max_context",
-    )
-
-
-def context_limit(source: str) -> int:
-    config = AutoConfig.from_pretrained(source).get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or 2048)
-
-
-def end_ids(source: str) -> frozenset[int]:
-    """The tokens that end a sequence."""
-    end = AutoConfig.from_pretrained(source).get_text_config().eos_token_id
-    try:
-        end = GenerationConfig.from_pretrained(source).eos_token_id or end
-    except OSError:
-        pass  # a model folder need not have a generation_config.json
-    return frozenset(end if isinstance(end, list) else [] if end is None else [end])
-
-
-@torch.inference_mode()
-def fingerprint(model: ServedModel) -> str:
-    """A 64-bit checksum of the weights as they are on the device: cheap enough to compare before and after a swap.
-
-    It sees values and their order. It is no defence against an adversary; the sha256 of the file is.
-    """
-    total = 0
-    for index, (_, tensor) in enumerate(sorted(model.weights().items())):
-        words = tensor.detach().contiguous().flatten()
-        words = words.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[words.element_size()])
-        for at in range(0, len(words), FINGERPRINT_CHUNK):
-            part = words[at : at + FINGERPRINT_CHUNK].to(torch.int64)
-            weight = torch.arange(1, len(part) + 1, device=part.device) * (2 * index + 1) + at
-            total = (total * 31 + int((part * weight).sum().item())) % 2**64
-    return f"{total:016x}"
+def fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
+    """Cuts or pads the last axis: models that share a tokenizer may round their embeddings up differently."""
+    missing = vocab_size - logits.shape[-1]
+    return logits if missing == 0 else torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from decoder.models.base import fit_vocabulary
 from decoder.models.kv_cache import Nodes, Rows, SlotCache, slot_index
 from decoder.models.ops import stands, visible
-from decoder.verification.sampling import fit_vocabulary
 
 
 class ModuleModel:

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
-from decoder.device.placement import Linear, operations, padded
+from decoder.models.base import fit_vocabulary
 from decoder.models.cuda_graphs import Graphs
 from decoder.models.kv_cache import Nodes, Rows, SlotCache
-from decoder.models.ops import Norms, Operations, Place, Rotations
-from decoder.verification.sampling import fit_vocabulary
+from decoder.models.linear import Linear, padded
+from decoder.models.ops import Norms, Operations, Place, Rotations, operations
 
 FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
 ROTATIONS = {"default", "linear", "llama3", "yarn"}  # those whose angles do not depend on the context's length

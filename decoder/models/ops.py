@@ -133,3 +133,13 @@ def _rotate(x_BTHD: Tensor, cos_BT1D: Tensor, sin_BT1D: Tensor) -> Tensor:
     """Rotary positions: the two halves of a head are the coordinates that turn."""
     swapped = x_BTHD.roll(x_BTHD.shape[-1] // 2, -1)
     return torch.addcmul(x_BTHD * cos_BT1D, swapped, sin_BT1D)
+
+
+def operations(rotations: Rotations, group: int) -> Operations:
+    """What a Llama does between its products, `group` query heads to a key-value head."""
+    cos_LD, _ = rotations
+    if cos_LD.device.type == "cpu" and cos_LD.dtype in (torch.float32, torch.bfloat16):
+        from decoder.models.ops_cpu import FusedOperations  # a GPU's process has no use for a compiler
+
+        return FusedOperations(rotations, group)
+    return TorchOperations(rotations, group)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decoder.device.placement import upload
+from decoder.device.transfer import upload
 from decoder.models.base import LanguageModel
 from decoder.models.kv_cache import Rows
 

@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from decoder.device.placement import Download, compiled
+from decoder.device.transfer import Download
 from decoder.verification.proposal import Proposal
+from decoder.verification.sampling import compiled
 from decoder.verification.verify import Verdict
 from online.messages import TokenLogprob
 

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from decoder.models.base import ServedModel
-from decoder.policy.gamma import ROUTE_MEMORY, Acceptance, Ranks
+from decoder.policy.acceptance import ROUTE_MEMORY, Acceptance, Ranks
 from decoder.policy.keep_rates import Kept
 from online.artifacts import WEIGHTS
 from online.errors import ArtifactError

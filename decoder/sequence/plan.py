@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from decoder.device.placement import upload
+from decoder.device.transfer import upload
 from decoder.sequence.sequence import Row
 from decoder.verification.lenience import Lenient
 from decoder.verification.sampling import Sampling

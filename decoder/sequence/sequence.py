@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 from tokenizers import Tokenizer
 
-from decoder.policy.gamma import ROW_MEMORY, Acceptance
+from decoder.policy.acceptance import ROW_MEMORY, Acceptance
 from decoder.recording.recorder import Trace
 from decoder.rollout.live import LiveDraft
 from decoder.sequence.ngram_index import Recent, Suffixes

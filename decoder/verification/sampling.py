@@ -5,11 +5,10 @@ Legend: B rows, V vocabulary, … any axes between them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from decoder.device.placement import compiled
 
 COLDEST = 1e-6  # temperature below which logits of 1e9 would overflow float32; they have long been one-hot
 
@@ -85,12 +84,6 @@ def at_least_float32(logits: Tensor) -> Tensor:
     return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
 
-def fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
-    """Cuts or pads the last axis: models that share a tokenizer may round their embeddings up differently."""
-    missing = vocab_size - logits.shape[-1]
-    return logits if missing == 0 else torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
-
-
 def most_likely(logits: Tensor) -> Tensor:
     """The first of the most likely tokens."""
     logits = at_least_float32(logits)
@@ -122,3 +115,12 @@ def _truncate(probs: Tensor, sampling: Sampling) -> Tensor:
 
 def _along_rows(values_B: Tensor, like: Tensor) -> Tensor:
     return values_B.view(-1, *[1] * (like.ndim - 1))
+
+
+def compiled(logits: Tensor) -> Any:
+    """`decoder.verification.fused` for the logits that it serves, else None: torch's operations serve any."""
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        from decoder.verification import fused as vocabulary
+
+        return vocabulary
+    return None

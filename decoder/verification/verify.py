@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from decoder.device.placement import compiled, to_host
+from decoder.device.transfer import to_host
 from decoder.verification.lenience import Lenient
 from decoder.verification.proposal import CHOSEN, Proposal, Tree
-from decoder.verification.sampling import Sampling, most_likely, probabilities, sample
+from decoder.verification.sampling import Sampling, compiled, most_likely, probabilities, sample
 from decoder.verification.tree import walk, walk_greedily
 
 

@@ -17,7 +17,7 @@ import transformers
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 from decoder.device.placement import device_of, dtype_of, spread_over_cores, stay_on_one_core
-from decoder.models.base import end_ids
+from decoder.models.loading import end_ids
 from lab import rig
 from lab.rig import Pair
 from online.messages import Query

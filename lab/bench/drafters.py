@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from decoder.device.placement import device_of
-from decoder.models.base import load_tokenizer
 from decoder.models.llama import Llama, Residual
+from decoder.models.loading import load_tokenizer
 from decoder.verification.verify import judge
 from lab import rig
 from lab.enumeration import AHEAD, BEHIND, CHOSEN_WHOLE, SHAPES, WHOLE, Case, distance, on

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 from decoder.engine.engine import Engine
-from decoder.models.base import ModelFiles
+from decoder.models.loading import ModelFiles
 from lab import rig
 from online.errors import SlipstreamError
 from online.messages import Delta, Query, SpeculationStats

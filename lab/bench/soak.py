@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from decoder.device.placement import stay_on_one_core
-from decoder.models.base import context_limit
+from decoder.models.loading import context_limit
 from lab import rig
 from lab.bench.load import Stream, draft_folders, keep_busy, swaps
 from online.buffer import Bounds

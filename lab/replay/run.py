@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from decoder.models.base import ModelFiles, load_tokenizer
+from decoder.models.loading import ModelFiles, load_tokenizer
 from lab.replay.config import Arm, Replay, stretches
 from lab.replay.service import FROZEN, LIVE, Service, serve
 from lab.replay.streams import Asked, Stream, exam

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from decoder.models.base import ModelFiles, fingerprint
+from decoder.models.fingerprint import fingerprint
+from decoder.models.loading import ModelFiles
 from decoder.rollout.installer import Installer
 from decoder.rollout.swapper import Swapper
 from decoder.serve import follower

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import transformers
 
-from decoder.models.base import ModelFiles
+from decoder.models.loading import ModelFiles
 from lab import rig
 from lab.bench.contestants import Case, Contestant, Ours, Outcome
 from lab.statistics import median_ratio

@@ -13,20 +13,13 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from decoder.models.base import (
-    LanguageModel,
-    ModelFiles,
-    ServedModel,
-    fingerprint,
-    over_slots,
-    refuse_windows,
-    save_first_draft,
-)
+from decoder.models.base import LanguageModel, ServedModel, fit_vocabulary
 from decoder.models.cuda_graphs import Graphs
+from decoder.models.fingerprint import fingerprint
 from decoder.models.kv_cache import Nodes
 from decoder.models.llama import Llama
+from decoder.models.loading import ModelFiles, over_slots, refuse_windows, save_first_draft
 from decoder.rollout.live import LiveDraft
-from decoder.verification.sampling import fit_vocabulary
 from online.errors import InvalidRequest
 from tests.device import DEVICE
 from tests.tabular import TableModel

@@ -16,8 +16,8 @@ from decoder.drafters import chain as chains
 from decoder.drafters.base import Group, cascade, model
 from decoder.drafters.chain import Chain
 from decoder.models.ragged import integers, ragged
+from decoder.policy.draft_cost import FREE, Price
 from decoder.policy.keep_rates import DRAWN, Kept
-from decoder.policy.step_cost import FREE, Price
 from decoder.sequence.ngram_index import Guess
 from decoder.verification.proposal import CHOSEN, Proposal, Tree
 from decoder.verification.sampling import Sampling

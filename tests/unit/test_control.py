@@ -11,17 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decoder.policy.gamma import (
-    FIRST_GUESS,
-    MARGIN,
-    PROBE_SHARE,
-    ROUTE_MEMORY,
-    ROW_MEMORY,
-    Acceptance,
-    Control,
-    StepCosts,
-    expected_tokens,
-)
+from decoder.policy.acceptance import FIRST_GUESS, ROUTE_MEMORY, ROW_MEMORY, Acceptance
+from decoder.policy.gamma import MARGIN, PROBE_SHARE, Control, expected_tokens
+from decoder.policy.step_times import StepCosts
 
 MAX_GAMMA, SLOTS = 6, 8
 

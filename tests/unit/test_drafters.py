@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from decoder.policy.step_cost import Price, Prices
+from decoder.policy.draft_cost import Price, Prices
 from decoder.verification.tree_shape import best_shape
 from online.messages import DrafterName, Query
 from tests.engines import Bench, bench, query, target_alone

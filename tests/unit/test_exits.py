@@ -10,9 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from decoder.drafters import early_exit as exits
 from decoder.drafters.base import Group
-from decoder.models.base import over_slots
+from decoder.models.loading import over_slots
+from decoder.policy.draft_cost import FREE, Price
 from decoder.policy.keep_rates import SHARES, Kept, left, went
-from decoder.policy.step_cost import FREE, Price
 from decoder.verification.sampling import Sampling
 from tests.unit.test_graph import Context
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from decoder.policy.step_cost import FIRST, LEAST, Prices
+from decoder.policy.draft_cost import FIRST, LEAST, Prices
 
 
 def test_nothing_is_known_at_first() -> None:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decoder.device.placement import pack, unpack
+from decoder.device.transfer import pack, unpack
 from decoder.verification.sampling import Sampling, probabilities, sample
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import decoder.policy.gamma
+from decoder.policy.draft_cost import FIRST, Price, Prices
 from decoder.policy.keep_rates import ANY, DRAWN
-from decoder.policy.step_cost import FIRST, Price, Prices
 from decoder.verification.sampling import Sampling, probabilities
 from online.messages import Query
 from tests.engines import Bench, Finished, bench, query, reference, target_alone

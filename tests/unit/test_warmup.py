@@ -8,7 +8,7 @@ import torch
 from sqlalchemy import Engine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from decoder.models.base import load_models
+from decoder.models.loading import load_models
 from decoder.rollout.live import LiveDraft
 from lab.bench.contestants import Outcome
 from lab.warmup import align, cold_start, generic, two_stage
