@@ -89,7 +89,9 @@ def build(settings: Settings) -> FastAPI:
         frozenset(settings.closed_routes),
         device,
     )
-    installer = Installer(engine.between_steps, ArtifactStore(settings.artifacts_path), lambda: fingerprint(target))
+    installer = Installer(
+        engine.between_steps, ArtifactStore(settings.artifacts_path), lambda: fingerprint(target)
+    )
     swapper = follower(settings, database, engine, drafts, installer, metrics)
 
     @asynccontextmanager
@@ -156,7 +158,9 @@ def follower(
     rules = Rules(settings.guard_requests, settings.canary_requests, settings.canary_margin)
     canaries = Canaries(drafts, installer, registry, CanaryLedger(database), rules, metrics)
     guard = RolloutGuard(settings.guard_requests)
-    swapper = Swapper(drafts, installer, registry, first_draft, guard, canaries, metrics, settings.poll_s)
+    swapper = Swapper(
+        drafts, installer, registry, first_draft, guard, canaries, metrics, settings.poll_s
+    )
     engine.on_finished = swapper.finished
     return swapper
 
@@ -166,7 +170,10 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     settings = Settings()
     if not settings.admin_keys:
-        log.warning("no API keys are configured: bound to %s, and every caller is an admin", settings.bind_host)
+        log.warning(
+            "no API keys are configured: bound to %s, and every caller is an admin",
+            settings.bind_host,
+        )
     uvicorn.run(
         build(settings),
         host=settings.bind_host,

@@ -7,18 +7,39 @@ from online.errors import SlipstreamError
 
 COMMANDS = {
     "demo": ("lab.demo", "serve, learn and swap on this machine, and show what it gained"),
-    "bench": ("lab.bench", "measure this engine beside transformers, under load, with swaps, with the recorder"),
-    "replay": ("lab.replay", "replay real queries through the whole loop, and compare ways to learn"),
+    "bench": (
+        "lab.bench",
+        "measure this engine beside transformers, under load, with swaps, with the recorder",
+    ),
+    "replay": (
+        "lab.replay",
+        "replay real queries through the whole loop, and compare ways to learn",
+    ),
     "gate": ("lab.gate", "how often the gate is wrong, on real signals"),
-    "recipes": ("lab.recipes", "what recipes learn from the same answers: divergences, branches, selection"),
-    "truncation": ("lab.truncation", "how much of a distribution has to be logged: gain kept and bytes, by k"),
-    "gkd": ("lab.gkd", "learning from logged distributions, beside TRL's trainer that runs the target"),
+    "recipes": (
+        "lab.recipes",
+        "what recipes learn from the same answers: divergences, branches, selection",
+    ),
+    "truncation": (
+        "lab.truncation",
+        "how much of a distribution has to be logged: gain kept and bytes, by k",
+    ),
+    "gkd": (
+        "lab.gkd",
+        "learning from logged distributions, beside TRL's trainer that runs the target",
+    ),
     "warm-up": (
         "lab.warmup.align",
         "a draft for a target without traffic: initialise, answer prompts, distil, register",
     ),
-    "cold-start": ("lab.warmup.cold_start", "prompts from nothing: where two students disagree, beside random ones"),
-    "g2sd": ("lab.warmup.generic", "features on any text first, outputs on one domain then, beside one stage"),
+    "cold-start": (
+        "lab.warmup.cold_start",
+        "prompts from nothing: where two students disagree, beside random ones",
+    ),
+    "g2sd": (
+        "lab.warmup.generic",
+        "features on any text first, outputs on one domain then, beside one stage",
+    ),
     "two-stage": (
         "lab.warmup.two_stage",
         "a smaller target from a larger one, and a draft for it: what it costs and gains",

@@ -44,7 +44,11 @@ class LearningCurve:
     def swaps(self) -> list[tuple[int, int]]:
         """(request from which on it drafted alone, version) of every version that replaced another."""
         newest = self.newest
-        return [(at, version) for version, _, at in self.trials if at < len(newest) and newest[at] == version]
+        return [
+            (at, version)
+            for version, _, at in self.trials
+            if at < len(newest) and newest[at] == version
+        ]
 
 
 def draw(curve: LearningCurve, path: Path) -> Path:
@@ -78,7 +82,9 @@ def draw(curve: LearningCurve, path: Path) -> Path:
         ends.plot([0, 1], [before, after], color=FIRST, linewidth=1)
         ends.scatter([0, 1], [before, after], color=[FIRST, LEARNT], s=70, zorder=3)
         for at, value in enumerate((before, after)):
-            ends.annotate(f"{value:.2f}", (at, value), xytext=(0, 9), textcoords="offset points", ha="center")
+            ends.annotate(
+                f"{value:.2f}", (at, value), xytext=(0, 9), textcoords="offset points", ha="center"
+            )
         ends.set_xticks([0, 1], ["first draft", "learnt"])
         ends.set_xlim(-0.6, 1.6)
         bottom, top = np.nanmin([*y, before, after]), np.nanmax([*y, before, after])
@@ -90,7 +96,9 @@ def draw(curve: LearningCurve, path: Path) -> Path:
             f"v{version}", (request, 1), xycoords=("data", "axes fraction"), xytext=(3, -12),
             textcoords="offset points", color=LEARNT, fontsize=9,
         )  # fmt: skip
-    grid[0][0].set_title(f"live traffic, mean over {WINDOW} requests; shaded: a canary; dashed: a swap", fontsize=10)
+    grid[0][0].set_title(
+        f"live traffic, mean over {WINDOW} requests; shaded: a canary; dashed: a swap", fontsize=10
+    )
     grid[0][1].set_title("held-out queries", fontsize=10)
     grid[1][0].set_xlabel("requests served")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +106,9 @@ def draw(curve: LearningCurve, path: Path) -> Path:
     return path
 
 
-def moving_ratio(pairs: Sequence[tuple[float, float]], window: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def moving_ratio(
+    pairs: Sequence[tuple[float, float]], window: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Σ a / Σ b over the last `window` pairs, from where a fifth of a window has been seen; NaN is 0 / 0."""
     sums = np.concatenate([[[0.0, 0.0]], np.cumsum(np.array(pairs, float), axis=0)])
     ends = np.arange(min(len(pairs), max(1, window // 5)), len(pairs) + 1)

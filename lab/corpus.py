@@ -15,7 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 STDLIB = "stdlib"
-_SKIP_DIRS = {"site-packages", "dist-packages", "__pycache__", "lib2to3", "idlelib", "turtledemo", "pgserver"}
+_SKIP_DIRS = {
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "lib2to3",
+    "idlelib",
+    "turtledemo",
+    "pgserver",
+}
 _OWN_PACKAGES = {"online", "trainer", "decoder", "lab", "migrations", "tests"}
 
 

@@ -59,9 +59,13 @@ class Demo:
         self.say(f"{what}: {2 * len(self._held_out)} held-out queries, sampled and greedy")
         tokens, clients = min(self._args.max_tokens, HELD_OUT_TOKENS), self._args.clients
         # γ is fixed: left to the service it would grow with the draft, and tokens a step would say less.
-        shape = Shape(tokens, self._args.temperature, store=False, clients=clients, gamma=EXAM_GAMMA)
+        shape = Shape(
+            tokens, self._args.temperature, store=False, clients=clients, gamma=EXAM_GAMMA
+        )
         greedy = replace(shape, temperature=0.0)
-        found = [answers(self._client, self._held_out, s, 1000, self._count) for s in (shape, greedy)]
+        found = [
+            answers(self._client, self._held_out, s, 1000, self._count) for s in (shape, greedy)
+        ]
         examined = Examined(found[0], found[1])
         served = list(examined.all.values())
         self.say(f"{what}: τ {tokens_per_step(served):.2f}, acceptance {mean_overlap(served):.3f}")
@@ -73,7 +77,10 @@ class Demo:
             f"traffic: {len(self._traffic)} queries of {self._args.package}, {self._args.rate:g} a second at most; "
             f"every other one greedy, the others at T = {self._args.temperature:g}"
         )
-        shapes = [Shape(self._args.max_tokens, t, clients=self._args.clients) for t in (self._args.temperature, 0.0)]
+        shapes = [
+            Shape(self._args.max_tokens, t, clients=self._args.clients)
+            for t in (self._args.temperature, 0.0)
+        ]
         served: list[Served] = []
         looked = said = time.monotonic()
         for _, answer in self._client.replay(self._traffic, shapes, 5000, self._args.rate):
@@ -113,7 +120,11 @@ class Demo:
                 reason = "the traffic has ended before the test"
                 if self._client.change(f"routes/{self._route}/canary/promote", reason):
                     self.say(f"version {canary['version']} promoted: {reason}")
-            busy = canary or route["unfinished_cycle"] or route["loaded_version"] != route["active_version"]
+            busy = (
+                canary
+                or route["unfinished_cycle"]
+                or route["loaded_version"] != route["active_version"]
+            )
             quiet_since = 0.0 if busy else quiet_since or now
             if quiet_since and now - quiet_since > QUIET_S:
                 return
@@ -128,7 +139,9 @@ class Demo:
 
     def _progress(self, served: Sequence[Served]) -> str:
         recent = served[-RECENT:]
-        compared = any(one.overlap is not None for one in recent)  # none is where plain steps are faster
+        compared = any(
+            one.overlap is not None for one in recent
+        )  # none is where plain steps are faster
         acceptance = f"{mean_overlap(recent):.3f}" if compared else "not measured"
         lately = f"τ {tokens_per_step(recent):.2f}, acceptance {acceptance}"
         return f"{len(served):4d}/{len(self._traffic)} requests; last {len(recent)}: {lately}; {self._cycle()}"
@@ -164,7 +177,9 @@ def run(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
         "seconds": time.monotonic() - started,
         "package": args.package,
     }
-    ends = [figures[key] for key in ("tau_before", "tau_after", "acceptance_before", "acceptance_after")]
+    ends = [
+        figures[key] for key in ("tau_before", "tau_after", "acceptance_before", "acceptance_after")
+    ]
     figures["chart"] = str(draw(LearningCurve(served, *ends), args.chart))
     report(figures, activations, versions)
     for failure in client.failures[:5]:
@@ -175,7 +190,9 @@ def run(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
 def demo_settings() -> Settings:
     """The demo's defaults under what the environment says; embedded parts start empty, in a folder of their own."""
     given = Settings().model_fields_set
-    settings = Settings(**{name: value for name, value in DEMO_SETTINGS.items() if name not in given})
+    settings = Settings(
+        **{name: value for name, value in DEMO_SETTINGS.items() if name not in given}
+    )
     folder = settings.data_dir.absolute() / "demo"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -184,20 +201,36 @@ def demo_settings() -> Settings:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m lab demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m lab demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--requests", type=int, default=500, help="queries of traffic")
-    parser.add_argument("--held-out", type=int, default=60, help="queries measured before and after")
+    parser.add_argument(
+        "--held-out", type=int, default=60, help="queries measured before and after"
+    )
     parser.add_argument("--max-tokens", type=int, default=96, help="of an answer of the traffic")
     parser.add_argument(
-        "--temperature", type=float, default=1.0, help="of the sampled half of the queries; the other half is greedy"
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="of the sampled half of the queries; the other half is greedy",
     )
     parser.add_argument("--clients", type=int, default=8, help="requests under way at a time")
-    parser.add_argument("--rate", type=float, default=4.0, help="queries of traffic a second, at most")
     parser.add_argument(
-        "--package", default="", help="installed package to take code from; default: the largest unseen"
+        "--rate", type=float, default=4.0, help="queries of traffic a second, at most"
     )
-    parser.add_argument("--chart", type=Path, default=None, help="where the chart goes; default: in the demo's folder")
+    parser.add_argument(
+        "--package",
+        default="",
+        help="installed package to take code from; default: the largest unseen",
+    )
+    parser.add_argument(
+        "--chart",
+        type=Path,
+        default=None,
+        help="where the chart goes; default: in the demo's folder",
+    )
     parser.add_argument("--key", default="", help="generation key, where keys are configured")
     parser.add_argument("--admin-key", default="", help="admin key, where keys are configured")
     args = parser.parse_args()
@@ -207,7 +240,9 @@ def main() -> None:
     settings = demo_settings()
     args.chart = (args.chart or settings.data_dir / "chart.png").absolute()
     figures = run(args, settings)
-    print(json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in figures.items()}))
+    print(
+        json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in figures.items()})
+    )
 
 
 if __name__ == "__main__":

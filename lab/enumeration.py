@@ -40,13 +40,18 @@ SHAPES = {  # the parent of each candidate
 WAYS = ["replaced", "distinct", "chosen", "chosen before drawn"]
 WHOLE = "whole"  # a chain, each candidate drawn from its own distribution, and verified as one
 CHOSEN_WHOLE = "whole, chosen"
-AHEAD, BEHIND = "whole, chosen ahead", "whole, chosen behind"  # of drawn ones, and it ends where these say so
+AHEAD, BEHIND = (
+    "whole, chosen ahead",
+    "whole, chosen behind",
+)  # of drawn ones, and it ends where these say so
 CHAINS = [WHOLE, CHOSEN_WHOLE, AHEAD, BEHIND]
 
 
 def logits(who: int, tokens: list[int], dtype: torch.dtype) -> Tensor:
     """Those of a model behind some tokens, drawn once."""
-    return torch.from_numpy(np.random.default_rng([who, TABLES, *tokens]).normal(0, 1.5, V)).to(dtype)
+    return torch.from_numpy(np.random.default_rng([who, TABLES, *tokens]).normal(0, 1.5, V)).to(
+        dtype
+    )
 
 
 def way(shape: tuple[int, ...], node: int) -> list[int]:
@@ -63,7 +68,9 @@ def sources(shape: tuple[int, ...], way: str) -> list[int]:
         AHEAD: [n == 0 for n in range(len(shape))],
         BEHIND: [n == len(shape) - 1 for n in range(len(shape))],
     }.get(way, [False] * len(shape))
-    return [CHOSEN if is_chosen else parent for parent, is_chosen in zip(shape, chosen, strict=True)]
+    return [
+        CHOSEN if is_chosen else parent for parent, is_chosen in zip(shape, chosen, strict=True)
+    ]
 
 
 def ends_early(row: tuple[int, ...], way: str) -> bool:
@@ -105,14 +112,21 @@ class Case:
         sampling = of_all(setting, len(rows))
         q_BQV = probabilities(told(DRAFT, shape, rows, dtype), sampling)
         tree = Tree.of(Shape(shape), len(rows), way != "replaced", "cpu")
-        tree = replace(tree, sources_BN=torch.tensor([source] * len(rows)), chains=[way in CHAINS] * len(rows))
+        tree = replace(
+            tree, sources_BN=torch.tensor([source] * len(rows)), chains=[way in CHAINS] * len(rows)
+        )
         drafted_B = torch.tensor([len(shape) - ends_early(row, way) for row in rows])
         of_tree = None if way == WHOLE else tree
         proposal = Proposal(
-            torch.tensor(rows), q_BQV[:, : len(shape)] if way == WHOLE else q_BQV, [], drafted_B, of_tree
+            torch.tensor(rows),
+            q_BQV[:, : len(shape)] if way == WHOLE else q_BQV,
+            [],
+            drafted_B,
+            of_tree,
         )
         probability_B = torch.tensor(
-            [_probability(shape, row, q_BQV[b], source, way) for b, row in enumerate(rows)], dtype=torch.float64
+            [_probability(shape, row, q_BQV[b], source, way) for b, row in enumerate(rows)],
+            dtype=torch.float64,
         )
         return cls(shape, rows, setting, told(TARGET, shape, rows, dtype), proposal, probability_B)
 
@@ -134,14 +148,20 @@ def of_all(setting: Setting, rows: int) -> Sampling:
     return Sampling.of(*([value] * rows for value in setting), V)  # type: ignore[arg-type]
 
 
-def told(who: int, shape: tuple[int, ...], rows: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Tensor:
+def told(
+    who: int, shape: tuple[int, ...], rows: Sequence[tuple[int, ...]], dtype: torch.dtype
+) -> Tensor:
     """What a model says behind every node of every row, [B, T, V]."""
     nodes = range(len(shape) + 1)
-    said = [logits(who, [row[n - 1] for n in way(shape, node)], dtype) for row in rows for node in nodes]
+    said = [
+        logits(who, [row[n - 1] for n in way(shape, node)], dtype) for row in rows for node in nodes
+    ]
     return torch.stack(said).view(len(rows), len(nodes), V)
 
 
-def _probability(shape: tuple[int, ...], row: tuple[int, ...], q_QV: Tensor, source: list[int], way: str) -> float:
+def _probability(
+    shape: tuple[int, ...], row: tuple[int, ...], q_QV: Tensor, source: list[int], way: str
+) -> float:
     """That a drafter draws these candidates; one that chooses takes the least likely token, whatever is drawn."""
     found = 1.0
     for n, parent in enumerate(shape):
@@ -171,7 +191,10 @@ def on(device: torch.device | str, judged: Callable[..., Verdict]) -> Callable[.
         if isinstance(value, list):
             return [move(one, there) for one in value]
         if isinstance(value, (Proposal, Sampling, Tree, Verdict)):
-            return replace(value, **{field.name: move(getattr(value, field.name), there) for field in fields(value)})
+            return replace(
+                value,
+                **{field.name: move(getattr(value, field.name), there) for field in fields(value)},
+            )
         return value
 
     return lambda *told: move(judged(*(move(value, device) for value in told)), "cpu")

@@ -59,7 +59,9 @@ class Simulation:
 
     def moved(self, candidate: Marks, gain: float) -> Marks:
         """The same differences about another mean."""
-        return candidate._replace(tokens_R=candidate.tokens_R + (gain - self.gain(candidate)) * self._level)
+        return candidate._replace(
+            tokens_R=candidate.tokens_R + (gain - self.gain(candidate)) * self._level
+        )
 
     def trials(self, kind: str, named: Sequence[tuple[str, Marks]], lost: float | None) -> Trials:
         """By turns of the candidates, with `lost` on earlier traffic; None: there is none."""
@@ -68,32 +70,48 @@ class Simulation:
         for draw in range(self._args.draws):
             candidate = named[draw % len(named)][1]
             new = self._drawn(candidate, self._args.requests, rng)
-            before = self._drawn(self.moved(candidate, -(lost or 0)), 0 if lost is None else self._args.earlier, rng)
+            before = self._drawn(
+                self.moved(candidate, -(lost or 0)), 0 if lost is None else self._args.earlier, rng
+            )
             promoted += self._decide(new, before, seed=draw).promote
         gain = float(np.mean([self.gain(candidate) for _, candidate in named]))
         told = "none" if lost is None else f"{-lost:+.0%}"
         names = named[0][0] if len(named) == 1 else f"{len(named)} candidates"
-        return Trials(kind, names, gain, told, proportion(promoted, self._args.draws), self._args.draws)
+        return Trials(
+            kind, names, gain, told, proportion(promoted, self._args.draws), self._args.draws
+        )
 
     def _drawn(self, candidate: Marks, requests: int, rng: np.random.Generator) -> Compared:
         picks = rng.integers(0, len(candidate.tokens_R), requests)
-        return Compared(*(Marks(*(marks[picks] for marks in side)) for side in (self._active, candidate)))
+        return Compared(
+            *(Marks(*(marks[picks] for marks in side)) for side in (self._active, candidate))
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m lab gate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m lab gate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     rig.add_arguments(parser)
     parser.set_defaults(prompt_count=600)
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--lessons", type=int, default=200, help="answers that the candidates learn from")
+    parser.add_argument(
+        "--lessons", type=int, default=200, help="answers that the candidates learn from"
+    )
     parser.add_argument("--noisy", type=int, default=12, help="candidates made by noise")
     parser.add_argument("--requests", type=int, default=200, help="held-out requests of a draw")
-    parser.add_argument("--earlier", type=int, default=100, help="earlier held-out requests of a draw")
+    parser.add_argument(
+        "--earlier", type=int, default=100, help="earlier held-out requests of a draw"
+    )
     parser.add_argument("--draws", type=int, default=1000, help="simulated candidates of each kind")
-    parser.add_argument("--gain", type=float, default=0.03, help="gain in tokens per step that should be found")
-    parser.add_argument("--gamma", type=int, default=0, help="compared at (default: as the service finds it)")
+    parser.add_argument(
+        "--gain", type=float, default=0.03, help="gain in tokens per step that should be found"
+    )
+    parser.add_argument(
+        "--gamma", type=int, default=0, help="compared at (default: as the service finds it)"
+    )
     args = parser.parse_args()
     started, settings = time.monotonic(), Settings()
     pair = rig.pair_of(args)
@@ -102,10 +120,15 @@ def main() -> None:
     lessons, exam = signals[: args.lessons], signals[args.lessons :]
     args.gamma = args.gamma or served_gamma(exam, settings.gamma or 1)
     print(f"{len(exam)} answers to draw from, γ = {args.gamma}", flush=True)
-    marked = {name: _marks(module, exam, args.gamma) for name, module in _drafts(pair, lessons, args, settings)}
+    marked = {
+        name: _marks(module, exam, args.gamma)
+        for name, module in _drafts(pair, lessons, args, settings)
+    }
     simulation = Simulation(args, settings, marked.pop("active"))
     for name, marks in marked.items():
-        print(f"{name:16} {simulation.gain(marks):+7.1%} tokens per step over all of them", flush=True)
+        print(
+            f"{name:16} {simulation.gain(marks):+7.1%} tokens per step over all of them", flush=True
+        )
     found = _simulate(simulation, marked, args.gain, settings.forgetting_tolerance)
     _table(found)
     figures = {
@@ -123,7 +146,9 @@ def _drafts(
     pair: rig.Pair, lessons: Sequence[Signal], args: argparse.Namespace, settings: Settings
 ) -> Iterable[tuple[str, nn.Module]]:
     """The active draft; learnt ones, as the service's recipe and more careful ones make them; noisy ones."""
-    load = partial(transformers.AutoModelForCausalLM.from_pretrained, pair.files.draft, dtype=torch.float32)
+    load = partial(
+        transformers.AutoModelForCausalLM.from_pretrained, pair.files.draft, dtype=torch.float32
+    )
     yield "active", load()
     for name, rate in (("learnt", 1.0), ("learnt gently", 0.25)):
         module = load()
@@ -148,9 +173,13 @@ def _marks(module: nn.Module, exam: Sequence[Signal], gamma: int) -> Marks:
     return evaluate(module, exam, gamma, int(module.config.pad_token_id or 0))  # type: ignore[union-attr, arg-type]
 
 
-def _simulate(simulation: Simulation, marked: dict[str, Marks], gain: float, tolerance: float) -> list[Trials]:
+def _simulate(
+    simulation: Simulation, marked: dict[str, Marks], gain: float, tolerance: float
+) -> list[Trials]:
     learnt = {name: marks for name, marks in marked.items() if not name.startswith("noise")}
-    noise = [(name, m) for name, m in marked.items() if name not in learnt and simulation.gain(m) <= 0]
+    noise = [
+        (name, m) for name, m in marked.items() if name not in learnt and simulation.gain(m) <= 0
+    ]
     found = []
     for earlier in (None, 0.0):
         for name, marks in learnt.items():
@@ -158,26 +187,40 @@ def _simulate(simulation: Simulation, marked: dict[str, Marks], gain: float, tol
         if noise:
             found.append(simulation.trials("noise", noise, earlier))
         for name, marks in learnt.items():
-            found.append(simulation.trials("gain", [(name, simulation.moved(marks, gain))], earlier))
+            found.append(
+                simulation.trials("gain", [(name, simulation.moved(marks, gain))], earlier)
+            )
     for name, marks in learnt.items():
-        found.append(simulation.trials("forgetting", [(name, simulation.moved(marks, gain))], 2 * tolerance))
+        found.append(
+            simulation.trials("forgetting", [(name, simulation.moved(marks, gain))], 2 * tolerance)
+        )
     return found
 
 
 def _table(found: Sequence[Trials]) -> None:
-    print(f"\n{'kind':11} {'candidate':16} {'true gain':>9} {'earlier':>8} {'promoted':>9} {'95 %':>16}")
+    print(
+        f"\n{'kind':11} {'candidate':16} {'true gain':>9} {'earlier':>8} {'promoted':>9} {'95 %':>16}"
+    )
     for t in found:
         interval = f"{t.promoted.low:.1%} to {t.promoted.high:.1%}"
-        print(f"{t.kind:11} {t.name:16} {t.gain:+9.1%} {t.earlier:>8} {t.promoted.value:9.1%} {interval:>16}")
+        print(
+            f"{t.kind:11} {t.name:16} {t.gain:+9.1%} {t.earlier:>8} {t.promoted.value:9.1%} {interval:>16}"
+        )
 
 
 def _figures(found: Sequence[Trials]) -> dict[str, object]:
     """The worst of each kind."""
 
     def worst(kinds: Sequence[str], of: Callable[..., Ratio]) -> Ratio:
-        return of((t.promoted for t in found if t.kind in kinds), key=lambda promoted: promoted.value)
+        return of(
+            (t.promoted for t in found if t.kind in kinds), key=lambda promoted: promoted.value
+        )
 
-    false, power, forgetting = worst(("null", "noise"), max), worst(("gain",), min), worst(("forgetting",), max)
+    false, power, forgetting = (
+        worst(("null", "noise"), max),
+        worst(("gain",), min),
+        worst(("forgetting",), max),
+    )
     return {
         "false_promotion": false.value,
         "false_promotion_high": round(false.high, 4),

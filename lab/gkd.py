@@ -44,7 +44,9 @@ class Trained:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m lab gkd", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m lab gkd",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser, prompt_count=400)
     args, started = parser.parse_args(), time.monotonic()
@@ -57,7 +59,9 @@ def main() -> None:
     taught, judged = taught_and_held_out(args, pair)
     recipe, first = Recipe.of(Settings().recipe), examine(loaded(pair.files.draft), judged)
 
-    bare = _logged("logged signals, no rehearsal", pair, taught, judged, replace(recipe, rehearsal=0))
+    bare = _logged(
+        "logged signals, no rehearsal", pair, taught, judged, replace(recipe, rehearsal=0)
+    )
     ours = _logged("logged signals", pair, taught, judged, recipe)
     rows = [ours, bare]
     for name, (share, beta) in WAYS.items():
@@ -66,11 +70,17 @@ def main() -> None:
         rows.append(train(f"{name}, as many passes", total, judged))
         each_s = rows[-1].seconds / total
         rows.append(train(f"{name}, as many seconds", max(1, round(ours.seconds / each_s)), judged))
-    figures = {**_report(first, rows), "answers": len(taught), "seconds": round(time.monotonic() - started)}
+    figures = {
+        **_report(first, rows),
+        "answers": len(taught),
+        "seconds": round(time.monotonic() - started),
+    }
     print(json.dumps(figures))
 
 
-def _logged(name: str, pair: rig.Pair, taught: Sequence[Signal], judged: Sequence[Signal], recipe: Recipe) -> Trained:
+def _logged(
+    name: str, pair: rig.Pair, taught: Sequence[Signal], judged: Sequence[Signal], recipe: Recipe
+) -> Trained:
     module = loaded(pair.files.draft)
     learnt = learn(name, module, taught, recipe)
     return Trained(name, learnt.seconds, learnt.positions, examine(module, judged))
@@ -80,7 +90,13 @@ class Gkd:
     """TRL's trainer on the same lessons."""
 
     def __init__(
-        self, pair: rig.Pair, taught: Sequence[Signal], recipe: Recipe, share: float, beta: float, max_tokens: int
+        self,
+        pair: rig.Pair,
+        taught: Sequence[Signal],
+        recipe: Recipe,
+        share: float,
+        beta: float,
+        max_tokens: int,
     ) -> None:
         self._pair, self._taught, self._recipe = pair, taught, recipe
         self._share, self._beta, self._max_tokens = share, beta, max_tokens
@@ -94,13 +110,19 @@ class Gkd:
 
             positions = 0
 
-            def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *more: Any, **named: Any) -> Any:
+            def compute_loss(
+                self, model: nn.Module, inputs: dict[str, Tensor], *more: Any, **named: Any
+            ) -> Any:
                 self.positions += int((inputs["labels"][:, 1:] != -100).sum())
                 return super().compute_loss(model, inputs, *more, **named)
 
         module, recipe = loaded(self._pair.files.draft), self._recipe
-        optimizer = torch.optim.AdamW(module.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: factor(at, recipe.warmup_steps, count))
+        optimizer = torch.optim.AdamW(
+            module.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda at: factor(at, recipe.warmup_steps, count)
+        )
         tokenizer = self._pair.tokenizer
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         with tempfile.TemporaryDirectory() as folder:
@@ -146,12 +168,19 @@ class Gkd:
         from datasets.table import InMemoryTable
 
         # With a name of its own: the one that would be made for it pickles what some versions of pyarrow can't.
-        return Dataset(InMemoryTable.from_pylist([_row(signal) for signal in self._taught]), fingerprint="lessons")
+        return Dataset(
+            InMemoryTable.from_pylist([_row(signal) for signal in self._taught]),
+            fingerprint="lessons",
+        )
 
 
 def _row(signal: Signal) -> dict[str, Any]:
     length = len(signal.prompt_ids) + len(signal.output_ids)
-    return {"prompt_ids": signal.prompt_ids.tolist(), "output_ids": signal.output_ids.tolist(), "length": length}
+    return {
+        "prompt_ids": signal.prompt_ids.tolist(),
+        "output_ids": signal.output_ids.tolist(),
+        "length": length,
+    }
 
 
 @dataclass(frozen=True)
@@ -191,9 +220,13 @@ def _report(first: Marks, rows: Sequence[Trained]) -> dict[str, object]:
     print(f"{'first draft':40} {'':8} {'':10} {'':8} {first.row}")
     told = {}
     for row in rows:
-        print(f"{row.name:40} {row.seconds:8.1f} {row.positions:10d} {row.ms_each:8.3f} {row.marks.row}")
+        print(
+            f"{row.name:40} {row.seconds:8.1f} {row.positions:10d} {row.ms_each:8.3f} {row.marks.row}"
+        )
         gained, our_gain = _gain(first, row), _gain(first, ours)
-        per_gain = row.seconds / gained * our_gain / ours.seconds if min(gained, our_gain) > 0 else None
+        per_gain = (
+            row.seconds / gained * our_gain / ours.seconds if min(gained, our_gain) > 0 else None
+        )
         told[row.name] = {
             "seconds": round(row.seconds, 1),
             "positions": row.positions,

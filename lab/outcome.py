@@ -35,13 +35,17 @@ def tau_ratio(before: Mapping[Any, Served], after: Mapping[Any, Served]) -> Rati
     """τ after ÷ before over the queries that both answered."""
     pairs = sorted(before.keys() & after.keys())
     sides = [
-        tuple(np.array([getattr(side[i], name) for i in pairs], float) for name in ("tokens", "steps"))
+        tuple(
+            np.array([getattr(side[i], name) for i in pairs], float) for name in ("tokens", "steps")
+        )
         for side in (before, after)
     ]
     return paired_ratio(sides[0], sides[1])  # type: ignore[arg-type]
 
 
-def compare(name: str, before: Mapping[Any, Served], after: Mapping[Any, Served]) -> dict[str, float]:
+def compare(
+    name: str, before: Mapping[Any, Served], after: Mapping[Any, Served]
+) -> dict[str, float]:
     """τ, acceptance and the paired ratio of one kind of queries, as `{name}tau_before` and so on."""
     ratio = tau_ratio(before, after)
     old, new = list(before.values()), list(after.values())
@@ -69,7 +73,9 @@ def gained(before: Examined, after: Examined) -> dict[str, Any]:
 
 
 def report(
-    figures: Mapping[str, Any], activations: Sequence[Mapping[str, Any]], versions: Mapping[int, Mapping[str, Any]]
+    figures: Mapping[str, Any],
+    activations: Sequence[Mapping[str, Any]],
+    versions: Mapping[int, Mapping[str, Any]],
 ) -> None:
     print("\nversions that served")
     for activation in activations:

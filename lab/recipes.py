@@ -59,7 +59,9 @@ class Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m lab recipes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m lab recipes",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser, prompt_count=400)
     parser.add_argument(
@@ -68,8 +70,15 @@ def main() -> None:
         metavar="JSON",
         help="fields that differ from the configured recipe; may be repeated: the others are compared with the first",
     )
-    parser.add_argument("--gamma", type=int, default=EXAM_GAMMA, help="drafted while answering (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="drafts of each recipe (default: %(default)s)")
+    parser.add_argument(
+        "--gamma",
+        type=int,
+        default=EXAM_GAMMA,
+        help="drafted while answering (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="drafts of each recipe (default: %(default)s)"
+    )
     args, started = parser.parse_args(), time.monotonic()
     changes = [_change(text) for text in args.recipe] if args.recipe else list(USUAL)
     pair = rig.pair_of(args)
@@ -89,7 +98,13 @@ def _change(text: str) -> dict[str, Any]:
     return change
 
 
-def _row(draft: str, change: dict[str, Any], taught: Sequence[Signal], judged: Sequence[Signal], seeds: int) -> Row:
+def _row(
+    draft: str,
+    change: dict[str, Any],
+    taught: Sequence[Signal],
+    judged: Sequence[Signal],
+    seeds: int,
+) -> Row:
     recipe = Recipe.of({**Settings().recipe, **change})
     marks, seconds = [], []
     for seed in range(seeds):
@@ -106,20 +121,28 @@ def _name(change: dict[str, Any]) -> str:
 
 def _report(first: Marks, rows: Sequence[Row], judged: Sequence[Signal]) -> dict[str, object]:
     sampled_R = np.array([signal.temperature > 0 for signal in judged])
-    print(f"\n{'recipe':34} {'seconds':>8} {'sampled τ':>10} {'greedy τ':>9} {'acceptance':>11}  ratio (95 %), by seed")
+    print(
+        f"\n{'recipe':34} {'seconds':>8} {'sampled τ':>10} {'greedy τ':>9} {'acceptance':>11}  ratio (95 %), by seed"
+    )
     print(f"{'first draft':34} {'':8} {_line(first, sampled_R)}")
     told = []
     for row in rows:
         marks, ratio = Marks.mean(row.marks), row.over(rows[0])
         seeds = [round(each, 3) for each in row.by_seed(rows[0])]
-        share = "" if row is rows[0] else f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f}) {seeds}"
+        share = (
+            ""
+            if row is rows[0]
+            else f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f}) {seeds}"
+        )
         print(f"{_name(row.change):34} {row.seconds:8.1f} {_line(marks, sampled_R)}  {share}")
         told.append(
             {
                 "recipe": row.change,
                 "seconds": round(row.seconds, 1),
                 "tokens_per_step": marks.step,
-                "over_first_recipe": [round(value, 4) for value in (ratio.value, ratio.low, ratio.high)],
+                "over_first_recipe": [
+                    round(value, 4) for value in (ratio.value, ratio.low, ratio.high)
+                ],
                 "by_seed": seeds,
             }
         )
@@ -127,7 +150,9 @@ def _report(first: Marks, rows: Sequence[Row], judged: Sequence[Signal]) -> dict
 
 
 def _line(marks: Marks, sampled_R: np.ndarray) -> str:
-    tokens = [marks.tokens_R[of_R].mean() if of_R.any() else np.nan for of_R in (sampled_R, ~sampled_R)]
+    tokens = [
+        marks.tokens_R[of_R].mean() if of_R.any() else np.nan for of_R in (sampled_R, ~sampled_R)
+    ]
     return f"{tokens[0]:10.3f} {tokens[1]:9.3f} {marks.acceptance_R.mean():11.3f}"
 
 

@@ -26,7 +26,9 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role']=='assistant' %}<|assistant|>{{ m['content'] }}<|end|>"
     "{% else %}<|user|>{{ m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-MAX_PACKAGE_CHARS = 12_000_000  # one package (transformers is 53 MB of look-alikes) must not drown the others
+MAX_PACKAGE_CHARS = (
+    12_000_000  # one package (transformers is 53 MB of look-alikes) must not drown the others
+)
 
 COMMON = {
     "vocab_size": VOCABULARY,
@@ -65,7 +67,9 @@ def texts(held_out: bool, stdlib_only: bool = False) -> list[tuple[str, str]]:
     for file in files:
         if stdlib_only and file.package != corpus.STDLIB:
             continue
-        room = left.setdefault(file.package, MAX_PACKAGE_CHARS * (3 if file.package == corpus.STDLIB else 1))
+        room = left.setdefault(
+            file.package, MAX_PACKAGE_CHARS * (3 if file.package == corpus.STDLIB else 1)
+        )
         if room > 0:
             text = file.text()
             left[file.package] -= len(text)
@@ -102,7 +106,9 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str], cache: Path
     if not cache.exists():
         rows: list[np.ndarray] = []
         for at in range(0, len(documents), 500):
-            encodings = tokenizer.backend_tokenizer.encode_batch(documents[at : at + 500], add_special_tokens=False)
+            encodings = tokenizer.backend_tokenizer.encode_batch(
+                documents[at : at + 500], add_special_tokens=False
+            )
             rows += [np.array([*e.ids, tokenizer.eos_token_id], dtype=np.uint16) for e in encodings]
         np.save(cache, np.concatenate(rows))
     return np.load(cache, mmap_mode="r")
@@ -122,7 +128,9 @@ def loss_of(model: torch.nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
 class Training:
     """One model's run: Muon for the matrices, AdamW for the rest, warm-up, then a linear decay by the clock."""
 
-    def __init__(self, name: str, work: Path, minutes: float, rows: int, device: str, compiled: bool) -> None:
+    def __init__(
+        self, name: str, work: Path, minutes: float, rows: int, device: str, compiled: bool
+    ) -> None:
         torch.manual_seed(0)
         self.name, self.minutes, self.rows, self.device = name, minutes, rows, device
         self.model = LlamaForCausalLM(LlamaConfig(**COMMON, **SHAPES[name])).to(device)
@@ -130,7 +138,9 @@ class Training:
         matrices = [p for n, p in self.model.named_parameters() if p.ndim == 2 and "embed" not in n]
         others = [p for n, p in self.model.named_parameters() if p.ndim != 2 or "embed" in n]
         self.optimizers = [
-            torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.05, adjust_lr_fn="original"),
+            torch.optim.Muon(
+                matrices, lr=0.02, momentum=0.95, weight_decay=0.05, adjust_lr_fn="original"
+            ),
             torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0),
         ]
         self.base_lr = [o.param_groups[0]["lr"] for o in self.optimizers]
@@ -196,7 +206,14 @@ class Training:
     @torch.no_grad()
     def evaluate(self, held_out: np.ndarray) -> float:
         rng = np.random.default_rng(1)
-        return float(np.mean([loss_of(self.model, batch(held_out, 8, rng).to(self.device)).item() for _ in range(12)]))
+        return float(
+            np.mean(
+                [
+                    loss_of(self.model, batch(held_out, 8, rng).to(self.device)).item()
+                    for _ in range(12)
+                ]
+            )
+        )
 
 
 def export(training: Training, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -206,14 +223,23 @@ def export(training: Training, tokenizer: PreTrainedTokenizerFast, folder: Path)
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lab reference-pair", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("decoder/reference"), help="where target/ and draft/ go")
-    parser.add_argument("--work", type=Path, default=Path(".slipstream/reference-pair"), help="checkpoints, token ids")
+    parser.add_argument(
+        "--out", type=Path, default=Path("decoder/reference"), help="where target/ and draft/ go"
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path(".slipstream/reference-pair"),
+        help="checkpoints, token ids",
+    )
     parser.add_argument("--target-minutes", type=float, default=60)
     parser.add_argument("--draft-minutes", type=float, default=6)
     parser.add_argument("--rows", type=int, default=8, help=f"sequences of {CONTEXT} tokens a step")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--compile", action="store_true", help="torch.compile the training forward (needs a C compiler)"
+        "--compile",
+        action="store_true",
+        help="torch.compile the training forward (needs a C compiler)",
     )
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

@@ -45,21 +45,38 @@ class Pair:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", default="", help="folder or hub id (default: the embedded target)")
-    parser.add_argument("--draft", default="", help="folder or hub id (default: the embedded draft)")
+    parser.add_argument(
+        "--target", default="", help="folder or hub id (default: the embedded target)"
+    )
+    parser.add_argument(
+        "--draft", default="", help="folder or hub id (default: the embedded draft)"
+    )
     parser.add_argument(
         "--prompts",
         type=Path,
         help='JSON lines with a "prompt" each, sent as chat where there is a template (default: code of a package)',
     )
     parser.add_argument(
-        "--prompt-count", type=int, default=200, help="prompts taken from the file (default: %(default)s)"
+        "--prompt-count",
+        type=int,
+        default=200,
+        help="prompts taken from the file (default: %(default)s)",
     )
     parser.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="for every contestant"
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="for every contestant",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N (default: cuda where there is one)")
-    parser.add_argument("--threads", type=int, default=0, help="torch threads of every contestant (default: torch's)")
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:N (default: cuda where there is one)"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=0,
+        help="torch threads of every contestant (default: torch's)",
+    )
 
 
 def files_of(args: argparse.Namespace) -> ModelFiles:
@@ -78,7 +95,9 @@ def read_prompts(path: Path | None, count: int) -> list[str]:
     if path is None:
         return traffic.package_prompts(traffic.shifted_package(), count, held_out=True, seed=1)
     found = prompts_in(path)
-    return found[:: max(1, len(found) // count)][:count]  # all over the file, which may be in some order
+    return found[:: max(1, len(found) // count)][
+        :count
+    ]  # all over the file, which may be in some order
 
 
 def prompts_in(path: Path) -> list[str]:
@@ -96,7 +115,9 @@ def prompts_in(path: Path) -> list[str]:
         try:
             prompts.append(str(json.loads(line)["prompt"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{path}, line {number}: not a JSON object with a "prompt": {error}') from error
+            raise ValueError(
+                f'{path}, line {number}: not a JSON object with a "prompt": {error}'
+            ) from error
     return prompts
 
 
@@ -133,7 +154,9 @@ class Answer:
 class Rig:
     """An engine and the parts around it. `complete` sends queries and waits for their answers."""
 
-    def __init__(self, engine: Engine, recorder: Recorder, buffer: SignalBuffer, metrics: ServiceMetrics) -> None:
+    def __init__(
+        self, engine: Engine, recorder: Recorder, buffer: SignalBuffer, metrics: ServiceMetrics
+    ) -> None:
         self.engine, self.recorder, self.buffer, self.metrics = engine, recorder, buffer, metrics
 
     def between_steps(self, work: Callable[[], R]) -> R:

@@ -20,7 +20,9 @@ class Ratio:
     high: float
 
 
-def paired_ratio(before: tuple[Floats, Floats], after: tuple[Floats, Floats], seed: int = 0) -> Ratio:
+def paired_ratio(
+    before: tuple[Floats, Floats], after: tuple[Floats, Floats], seed: int = 0
+) -> Ratio:
     """(Σ a / Σ b) after ÷ before, where each side is (a, b) per pair: tokens and steps, say. Pairs are resampled."""
     stacked = np.stack([*before, *after])
     rng = np.random.default_rng(seed)

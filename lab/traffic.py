@@ -38,7 +38,9 @@ class Shape:
     gamma: int | None = None  # None: the service's choice
 
 
-def package_prompts(package: str, count: int, *, held_out: bool, seed: int, prompt_chars: int = 400) -> list[str]:
+def package_prompts(
+    package: str, count: int, *, held_out: bool, seed: int, prompt_chars: int = 400
+) -> list[str]:
     """`count` prompts cut at random out of a package's files; held-out prompts come from files of their own.
 
     Raises:
@@ -47,7 +49,8 @@ def package_prompts(package: str, count: int, *, held_out: bool, seed: int, prom
     files = [
         file
         for file in corpus.installed_files()
-        if file.package == package and (corpus.bucket("query:" + file.key, HELD_OUT_FILES) == 0) == held_out
+        if file.package == package
+        and (corpus.bucket("query:" + file.key, HELD_OUT_FILES) == 0) == held_out
     ]
     if not files:
         raise ValueError(f"no source files of package {package!r} are installed")
@@ -99,7 +102,9 @@ class Client:
 
     def change(self, path: str, reason: str) -> bool:
         """An admin call; False where somebody else's change came first."""
-        answer = self._http.post(f"/admin/{path}", json={"reason": reason}, headers=self._admin_headers)
+        answer = self._http.post(
+            f"/admin/{path}", json={"reason": reason}, headers=self._admin_headers
+        )
         if answer.status_code not in (404, 409):
             answer.raise_for_status()
         return answer.is_success
@@ -132,7 +137,11 @@ class Client:
 
 
 def answers(
-    client: Client, prompts: Sequence[str], shape: Shape, seed: int, each: Callable[[], None] = lambda: None
+    client: Client,
+    prompts: Sequence[str],
+    shape: Shape,
+    seed: int,
+    each: Callable[[], None] = lambda: None,
 ) -> dict[int, Served]:
     """Every answer by its prompt's index, so that two replays pair up."""
     found = {}

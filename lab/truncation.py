@@ -42,28 +42,44 @@ class Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m lab truncation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m lab truncation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser, prompt_count=400)
     parser.add_argument("--top-k", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128])
-    parser.add_argument("--sampled", type=int, nargs="+", default=[4, 16, 32], help="distinct tokens, on average")
-    parser.add_argument("--seeds", type=int, default=2, help="drafts of each row (default: %(default)s)")
+    parser.add_argument(
+        "--sampled", type=int, nargs="+", default=[4, 16, 32], help="distinct tokens, on average"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=2, help="drafts of each row (default: %(default)s)"
+    )
     args, started = parser.parse_args(), time.monotonic()
     pair = rig.pair_of(args)
     taught, judged = taught_and_held_out(args, pair)
     target = loaded(pair.files.target)
     vocab_size = target.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-    need = sum(len(s.output_ids) for s in (*taught, *judged)) * vocab_size * 12  # as they are, and sorted
+    need = (
+        sum(len(s.output_ids) for s in (*taught, *judged)) * vocab_size * 12
+    )  # as they are, and sorted
     if need > MOST_BYTES:
-        sys.exit(f"truncation: whole distributions need {need / 2**30:.1f} GiB; take fewer prompts or shorter answers")
+        sys.exit(
+            f"truncation: whole distributions need {need / 2**30:.1f} GiB; take fewer prompts or shorter answers"
+        )
     whole = [whole_distribution(target, signal) for signal in taught]
     exam = [truncated(s, whole_distribution(target, s), vocab_size) for s in judged]
-    print(f"{len(taught)} answers to learn from, {len(exam)} to judge by, vocabulary {vocab_size}", flush=True)
+    print(
+        f"{len(taught)} answers to learn from, {len(exam)} to judge by, vocabulary {vocab_size}",
+        flush=True,
+    )
 
     first = examine(loaded(pair.files.draft), exam)
     recipe, rows = Recipe.of(Settings().recipe), []
     for name, bytes_each, lessons in _variants(args, taught, whole, vocab_size):
-        drafts = [_taught(pair.files.draft, name, lessons(i), replace(recipe, seed=i)) for i in range(args.seeds)]
+        drafts = [
+            _taught(pair.files.draft, name, lessons(i), replace(recipe, seed=i))
+            for i in range(args.seeds)
+        ]
         rows.append(Row(name, bytes_each, Marks.mean([examine(draft, exam) for draft in drafts])))
     print(json.dumps({**_report(first, rows), "seconds": round(time.monotonic() - started)}))
 
@@ -72,7 +88,9 @@ def _variants(
     args: argparse.Namespace, taught: Sequence[Signal], whole: Whole, vocab_size: int
 ) -> Iterator[tuple[str, float, Callable[[int], list[Signal]]]]:
     """(name, bytes of a position, what is learnt from with a seed); the whole vocabulary first."""
-    entry = (2 if vocab_size <= 2**16 else 4) + 2  # a token's id, and its log-probability or its count
+    entry = (
+        2 if vocab_size <= 2**16 else 4
+    ) + 2  # a token's id, and its log-probability or its count
 
     def top(k: int, seed: int) -> list[Signal]:
         return [truncated(signal, logp, k) for signal, logp in zip(taught, whole, strict=True)]
@@ -88,7 +106,9 @@ def _variants(
 @torch.inference_mode()
 def whole_distribution(target: nn.Module, signal: Signal) -> Floats:
     """The target's log-probabilities at every position of an answer [N, V]."""
-    ids_1T = torch.from_numpy(np.concatenate([signal.prompt_ids, signal.output_ids]).astype(np.int64))[None]
+    ids_1T = torch.from_numpy(
+        np.concatenate([signal.prompt_ids, signal.output_ids]).astype(np.int64)
+    )[None]
     count = len(signal.output_ids)
     logits_NV = target(input_ids=ids_1T, use_cache=False, logits_to_keep=count + 1).logits[0, :-1]
     found: Floats = logits_NV.float().log_softmax(-1).numpy()
@@ -126,7 +146,9 @@ def draws_for(whole: Whole, distinct: int) -> int:
         return float((1 - (1 - np.clip(p_NV, 0, 1)) ** draws).sum(1).mean())
 
     low, high = 1, 2
-    while hit(high) < distinct and high < 2**16:  # a share of more draws does not fit into two bytes
+    while (
+        hit(high) < distinct and high < 2**16
+    ):  # a share of more draws does not fit into two bytes
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
@@ -171,19 +193,29 @@ def gain_kept(first: Marks, whole: Marks, row: Marks) -> list[float]:
     The gain that they are shares of is taken as it was found.
     """
     gain = float((whole.tokens_R - first.tokens_R).mean())
-    return [1 + lost / gain for lost in difference(row.tokens_R, whole.tokens_R).figures] if gain > 0 else []
+    return (
+        [1 + lost / gain for lost in difference(row.tokens_R, whole.tokens_R).figures]
+        if gain > 0
+        else []
+    )
 
 
 def _report(first: Marks, rows: Sequence[Row]) -> dict[str, object]:
     whole = rows[0].marks
-    print(f"\n{'':12} {'bytes/position':>14} {'tokens a step':>14} {'acceptance':>11} {'KL':>6}  gain kept (95 %)")
+    print(
+        f"\n{'':12} {'bytes/position':>14} {'tokens a step':>14} {'acceptance':>11} {'KL':>6}  gain kept (95 %)"
+    )
     print(f"{'first draft':12} {'':14} {first.row}")
     told: dict[str, Mapping[str, float | list[float]]] = {}
     for row in rows:
         kept = [round(share, 4) for share in gain_kept(first, whole, row.marks)]
         share = "{:.3f} ({:.3f} to {:.3f})".format(*kept) if kept else "-"
         print(f"{row.name:12} {row.bytes_each:14.0f} {row.marks.row}  {share}")
-        told[row.name] = {"bytes": row.bytes_each, "tokens_per_step": row.marks.step, "gain_kept": kept}
+        told[row.name] = {
+            "bytes": row.bytes_each,
+            "tokens_per_step": row.marks.step,
+            "gain_kept": kept,
+        }
     return {"first": first.step, "rows": told}
 
 

@@ -74,7 +74,9 @@ class ArtifactStore:
         if not self.root.is_dir():
             return []
         abandoned = [
-            folder for folder in self.root.glob(".publish-*") if time.time() - folder.stat().st_mtime > abandoned_s
+            folder
+            for folder in self.root.glob(".publish-*")
+            if time.time() - folder.stat().st_mtime > abandoned_s
         ]
         gone = [folder for folder in (*map(self.path, digests), *abandoned) if folder.is_dir()]
         for folder in gone:

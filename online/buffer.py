@@ -121,7 +121,10 @@ class RedisBuffer:
         self._append = client.register_script(_APPEND)
 
     def append(self, route: str, *records: bytes, acceptances: Sequence[float | None] = ()) -> None:
-        told = ["" if acceptance is None else repr(acceptance) for acceptance in acceptances or [None] * len(records)]
+        told = [
+            "" if acceptance is None else repr(acceptance)
+            for acceptance in acceptances or [None] * len(records)
+        ]
         pairs = [part for pair in zip(records, told, strict=True) for part in pair]
         limits = self._limits
         args = [limits.signals, limits.bytes, limits.retention_s * 1000, *pairs]
@@ -159,12 +162,16 @@ class RedisBuffer:
             for name in names:
                 pipe.hstrlen(_kept_key(route), name)
             known = dict(zip(names, pipe.execute(), strict=True))
-        chosen = _sample(known | {name: len(record) for name, record in offered.items()}, limit, self._limits)
+        chosen = _sample(
+            known | {name: len(record) for name, record in offered.items()}, limit, self._limits
+        )
         if gone := known.keys() - chosen:  # first: there may be no room for both
             self._redis.hdel(_kept_key(route), *gone)
         new = sorted(chosen - known.keys())
         for at in range(0, len(new), AT_ONCE):
-            self._redis.hset(_kept_key(route), mapping={name: offered[name] for name in new[at : at + AT_ONCE]})
+            self._redis.hset(
+                _kept_key(route), mapping={name: offered[name] for name in new[at : at + AT_ONCE]}
+            )
 
     def kept(self, route: str) -> list[Entry]:
         names = sorted(_young(self._kept_names(route), self._limits), key=id_order)
@@ -172,7 +179,9 @@ class RedisBuffer:
         for at in range(0, len(names), AT_ONCE):
             some = names[at : at + AT_ONCE]
             records = cast(list[bytes | None], self._redis.hmget(_kept_key(route), some))
-            found += [Entry(name, record) for name, record in zip(some, records, strict=True) if record]
+            found += [
+                Entry(name, record) for name, record in zip(some, records, strict=True) if record
+            ]
         return found
 
     def _kept_names(self, route: str) -> list[str]:
@@ -185,7 +194,9 @@ class RedisBuffer:
                 if _text(group["name"]) == GROUP:
                     last = _text(group["last-delivered-id"])
         rows = self._redis.xrange(_keys(route)[2], min=f"({last}", max="+", count=at_most)
-        return [float(fields[b"a"]) if fields[b"a"] else None for _, fields in cast(list[Any], rows)]
+        return [
+            float(fields[b"a"]) if fields[b"a"] else None for _, fields in cast(list[Any], rows)
+        ]
 
     def depth(self, route: str) -> Depth:
         stream, counter, _ = _keys(route)
@@ -219,7 +230,9 @@ def _young(ids: Iterable[str], bounds: Bounds) -> list[str]:
 
 def _sample(sizes: Mapping[str, int], limit: int, bounds: Bounds) -> set[str]:
     """Those whose hashes are smallest: a uniform sample that needs to know neither what came before nor how much."""
-    order = sorted(_young(sizes, bounds), key=lambda name: hashlib.sha256(name.encode()).digest())[:limit]
+    order = sorted(_young(sizes, bounds), key=lambda name: hashlib.sha256(name.encode()).digest())[
+        :limit
+    ]
     used = itertools.accumulate(sizes[name] for name in order)
     return {name for name, total in zip(order, used, strict=True) if total <= bounds.kept_bytes}
 
@@ -281,7 +294,11 @@ class MemoryBuffer:
             self._pending.get(route, {}).pop(entry_id, None)
 
     def before(self, route: str, entry_id: str, limit: int) -> list[Entry]:
-        older = [Entry(i, r) for i, r in self._entries.get(route, {}).items() if id_order(i) < id_order(entry_id)]
+        older = [
+            Entry(i, r)
+            for i, r in self._entries.get(route, {}).items()
+            if id_order(i) < id_order(entry_id)
+        ]
         return older[::-1][: max(0, limit)]
 
     def keep(self, route: str, entries: Iterable[Entry], limit: int) -> None:
@@ -291,7 +308,10 @@ class MemoryBuffer:
 
     def kept(self, route: str) -> list[Entry]:
         entries = self._kept.get(route, {})
-        return [Entry(name, entries[name]) for name in sorted(_young(entries, self.bounds), key=id_order)]
+        return [
+            Entry(name, entries[name])
+            for name in sorted(_young(entries, self.bounds), key=id_order)
+        ]
 
     def unclaimed(self, route: str, at_most: int) -> list[float | None]:
         return [self._acceptances[route][entry.id] for entry in self._new(route)[:at_most]]

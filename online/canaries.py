@@ -10,7 +10,15 @@ from sqlalchemy import Engine, func, select
 from sqlalchemy.orm import Session
 
 from online.errors import Conflict, NotFound
-from online.registry import add_activation, end_canary, newest_activation, raced, record, require_route, running_canary
+from online.registry import (
+    add_activation,
+    end_canary,
+    newest_activation,
+    raced,
+    record,
+    require_route,
+    running_canary,
+)
 from online.tables import Canary, transaction
 
 Outcome = Literal["promoted", "aborted"]
@@ -46,11 +54,21 @@ class CanaryLedger:
 
     def counts(self) -> dict[tuple[str, str], int]:
         """(route, state) → canaries."""
-        query = select(Canary.route, Canary.state, func.count()).group_by(Canary.route, Canary.state)
+        query = select(Canary.route, Canary.state, func.count()).group_by(
+            Canary.route, Canary.state
+        )
         with transaction(self._engine, writes=False) as session:
             return {(route, state): count for route, state, count in session.execute(query)}
 
-    def finish(self, canary: Canary, outcome: Outcome, actor: str, reason: str, *, even_frozen: bool = False) -> Canary:
+    def finish(
+        self,
+        canary: Canary,
+        outcome: Outcome,
+        actor: str,
+        reason: str,
+        *,
+        even_frozen: bool = False,
+    ) -> Canary:
         """Ends a canary, and activates its version if it is promoted, in one transaction. Returns it as it ended.
 
         Raises:
@@ -64,11 +82,15 @@ class CanaryLedger:
                 raise Conflict(f"canary {canary.id} has ended already", code="canary_ended")
             if outcome == "promoted":
                 newest = newest_activation(session, route.name)
-                add_activation(session, route.name, newest, canary.version, "promotion", actor, reason)
+                add_activation(
+                    session, route.name, newest, canary.version, "promotion", actor, reason
+                )
             return session.get_one(Canary, canary.id)
 
 
-def open_canary(session: Session, route: str, version: int, beside: int, share: float, actor: str, reason: str) -> None:
+def open_canary(
+    session: Session, route: str, version: int, beside: int, share: float, actor: str, reason: str
+) -> None:
     """Puts a version on trial. The caller has seen that none is running; the table insists."""
     about = {"version": version, "beside_version": beside, "share": share}
     session.add(Canary(route=route, state="running", actor=actor, reason=reason, **about))

@@ -26,12 +26,15 @@ COMMANDS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="slipstream", description="Speculative decoding whose draft model learns from the traffic it serves."
+        prog="slipstream",
+        description="Speculative decoding whose draft model learns from the traffic it serves.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, what in COMMANDS.items():
         commands.add_parser(name, help=what, description=what)
-    commands.choices["key"].add_argument("name", help="who holds it: written into the audit with every change")
+    commands.choices["key"].add_argument(
+        "name", help="who holds it: written into the audit with every change"
+    )
     args = parser.parse_args()
     if args.command == "key":
         _key(args.name)
@@ -40,7 +43,10 @@ def main() -> None:
         settings = Settings()
     except ValidationError as error:
         sys.exit(
-            "\n".join(f"SLIPSTREAM_{str(e['loc'][0]).upper() if e['loc'] else '*'}: {e['msg']}" for e in error.errors())
+            "\n".join(
+                f"SLIPSTREAM_{str(e['loc'][0]).upper() if e['loc'] else '*'}: {e['msg']}"
+                for e in error.errors()
+            )
         )
     try:
         _run(args.command, settings)
@@ -59,24 +65,32 @@ def _run(command: str, settings: Settings) -> None:
     elif command == "settings":
         _settings(settings)
     else:
-        commands = {"decoder": decoder_command(), "worker": worker_command(), "beat": beat_command(settings)}
+        commands = {
+            "decoder": decoder_command(),
+            "worker": worker_command(),
+            "beat": beat_command(settings),
+        }
         _become(commands[command])
 
 
 def _up(settings: Settings) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job starts with it ignored
     started = time.monotonic()
     print(f"starting: logs in {settings.data_dir.absolute() / 'logs'}", flush=True)
     try:
         with Stack(settings) as stack:
             print(
-                f"serving on {stack.url} after {time.monotonic() - started:.1f} s; Ctrl-C stops everything", flush=True
+                f"serving on {stack.url} after {time.monotonic() - started:.1f} s; Ctrl-C stops everything",
+                flush=True,
             )
             if not settings.admin_keys:
                 print(
-                    "no API keys are configured: every caller on this machine may generate and administer", flush=True
+                    "no API keys are configured: every caller on this machine may generate and administer",
+                    flush=True,
                 )
             while True:
                 stack.watch()

@@ -25,10 +25,15 @@ POOL_AGE = 4096  # prompts after which a stranger is forgotten: what is rare nev
 SMALLEST = 16  # strangers that make a cluster, at least
 ALIKE = 0.7  # cosine of two groups' centroids beyond which they are one
 FAR = 2.5  # standard deviations below a cluster's usual similarity at which a prompt is a stranger to it
-SLOWEST = 1 / 1000  # how far a prompt moves its cluster's centroid, at least: clusters follow what drifts
+SLOWEST = (
+    1 / 1000
+)  # how far a prompt moves its cluster's centroid, at least: clusters follow what drifts
 HALVED_AT = 20_000  # prompts at which document frequencies are halved: what was usual long ago counts less and less
 WEIGHED_EVERY = 32  # prompts between two looks at how rare features are
-RESTARTS, ROUNDS = 6, 12  # of k-means over strangers: once in a router's life, some tens of milliseconds
+RESTARTS, ROUNDS = (
+    6,
+    12,
+)  # of k-means over strangers: once in a router's life, some tens of milliseconds
 _PRIMES = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)
 
 Floats = NDArray[np.float32]
@@ -42,12 +47,21 @@ class Router:
     def __init__(self, most: int) -> None:
         self.most = most
         self.prompts = 0
-        self.sizes: list[int] = []  # prompts of each cluster: those that it began with and those assigned since
-        self._seen, self._having_D = 0, np.zeros(DIMS, np.float32)  # prompts, and those that have each feature
+        self.sizes: list[
+            int
+        ] = []  # prompts of each cluster: those that it began with and those assigned since
+        self._seen, self._having_D = (
+            0,
+            np.zeros(DIMS, np.float32),
+        )  # prompts, and those that have each feature
         self._rarity_D = np.zeros(DIMS, np.float32)
         self._centroid_ND = np.zeros((0, DIMS), np.float32)  # without rarity, which changes
-        self._usual_N2 = np.zeros((0, 2), np.float32)  # mean and variance of the similarity of each cluster's prompts
-        self._strangers: deque[tuple[int, Halves]] = deque()  # after how many prompts each came, and its features
+        self._usual_N2 = np.zeros(
+            (0, 2), np.float32
+        )  # mean and variance of the similarity of each cluster's prompts
+        self._strangers: deque[tuple[int, Halves]] = (
+            deque()
+        )  # after how many prompts each came, and its features
 
     def assign(self, prompt_ids: Sequence[int], *, learn: bool = True) -> int | None:
         """The prompt's cluster, which learns from it unless told not to; None: it is like none."""
@@ -74,13 +88,17 @@ class Router:
 
     def _weigh(self) -> None:
         """The root of the inverse document frequency: on both sides of a product it weighs once."""
-        self._rarity_D = np.sqrt(np.log((self._seen + 1) / (self._having_D + 1)).clip(0)).astype(np.float32)
+        self._rarity_D = np.sqrt(np.log((self._seen + 1) / (self._having_D + 1)).clip(0)).astype(
+            np.float32
+        )
 
     def _nearest(self, feature_D: Floats) -> tuple[int | None, float]:
         """The cluster that the prompt is like, and by how much it is more like it than its prompts usually are."""
         if not self.sizes:
             return None, 0.0
-        similarity_N = _cosines(feature_D[None] * self._rarity_D, self._centroid_ND * self._rarity_D)[0]
+        similarity_N = _cosines(
+            feature_D[None] * self._rarity_D, self._centroid_ND * self._rarity_D
+        )[0]
         cluster = int(similarity_N.argmax())
         mean, variance = self._usual_N2[cluster].tolist()
         above = float(similarity_N[cluster]) - mean
@@ -90,7 +108,9 @@ class Router:
         self.sizes[cluster] += 1
         pace = max(1 / self.sizes[cluster], SLOWEST)
         self._centroid_ND[cluster] += pace * (feature_D - self._centroid_ND[cluster])
-        self._usual_N2[cluster] += np.array([above, above**2 - self._usual_N2[cluster, 1]], np.float32) * pace
+        self._usual_N2[cluster] += (
+            np.array([above, above**2 - self._usual_N2[cluster, 1]], np.float32) * pace
+        )
 
     # ── strangers ──
 
@@ -132,7 +152,9 @@ class Router:
             centroid_ND=self._centroid_ND,
             usual_N2=self._usual_N2,
             met_P=np.array([at for at, _ in self._strangers], np.int64),
-            stranger_PD=np.array([each for _, each in self._strangers], np.float16).reshape(-1, DIMS),
+            stranger_PD=np.array([each for _, each in self._strangers], np.float16).reshape(
+                -1, DIMS
+            ),
         )
         return file.getvalue()
 
@@ -150,10 +172,14 @@ class Router:
             with np.load(io.BytesIO(state), allow_pickle=False) as kept:
                 version, router.prompts, router._seen, *router.sizes = kept["numbers"].tolist()
                 if version != FORMAT:
-                    raise ValueError(f"a router's state of version {version}, where {FORMAT} is read")
+                    raise ValueError(
+                        f"a router's state of version {version}, where {FORMAT} is read"
+                    )
                 router._having_D, router._rarity_D = kept["having_D"], kept["rarity_D"]
                 router._centroid_ND, router._usual_N2 = kept["centroid_ND"], kept["usual_N2"]
-                router._strangers.extend(zip(kept["met_P"].tolist(), kept["stranger_PD"], strict=True))
+                router._strangers.extend(
+                    zip(kept["met_P"].tolist(), kept["stranger_PD"], strict=True)
+                )
         except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"not the state of a router: {error}") from error
         return router
@@ -175,7 +201,9 @@ def groups(prompt_PD: Floats, most: int) -> Ints:
     tries = [_k_means(unit_PD, most, np.random.default_rng(seed)) for seed in range(RESTARTS)]
     _, group_P, centroid_ND = max(tries, key=lambda found: found[0])
     alike_NN = centroid_ND @ centroid_ND.T > ALIKE
-    first_N = alike_NN.argmax(1)  # the first group that each is like: itself, where there is none before
+    first_N = alike_NN.argmax(
+        1
+    )  # the first group that each is like: itself, where there is none before
     merged_P: Ints = np.unique(first_N[group_P], return_inverse=True)[1]
     return merged_P
 

@@ -53,7 +53,11 @@ def celery_app(settings: Settings) -> Celery:
         task_publish_retry=False,
         task_time_limit=settings.cycle_limit_s + 30,
         beat_schedule={
-            "tick": {"task": TICK_TASK, "schedule": settings.tick_s, "options": {"expires": settings.tick_s * 3}}
+            "tick": {
+                "task": TICK_TASK,
+                "schedule": settings.tick_s,
+                "options": {"expires": settings.tick_s * 3},
+            }
         },
     )
     return app
@@ -64,7 +68,11 @@ def git_commit() -> str:
     root = Path(__file__).resolve().parent.parent
     try:
         found = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+            ["git", "-C", str(root), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return "unknown"

@@ -85,7 +85,12 @@ class CycleLedger:
             cycle = _require(session, cycle_id)
             lease = Lease(cycle_id, cycle.fence + 1)
             taken = _free(cycle, lease_s) and _replace(
-                session, cycle, state="running", fence=lease.fence, attempts=cycle.attempts + 1, heartbeat_at=now()
+                session,
+                cycle,
+                state="running",
+                fence=lease.fence,
+                attempts=cycle.attempts + 1,
+                heartbeat_at=now(),
             )
             return lease if taken else None
 
@@ -101,7 +106,9 @@ class CycleLedger:
             Cycle.route == route, Cycle.state.not_in(UNFINISHED), Cycle.window_last.is_not(None)
         )
         with transaction(self._engine, writes=False) as session:
-            return max((last for last in session.scalars(query) if last), key=id_order, default=None)
+            return max(
+                (last for last in session.scalars(query) if last), key=id_order, default=None
+            )
 
     def finish(self, lease: Lease, state: str, report: dict[str, Any], error: str = "") -> Cycle:
         """Ends a cycle that makes no version: nothing to learn from, or given up."""
@@ -118,7 +125,14 @@ class CycleLedger:
             if cycle.attempts < attempts or not _free(cycle, lease_s):
                 return False
             error = f"given up after {cycle.attempts} attempts; the last one: {cycle.error or 'ended unseen'}"
-            if not _replace(session, cycle, state="failed", error=error, fence=cycle.fence + 1, finished_at=now()):
+            if not _replace(
+                session,
+                cycle,
+                state="failed",
+                error=error,
+                fence=cycle.fence + 1,
+                finished_at=now(),
+            ):
                 return False
             record(session, "trainer", "cycle:failed", cycle.route, error, cycle=cycle_id)
             return True
@@ -151,22 +165,37 @@ class CycleLedger:
             route = require_route(session, cycle.route, change=True)
             newest = newest_activation(session, cycle.route)
             version = add_version(
-                session, cycle.route, candidate, "trainer", parent_id=parent.id, cycle_id=lease.cycle_id
+                session,
+                cycle.route,
+                candidate,
+                "trainer",
+                parent_id=parent.id,
+                cycle_id=lease.cycle_id,
             )
             if promote and route.frozen:
                 cycle.state, cycle.error = "held", "the route is frozen"
-            elif promote and ((serving := serving_version(session, cycle.route)) is None or serving.id != parent.id):
+            elif promote and (
+                (serving := serving_version(session, cycle.route)) is None
+                or serving.id != parent.id
+            ):
                 cycle.state, cycle.error = "held", f"the active version is no longer {parent.id}"
             elif promote and (canary := running_canary(session, cycle.route)) is not None:
-                cycle.state, cycle.error = "held", f"version {canary.version} is a canary on this route"
+                cycle.state, cycle.error = (
+                    "held",
+                    f"version {canary.version} is a canary on this route",
+                )
             elif promote and canary_share:
                 cycle.state = "canary"
                 reason = candidate.gate["reason"]
-                open_canary(session, cycle.route, version.id, parent.id, canary_share, "trainer", reason)
+                open_canary(
+                    session, cycle.route, version.id, parent.id, canary_share, "trainer", reason
+                )
             elif promote:
                 cycle.state = "promoted"
                 reason = candidate.gate["reason"]
-                add_activation(session, cycle.route, newest, version.id, "promotion", "trainer", reason)
+                add_activation(
+                    session, cycle.route, newest, version.id, "promotion", "trainer", reason
+                )
             cycle.report = {**report, "version": version.id}
             return cycle
 
@@ -198,12 +227,16 @@ def _free(cycle: Cycle, lease_s: float) -> bool:
 
 def _replace(session: Session, cycle: Cycle, **values: Any) -> bool:
     """Changes an unfinished cycle unless its fence moved since it was read."""
-    same = update(Cycle).where(Cycle.id == cycle.id, Cycle.fence == cycle.fence, Cycle.state.in_(UNFINISHED))
+    same = update(Cycle).where(
+        Cycle.id == cycle.id, Cycle.fence == cycle.fence, Cycle.state.in_(UNFINISHED)
+    )
     return bool(session.execute(same.values(**values)).rowcount == 1)  # type: ignore[attr-defined]
 
 
 def _guarded(session: Session, lease: Lease, **values: Any) -> None:
-    held = update(Cycle).where(Cycle.id == lease.cycle_id, Cycle.fence == lease.fence, Cycle.state == "running")
+    held = update(Cycle).where(
+        Cycle.id == lease.cycle_id, Cycle.fence == lease.fence, Cycle.state == "running"
+    )
     if session.execute(held.values(**values)).rowcount != 1:  # type: ignore[attr-defined]
         raise LeaseLost(f"cycle {lease.cycle_id} is no longer held with fence {lease.fence}")
 
@@ -216,7 +249,9 @@ def _close(session: Session, lease: Lease, state: str, report: dict[str, Any], e
 
 
 def _unfinished(session: Session, route: str) -> Cycle | None:
-    return session.scalars(select(Cycle).where(Cycle.route == route, Cycle.state.in_(UNFINISHED))).one_or_none()
+    return session.scalars(
+        select(Cycle).where(Cycle.route == route, Cycle.state.in_(UNFINISHED))
+    ).one_or_none()
 
 
 def _require(session: Session, cycle_id: int) -> Cycle:

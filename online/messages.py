@@ -11,7 +11,9 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 LenienceFunction = Literal["lin", "sq", "exp"]
 MASKS = 3  # tokens that a cascade's draft drafts by masks in one forward, beside the first
 # What they are: docs/drafters.md
-DrafterName = Literal["chain", "tree", "graph", "ngrams", "cascade", "parallel", "parallel_cascade", "exits", "auto"]
+DrafterName = Literal[
+    "chain", "tree", "graph", "ngrams", "cascade", "parallel", "parallel_cascade", "exits", "auto"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,9 @@ class Query:
     seed: int = 0
     gamma: int | None = None  # drafted tokens a step; None: what the server finds fastest
     drafter: DrafterName = "chain"
-    widths: tuple[int, ...] = ()  # of a tree: candidates behind every node, by depth; empty: as is best
+    widths: tuple[
+        int, ...
+    ] = ()  # of a tree: candidates behind every node, by depth; empty: as is best
     replacement: bool = False  # of a tree: siblings may be the same token
     lenience: Lenience | None = None  # None: exact
     stop: tuple[str, ...] = ()
@@ -66,9 +70,13 @@ class SpeculationStats:
     drafted: int = 0
     accepted: int = 0
     overlap: float = 0.0  # Σ over compared positions of Σ_x min(p(x), q(x))
-    compared: int = 0  # positions up to and with the first rejected one that a draft model said something about
+    compared: int = (
+        0  # positions up to and with the first rejected one that a draft model said something about
+    )
     histogram: dict[int, int] = field(default_factory=dict)  # accepted tokens of a step → steps
-    versions: list[tuple[int, int, int]] = field(default_factory=list)  # half-open token ranges: start, end, version
+    versions: list[tuple[int, int, int]] = field(
+        default_factory=list
+    )  # half-open token ranges: start, end, version
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -80,7 +88,9 @@ class SpeculationStats:
         self.overlap += overlap
         self.compared += compared
 
-    def add_step(self, drafted: int, accepted: int, overlap: float, compared: int, emitted: int, version: int) -> None:
+    def add_step(
+        self, drafted: int, accepted: int, overlap: float, compared: int, emitted: int, version: int
+    ) -> None:
         self.steps += 1
         self.drafted += drafted
         self.accepted += accepted

@@ -35,11 +35,18 @@ class Clusters:
         with self._lock:
             known = len(self._router.sizes)
             cluster = self._router.assign(prompt_ids, learn=learn)
-            due = self._router.prompts - self._saved_at >= SAVE_EVERY or len(self._router.sizes) > known
+            due = (
+                self._router.prompts - self._saved_at >= SAVE_EVERY
+                or len(self._router.sizes) > known
+            )
         if due:
             self.save()
         # A state may have more clusters than are wanted now: those are kept, and have no route.
-        return self._generic if cluster is None or cluster >= len(self._routes) else self._routes[cluster]
+        return (
+            self._generic
+            if cluster is None or cluster >= len(self._routes)
+            else self._routes[cluster]
+        )
 
     def size(self, route: str) -> int | None:
         """Prompts of the route's cluster so far; None where the route is no cluster's."""

@@ -67,26 +67,48 @@ class Registry:
     def versions(self, route: str) -> list[Version]:
         with transaction(self._engine, writes=False) as session:
             require_route(session, route)
-            return list(session.scalars(select(Version).where(Version.route == route).order_by(Version.id.desc())))
+            return list(
+                session.scalars(
+                    select(Version).where(Version.route == route).order_by(Version.id.desc())
+                )
+            )
 
     def refused(self, before: datetime) -> set[str]:
         """Digests of candidates from before then that the gate refused, and that nobody has activated all the same."""
         activated = select(Activation.to_version)
         rejected = select(Cycle.id).where(Cycle.state == "rejected")
-        useless = Version.cycle_id.in_(rejected) & Version.id.not_in(activated) & (Version.created_at < before)
+        useless = (
+            Version.cycle_id.in_(rejected)
+            & Version.id.not_in(activated)
+            & (Version.created_at < before)
+        )
         with transaction(self._engine, writes=False) as session:
             digests = set(session.scalars(select(Version.sha256).where(useless)))
-            return digests - set(session.scalars(select(Version.sha256).where(~useless | Version.cycle_id.is_(None))))
+            return digests - set(
+                session.scalars(select(Version.sha256).where(~useless | Version.cycle_id.is_(None)))
+            )
 
-    def register_first(self, route: str, candidate: Candidate, actor: str, parent_id: int | None = None) -> Version:
+    def register_first(
+        self, route: str, candidate: Candidate, actor: str, parent_id: int | None = None
+    ) -> Version:
         """The route's first draft, active at once. A route that has one keeps it."""
         try:
             with transaction(self._engine, writes=True) as session:
                 require_route(session, route)
                 if (newest := newest_activation(session, route)) is not None:
                     return _require_version(session, newest.to_version)
-                version = add_version(session, route, candidate, actor, parent_id=parent_id, cycle_id=None)
-                add_activation(session, route, newest, version.id, "initial", actor, "first draft of this route")
+                version = add_version(
+                    session, route, candidate, actor, parent_id=parent_id, cycle_id=None
+                )
+                add_activation(
+                    session,
+                    route,
+                    newest,
+                    version.id,
+                    "initial",
+                    actor,
+                    "first draft of this route",
+                )
                 return version
         except IntegrityError:
             return self._require_active(route)
@@ -105,7 +127,11 @@ class Registry:
     def active_versions(self) -> dict[str, Version]:
         """The active version of every route, in one query: decoders ask this twice a second."""
         newest = select(func.max(Activation.id)).group_by(Activation.route)
-        query = select(Version).join(Activation, Activation.to_version == Version.id).where(Activation.id.in_(newest))
+        query = (
+            select(Version)
+            .join(Activation, Activation.to_version == Version.id)
+            .where(Activation.id.in_(newest))
+        )
         with transaction(self._engine, writes=False) as session:
             return {version.route: version for version in session.scalars(query)}
 
@@ -114,7 +140,9 @@ class Registry:
         with transaction(self._engine, writes=False) as session:
             return list(session.scalars(query.where(Activation.route == route) if route else query))
 
-    def activate(self, route: str, version_id: int, kind: str, actor: str, reason: str) -> Activation:
+    def activate(
+        self, route: str, version_id: int, kind: str, actor: str, reason: str
+    ) -> Activation:
         """Makes a version of `route` the active one.
 
         Raises:
@@ -125,9 +153,13 @@ class Registry:
             require_route(session, route, change=True)
             if _require_version(session, version_id).route != route:
                 raise Conflict(f"version {version_id} belongs to another route", param="version")
-            return add_activation(session, route, newest_activation(session, route), version_id, kind, actor, reason)
+            return add_activation(
+                session, route, newest_activation(session, route), version_id, kind, actor, reason
+            )
 
-    def rollback(self, route: str, kind: str, actor: str, reason: str, expected: int | None = None) -> Activation:
+    def rollback(
+        self, route: str, kind: str, actor: str, reason: str, expected: int | None = None
+    ) -> Activation:
         """Goes back to the version that was active before the active one came.
 
         Rollbacks in a row go further back each time; they do not swing between two versions.
@@ -140,7 +172,10 @@ class Registry:
             history = _history(session, route)
             target = rollback_target([(past.kind, past.to_version) for past in history])
             if target is None:
-                raise Conflict(f"route {route!r} has no earlier version to go back to", code="nothing_to_roll_back")
+                raise Conflict(
+                    f"route {route!r} has no earlier version to go back to",
+                    code="nothing_to_roll_back",
+                )
             if expected is not None and history[-1].to_version != expected:
                 raise Conflict(f"version {expected} is no longer active on route {route!r}")
             return add_activation(session, route, history[-1], target, kind, actor, reason)
@@ -192,7 +227,12 @@ def _require_version(session: Session, version_id: int) -> Version:
 
 
 def newest_activation(session: Session, route: str) -> Activation | None:
-    query = select(Activation).where(Activation.route == route).order_by(Activation.number.desc()).limit(1)
+    query = (
+        select(Activation)
+        .where(Activation.route == route)
+        .order_by(Activation.number.desc())
+        .limit(1)
+    )
     return session.scalars(query).one_or_none()
 
 
@@ -213,7 +253,13 @@ def serving_version(session: Session, route: str) -> Version | None:
 
 
 def add_version(
-    session: Session, route: str, candidate: Candidate, actor: str, *, parent_id: int | None, cycle_id: int | None
+    session: Session,
+    route: str,
+    candidate: Candidate,
+    actor: str,
+    *,
+    parent_id: int | None,
+    cycle_id: int | None,
 ) -> Version:
     version = Version(
         route=route,
@@ -232,7 +278,13 @@ def add_version(
 
 
 def add_activation(
-    session: Session, route: str, after: Activation | None, to: int, kind: str, actor: str, reason: str
+    session: Session,
+    route: str,
+    after: Activation | None,
+    to: int,
+    kind: str,
+    actor: str,
+    reason: str,
 ) -> Activation:
     """The activation that follows `after`, the newest one when the caller decided.
 
@@ -260,25 +312,43 @@ def add_activation(
 
 
 def running_canary(session: Session, route: str) -> Canary | None:
-    return session.scalars(select(Canary).where(Canary.route == route, Canary.state == "running")).one_or_none()
+    return session.scalars(
+        select(Canary).where(Canary.route == route, Canary.state == "running")
+    ).one_or_none()
 
 
 def end_canary(session: Session, canary: Canary, state: str, actor: str, reason: str) -> bool:
     """Ends a canary unless it has ended since it was read; then nothing is written."""
     running = update(Canary).where(Canary.id == canary.id, Canary.state == "running")
-    ended = session.execute(running.values(state=state, actor=actor, reason=reason, finished_at=now()))
+    ended = session.execute(
+        running.values(state=state, actor=actor, reason=reason, finished_at=now())
+    )
     if ended.rowcount != 1:  # type: ignore[attr-defined]
         return False
-    record(session, actor, f"canary:{state}", canary.route, reason, canary=canary.id, version=canary.version)
+    record(
+        session,
+        actor,
+        f"canary:{state}",
+        canary.route,
+        reason,
+        canary=canary.id,
+        version=canary.version,
+    )
     return True
 
 
-def record(session: Session, actor: str, action: str, route: str, reason: str = "", **detail: Any) -> None:
+def record(
+    session: Session, actor: str, action: str, route: str, reason: str = "", **detail: Any
+) -> None:
     session.add(Audit(actor=actor, action=action, route=route, reason=reason, detail=detail))
 
 
 def _history(session: Session, route: str) -> list[Activation]:
-    return list(session.scalars(select(Activation).where(Activation.route == route).order_by(Activation.number)))
+    return list(
+        session.scalars(
+            select(Activation).where(Activation.route == route).order_by(Activation.number)
+        )
+    )
 
 
 def rollback_target(history: list[tuple[str, int]]) -> int | None:

@@ -62,9 +62,16 @@ class Trial:
         if (requests := min(self._requests.values())) < self._rules.max_requests:
             return None
         if seen is None:
-            return Verdict("promoted", f"{requests} requests and too few comparisons: on the gate's report alone")
-        outcome: Literal["promoted", "aborted"] = "promoted" if seen.mean >= -self._rules.margin else "aborted"
-        return Verdict(outcome, f"{self._figures(seen)}: undecided after {requests} requests, by the mean")
+            return Verdict(
+                "promoted",
+                f"{requests} requests and too few comparisons: on the gate's report alone",
+            )
+        outcome: Literal["promoted", "aborted"] = (
+            "promoted" if seen.mean >= -self._rules.margin else "aborted"
+        )
+        return Verdict(
+            outcome, f"{self._figures(seen)}: undecided after {requests} requests, by the mean"
+        )
 
     def _difference(self) -> Difference | None:
         enough = min(self.canary.requests, self.active.requests) >= self._rules.min_requests
@@ -101,7 +108,9 @@ class _Watch:
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT_REQUESTS))
     seen: Arm = field(default_factory=Arm)
     baseline_version: int = 0
-    baseline: tuple[Arm, ...] = ()  # its predecessor's recent requests: all of them, and the last ones
+    baseline: tuple[
+        Arm, ...
+    ] = ()  # its predecessor's recent requests: all of them, and the last ones
 
     @property
     def marks(self) -> tuple[Arm, ...]:

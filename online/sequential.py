@@ -55,6 +55,8 @@ def difference(candidate: Arm, baseline: Arm) -> Difference:
     variance = candidate.variance / candidate.requests + baseline.variance / baseline.requests
     mixed = EFFECT**2
     grown = 1 + mixed / variance
-    half = math.sqrt(variance * (1 + variance / mixed) * (2 * math.log(1 / ALPHA) + math.log(grown)))
+    half = math.sqrt(
+        variance * (1 + variance / mixed) * (2 * math.log(1 / ALPHA) + math.log(grown))
+    )
     mean = candidate.mean - baseline.mean
     return Difference(mean, mean - half, mean + half)

@@ -44,9 +44,15 @@ class Signal:
     top_ids: Ints  # [V, K] the target's most likely tokens
     top_logp: Floats  # [V, K] their log-probabilities at temperature 1
     rest_mass: Floats  # [V] probability of all other tokens together
-    draft_top_logp: Floats  # [D, K] the draft's log-probabilities of those tokens, for drafted positions
-    acceptance: float | None = None  # mean Σ min(p, q) as it was served, probes included; None: nothing was compared
-    client: str = ""  # whose request it was, as `pseudonym` writes it; empty: nobody's in particular
+    draft_top_logp: (
+        Floats  # [D, K] the draft's log-probabilities of those tokens, for drafted positions
+    )
+    acceptance: float | None = (
+        None  # mean Σ min(p, q) as it was served, probes included; None: nothing was compared
+    )
+    client: str = (
+        ""  # whose request it was, as `pseudonym` writes it; empty: nobody's in particular
+    )
 
     @property
     def origin(self) -> str:
@@ -57,7 +63,10 @@ class Signal:
         """(index into output_ids, verified position) of every emitted token, in order."""
         verified = 0
         for start, drafted, accepted in zip(
-            self.step_start.tolist(), self.step_drafted.tolist(), self.step_accepted.tolist(), strict=True
+            self.step_start.tolist(),
+            self.step_drafted.tolist(),
+            self.step_accepted.tolist(),
+            strict=True,
         ):
             for j in range(accepted + 1):
                 if start + j < len(self.output_ids):
@@ -72,10 +81,18 @@ class Signal:
         """
         drafts = verified = 0
         for start, drafted, accepted in zip(
-            self.step_start.tolist(), self.step_drafted.tolist(), self.step_accepted.tolist(), strict=True
+            self.step_start.tolist(),
+            self.step_drafted.tolist(),
+            self.step_accepted.tolist(),
+            strict=True,
         ):
             if accepted < drafted and start + accepted < len(self.output_ids):
-                yield start + accepted, drafts + accepted, drafted - accepted, verified + accepted + 1
+                yield (
+                    start + accepted,
+                    drafts + accepted,
+                    drafted - accepted,
+                    verified + accepted + 1,
+                )
             drafts, verified = drafts + drafted, verified + drafted + 1
 
 
@@ -110,11 +127,16 @@ def encode(signal: Signal) -> bytes:
     # every request, beside the engine.
     specs = {
         name: TensorSpec(
-            dtype=_NAMES[array.dtype], shape=array.shape, data_ptr=array.ctypes.data, data_len=array.nbytes
+            dtype=_NAMES[array.dtype],
+            shape=array.shape,
+            data_ptr=array.ctypes.data,
+            data_len=array.nbytes,
         )
         for name, array in arrays.items()
     }
-    return bytes(serialize(specs, metadata={"signal_version": str(SIGNAL_VERSION), "signal": header}))
+    return bytes(
+        serialize(specs, metadata={"signal_version": str(SIGNAL_VERSION), "signal": header})
+    )
 
 
 def decode(record: bytes) -> Signal:
@@ -130,7 +152,9 @@ def decode(record: bytes) -> Signal:
         raise SignalError(f"not a signal record: {error}") from error
     if version not in READABLE_VERSIONS:
         known = " and ".join(READABLE_VERSIONS)
-        raise SignalError(f"signal version {version} is unknown; this service reads versions {known}")
+        raise SignalError(
+            f"signal version {version} is unknown; this service reads versions {known}"
+        )
     try:
         arrays = safetensors.numpy.load(record)
         header = json.loads(metadata["signal"])

@@ -29,7 +29,9 @@ RESTART_PAUSE_S = 2.0
 
 
 def worker_command() -> list[str]:
-    return _celery("worker", "--loglevel=warning", "--concurrency=1", "--without-gossip", "--without-mingle")
+    return _celery(
+        "worker", "--loglevel=warning", "--concurrency=1", "--without-gossip", "--without-mingle"
+    )
 
 
 def beat_command(settings: Settings) -> list[str]:
@@ -102,7 +104,9 @@ class Stack:
             if child.poll() is None:
                 continue
             if name == "decoder":
-                raise Unavailable(f"the decoder ended with {child.returncode}; see {self.logs / 'decoder.log'}")
+                raise Unavailable(
+                    f"the decoder ended with {child.returncode}; see {self.logs / 'decoder.log'}"
+                )
             if time.monotonic() >= self._restart_at.get(name, 0):
                 log.warning("%s ended with %s: starting it again", name, child.returncode)
                 self._restart_at[name] = time.monotonic() + RESTART_PAUSE_S
@@ -125,7 +129,9 @@ class Stack:
 
     def _migrate(self) -> None:
         command = [sys.executable, "-m", "online.cli", "migrate"]
-        done = subprocess.run(command, cwd=ROOT, env=environment(self.settings), capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment(self.settings), capture_output=True, text=True
+        )
         if done.returncode:
             raise Unavailable(f"the database could not be migrated:\n{done.stderr}")
 
@@ -139,7 +145,9 @@ class Stack:
                         return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.1)
-        raise Unavailable(f"the decoder was not ready after {READY_LIMIT_S:.0f} s; see {self.logs / 'decoder.log'}")
+        raise Unavailable(
+            f"the decoder was not ready after {READY_LIMIT_S:.0f} s; see {self.logs / 'decoder.log'}"
+        )
 
     def _log(self, name: str) -> IO[bytes]:
         return (self.logs / f"{name}.log").open("ab")
@@ -149,9 +157,20 @@ def environment(settings: Settings) -> Mapping[str, str]:
     """The settings as SLIPSTREAM_* variables for a child, on top of what this process was given."""
     own = {}
     for name, value in settings.model_dump(exclude_none=True).items():
-        text = ",".join(value) if isinstance(value, tuple) else json.dumps(value) if isinstance(value, dict) else value
+        text = (
+            ",".join(value)
+            if isinstance(value, tuple)
+            else json.dumps(value)
+            if isinstance(value, dict)
+            else value
+        )
         own[f"SLIPSTREAM_{name.upper()}"] = str(text)
-    return {**os.environ, **own, "PYTHONUNBUFFERED": "1", "SLIPSTREAM_DATA_DIR": str(settings.data_dir.absolute())}
+    return {
+        **os.environ,
+        **own,
+        "PYTHONUNBUFFERED": "1",
+        "SLIPSTREAM_DATA_DIR": str(settings.data_dir.absolute()),
+    }
 
 
 def end_group(child: "subprocess.Popen[bytes]") -> None:

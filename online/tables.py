@@ -196,7 +196,9 @@ def connect(url: str) -> Engine:
 
     @event.listens_for(engine, "connect")
     def _prepare(connection: Any, _: object) -> None:
-        connection.isolation_level = None  # The driver must not begin by itself: `_begin` below does.
+        connection.isolation_level = (
+            None  # The driver must not begin by itself: `_begin` below does.
+        )
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA foreign_keys=ON")
 
@@ -219,9 +221,14 @@ def transaction(engine: Engine, *, writes: bool) -> Iterator[Session]:
         InvalidRequest: a value that it can't hold (PostgreSQL refuses NUL in text).
     """
     try:
-        with Session(engine.execution_options(writes=writes), expire_on_commit=False) as session, session.begin():
+        with (
+            Session(engine.execution_options(writes=writes), expire_on_commit=False) as session,
+            session.begin(),
+        ):
             yield session
     except OperationalError as error:
-        raise Unavailable(f"the database can't be reached: {error.orig}", code="database_unavailable") from error
+        raise Unavailable(
+            f"the database can't be reached: {error.orig}", code="database_unavailable"
+        ) from error
     except DataError as error:
         raise InvalidRequest(f"the database can't keep this value: {error.orig}") from error

@@ -9,7 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from decoder.engine.engine import Engine, EngineLimits
 from decoder.models.loading import load_models, load_module, over_slots
@@ -76,11 +81,15 @@ class Bench:
         deadline = time.monotonic() + 10
         while self.buffer.depth(route).signals < count and time.monotonic() < deadline:
             time.sleep(0.005)
-        return [decode(entry.record) for entry in self.buffer.before(route, "99999999999999-0", 1000)]
+        return [
+            decode(entry.record) for entry in self.buffer.before(route, "99999999999999-0", 1000)
+        ]
 
     def counter(self, name: str) -> float:
         """A metric's value so far."""
-        return self.metrics.registry.get_sample_value(f"{name}_total", {"model_name": "tiny"}) or 0.0
+        return (
+            self.metrics.registry.get_sample_value(f"{name}_total", {"model_name": "tiny"}) or 0.0
+        )
 
     def run(self, *queries: Query) -> list[Finished]:
         return [listener.wait() for listener in [self.submit(query) for query in queries]]
@@ -90,7 +99,15 @@ def query(prompt: str | tuple[int, ...] = (40, 50, 60), name: str = "q", **more:
     """With γ fixed: the tiny draft costs what the target does, and left to itself the engine would not draft."""
     ids = prompt if isinstance(prompt, tuple) else tuple(ord(c) for c in prompt)
     return Query(
-        **{"id": name, "route": "default", "prompt_ids": ids, "max_tokens": 24, "temperature": 0.0, "gamma": 4, **more}
+        **{
+            "id": name,
+            "route": "default",
+            "prompt_ids": ids,
+            "max_tokens": 24,
+            "temperature": 0.0,
+            "gamma": 4,
+            **more,
+        }
     )  # type: ignore[arg-type]
 
 
@@ -103,7 +120,9 @@ def reference(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMod
 @functools.cache
 def target_alone(pair: TinyPair, prompt: tuple[int, ...], tokens: int) -> list[int]:
     """Greedy by `transformers` itself."""
-    out = reference(pair.target).generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False)
+    out = reference(pair.target).generate(
+        torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False
+    )
     return list(out[0, len(prompt) :].tolist())
 
 
@@ -134,7 +153,10 @@ def bench(
     slots, routes = sizes["slots"] + sizes["kept_contexts"], drafts or {"default": pair.draft}
     served = target or load_models(pair.target, 1, slots, CAPACITY, DEVICE, dtype)[0]
     # Routes share one cache, as in the service; here each may begin with a draft of its own.
-    modules = [load_module(folder, DEVICE, dtype) for folder in (*routes.values(), *([canary] if canary else []))]
+    modules = [
+        load_module(folder, DEVICE, dtype)
+        for folder in (*routes.values(), *([canary] if canary else []))
+    ]
     models = over_slots(modules, slots, CAPACITY, VOCABULARY)
     live = {route: LiveDraft(route, model) for route, model in zip(routes, models, strict=False)}
     if canary is not None:

@@ -12,7 +12,12 @@ from decoder.models.kv_cache import Nodes, Rows
 
 class TableModel:
     def __init__(
-        self, vocab_size: int, seed: int, slots: int = 16, scale: float = 1.5, dtype: torch.dtype = torch.float64
+        self,
+        vocab_size: int,
+        seed: int,
+        slots: int = 16,
+        scale: float = 1.5,
+        dtype: torch.dtype = torch.float64,
     ) -> None:
         self.vocab_size, self.mask_id, self._dtype = vocab_size, 0, dtype
         self._seed, self._scale = seed, scale
@@ -22,9 +27,13 @@ class TableModel:
         """[V], float64, of the table's precision; the same for the same context, always."""
         key = zlib.crc32(repr((self._seed, list(context))).encode())
         drawn = np.random.default_rng(key).normal(0, self._scale, self.vocab_size)
-        return drawn.astype(np.float32).astype(np.float64) if self._dtype == torch.float32 else drawn
+        return (
+            drawn.astype(np.float32).astype(np.float64) if self._dtype == torch.float32 else drawn
+        )
 
-    def forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None = None) -> Tensor:
+    def forward(
+        self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None = None
+    ) -> Tensor:
         slots = range(rows.start, rows.stop) if isinstance(rows, slice) else rows
         if nodes is not None:
             return self._grow(slots, ids_BT, starts_B, nodes)
@@ -38,13 +47,17 @@ class TableModel:
 
     def _grow(self, slots: Sequence[int], ids_BT: Tensor, starts_B: Tensor, nodes: Nodes) -> Tensor:
         out = []
-        for b, (slot, ids, start) in enumerate(zip(slots, ids_BT.tolist(), starts_B.tolist(), strict=True)):
+        for b, (slot, ids, start) in enumerate(
+            zip(slots, ids_BT.tolist(), starts_B.tolist(), strict=True)
+        ):
             self._contexts[slot] = held = [*self._contexts[slot][: start + nodes.first], *ids]
             assert len(held) == start + nodes.first + len(ids), "a row's tree has a gap"
             out.append([])
             for t, among in enumerate(nodes.visible_BTC[b].tolist()):
                 ancestors = [held[start + c] for c, seen in enumerate(among) if seen]
-                assert len(ancestors) == nodes.depth_BT[b, t] + 1, "a node's position is the number of its ancestors"
+                assert len(ancestors) == nodes.depth_BT[b, t] + 1, (
+                    "a node's position is the number of its ancestors"
+                )
                 out[-1].append(self.logits([*held[:start], *ancestors]))
         return torch.from_numpy(np.array(out)).to(self._dtype)
 

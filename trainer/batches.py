@@ -42,13 +42,25 @@ class Lesson:
     signal: Signal
 
     @classmethod
-    def of(cls, signal: Signal, branch_tokens: int = 0, masks: int = 0, mask_id: int = 0) -> "Lesson":
+    def of(
+        cls, signal: Signal, branch_tokens: int = 0, masks: int = 0, mask_id: int = 0
+    ) -> "Lesson":
         """With the first `branch_tokens` tokens of every rejected branch, and so many `masks` a place."""
         emitted = np.concatenate([signal.prompt_ids, signal.output_ids]).astype(np.int64)
         prompt, length = len(signal.prompt_ids), len(emitted)
         path = np.array(list(signal.path()), np.int64).reshape(-1, 2)
-        ids, positions, seen, own = [emitted], [np.arange(length)], [np.arange(1, length + 1)], [np.arange(length)]
-        columns, logged, kinds, end = [prompt + path[:, 0] - 1], [path[:, 1]], [np.full(len(path), PATH)], length
+        ids, positions, seen, own = (
+            [emitted],
+            [np.arange(length)],
+            [np.arange(1, length + 1)],
+            [np.arange(length)],
+        )
+        columns, logged, kinds, end = (
+            [prompt + path[:, 0] - 1],
+            [path[:, 1]],
+            [np.full(len(path), PATH)],
+            length,
+        )
         for start, drafted, count, verified in signal.branches() if branch_tokens else ():
             count = min(count, branch_tokens)
             ids.append(signal.draft_ids[drafted : drafted + count].astype(np.int64))
@@ -59,7 +71,9 @@ class Lesson:
             logged.append(verified + np.arange(count))
             kinds.append(np.full(count, BRANCH))
             end += count
-        for first in range(1, len(path) if masks else 0, MASKED):  # of the places that masks behind one token hold
+        for first in range(
+            1, len(path) if masks else 0, MASKED
+        ):  # of the places that masks behind one token hold
             count = min(masks, len(path) - first)
             place, column = path[first, 0], prompt + path[first, 0] - 1
             if (path[first : first + count, 0] != np.arange(place, place + count)).any():
@@ -72,7 +86,9 @@ class Lesson:
             logged.append(path[first : first + count, 1])
             kinds.append(np.full(count, MASK))
             end += count
-        ids_T, position_T, seen_T, own_T = (np.concatenate(parts) for parts in (ids, positions, seen, own))
+        ids_T, position_T, seen_T, own_T = (
+            np.concatenate(parts) for parts in (ids, positions, seen, own)
+        )
         column_N, logged_N, kind_N = (np.concatenate(parts) for parts in (columns, logged, kinds))
         return cls(ids_T, position_T, seen_T, own_T, column_N, logged_N, kind_N, signal)
 
@@ -81,7 +97,9 @@ class Lesson:
 class Batch:
     ids_BT: Tensor
     position_BT: Tensor
-    mask: Tensor  # [B, T]: 1 where there is a token; with branches [B, 1, T, T]: what each token sees
+    mask: (
+        Tensor  # [B, T]: 1 where there is a token; with branches [B, 1, T, T]: what each token sees
+    )
     row_N: Tensor
     column_N: Tensor
     kind_N: Tensor
@@ -108,12 +126,19 @@ def collate(lessons: Sequence[Lesson], pad_id: int, device: torch.device | str) 
     ids_BT = np.full((len(lessons), length), pad_id, np.int64)
     position_BT = np.zeros_like(ids_BT)
     for i, lesson in enumerate(lessons):
-        ids_BT[i, : len(lesson.ids_T)], position_BT[i, : len(lesson.ids_T)] = lesson.ids_T, lesson.position_T
+        ids_BT[i, : len(lesson.ids_T)], position_BT[i, : len(lesson.ids_T)] = (
+            lesson.ids_T,
+            lesson.position_T,
+        )
     k = min(lesson.signal.top_ids.shape[1] for lesson in lessons)
     own = [(lesson.signal, lesson.logged_N) for lesson in lessons]
     truth = Truncated(
-        torch.from_numpy(np.concatenate([s.top_ids[at, :k] for s, at in own]).astype(np.int64)).to(device),
-        torch.from_numpy(np.concatenate([s.top_logp[at, :k] for s, at in own]).astype(np.float32)).to(device),
+        torch.from_numpy(np.concatenate([s.top_ids[at, :k] for s, at in own]).astype(np.int64)).to(
+            device
+        ),
+        torch.from_numpy(
+            np.concatenate([s.top_logp[at, :k] for s, at in own]).astype(np.float32)
+        ).to(device),
         torch.from_numpy(np.concatenate([_rest(s, at, k) for s, at in own])).to(device),
     )
     rows = [np.full(len(lesson.column_N), i) for i, lesson in enumerate(lessons)]
@@ -139,8 +164,14 @@ def _mask(lessons: Sequence[Lesson], length: int) -> Tensor:
     mask_BTT[:, :, 0] = True  # padding sees something, or its softmax is of no numbers
     column_T = np.arange(length)
     for i, lesson in enumerate(lessons):
-        row_T1, seen_T1, own_T1 = column_T[: len(lesson.ids_T), None], lesson.seen_T[:, None], lesson.own_T[:, None]
-        mask_BTT[i, : len(lesson.ids_T)] = (column_T < seen_T1) | ((column_T >= own_T1) & (column_T <= row_T1))
+        row_T1, seen_T1, own_T1 = (
+            column_T[: len(lesson.ids_T), None],
+            lesson.seen_T[:, None],
+            lesson.own_T[:, None],
+        )
+        mask_BTT[i, : len(lesson.ids_T)] = (column_T < seen_T1) | (
+            (column_T >= own_T1) & (column_T <= row_T1)
+        )
     return torch.from_numpy(mask_BTT)[:, None]
 
 
@@ -158,7 +189,9 @@ def fitting(lessons: Sequence[Lesson], vocab_size: int, most: int) -> Iterator[l
     for lesson in lessons:
         start, end = int(lesson.column_N.min(initial=len(lesson.ids_T))), len(lesson.ids_T)
         low, high = (min(first, start), max(last, end)) if group else (start, end)
-        if group and (len(group) == most or (len(group) + 1) * (high - low) * vocab_size > LOGITS_AT_ONCE):
+        if group and (
+            len(group) == most or (len(group) + 1) * (high - low) * vocab_size > LOGITS_AT_ONCE
+        ):
             yield group
             group, low, high = [], start, end
         group.append(lesson)
@@ -167,7 +200,9 @@ def fitting(lessons: Sequence[Lesson], vocab_size: int, most: int) -> Iterator[l
         yield group
 
 
-def batches(lessons: Sequence[Lesson], size: int, rng: np.random.Generator) -> Iterator[list[Lesson]]:
+def batches(
+    lessons: Sequence[Lesson], size: int, rng: np.random.Generator
+) -> Iterator[list[Lesson]]:
     """One pass in random order, sequences of like length together, so that little is padding."""
     order = sorted(rng.permutation(len(lessons)), key=lambda i: len(lessons[i].ids_T))
     groups = [order[at : at + size] for at in range(0, len(order), size)]

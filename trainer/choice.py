@@ -58,7 +58,9 @@ def configured(settings: Settings, route: str, seed: int) -> Recipe:
         "auto": {"masks": MASKS},
         "exits": {"exit_weight": 1},
     }
-    return Recipe.of({**needed.get(drafting.drafter or "chain", {}), **settings.recipe, "seed": seed})
+    return Recipe.of(
+        {**needed.get(drafting.drafter or "chain", {}), **settings.recipe, "seed": seed}
+    )
 
 
 def choose(
@@ -93,7 +95,9 @@ def _over(choice: Mapping[str, Any], base: Recipe) -> dict[str, Any]:
     return {name: getattr(base, name) for name in choice}
 
 
-def shifted(module: nn.Module, lessons: Sequence[Signal], promised: float | None, gamma: int, pad_id: int) -> bool:
+def shifted(
+    module: nn.Module, lessons: Sequence[Signal], promised: float | None, gamma: int, pad_id: int
+) -> bool:
     """Whether the active draft accepts much less on these lessons than the gate promised when it was made."""
     if promised is None:
         return True

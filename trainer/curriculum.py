@@ -43,9 +43,13 @@ class Exam:
 
 @dataclass(frozen=True, slots=True)
 class Curriculum:
-    passes: list[list[Signal]]  # what each learns from: the window, and every time others of the older signals
+    passes: list[
+        list[Signal]
+    ]  # what each learns from: the window, and every time others of the older signals
     exam: Exam
-    left_out: dict[str, int]  # signals that were beyond their client's share, of the lessons and of the exam
+    left_out: dict[
+        str, int
+    ]  # signals that were beyond their client's share, of the lessons and of the exam
 
 
 def curriculum(
@@ -73,7 +77,9 @@ def curriculum(
         others = [s for s in known if s.request_id not in asked]
         fresh, _ = fair([*fresh, *others], *share, min(MIN_REQUESTS, bounds.exam))
         asked = {signal.request_id for signal in fresh}
-        known, _ = fair([s for s in known if s.request_id not in asked or s.request_id in recent], *share)
+        known, _ = fair(
+            [s for s in known if s.request_id not in asked or s.request_id in recent], *share
+        )
     left_out = {"lessons": passes[0][1], "exam": unasked}
     return Curriculum([lessons for lessons, _ in passes if lessons], Exam(fresh, known), left_out)
 
@@ -86,7 +92,9 @@ def drawn(kept: Sequence[Entry], window: Sequence[Entry]) -> list[Entry]:
     """
     inside = {entry.id for entry in window}
     others = [entry for entry in kept if entry.id not in inside]
-    return sorted(others, key=lambda entry: hashlib.sha256(f"{window[0].id} {entry.id}".encode()).digest())
+    return sorted(
+        others, key=lambda entry: hashlib.sha256(f"{window[0].id} {entry.id}".encode()).digest()
+    )
 
 
 def parts(signals: Sequence[Signal], size: int) -> list[list[Signal]]:
@@ -94,7 +102,10 @@ def parts(signals: Sequence[Signal], size: int) -> list[list[Signal]]:
     if len(signals) <= size or size == 0:
         return [list(signals[:size])]
     count = math.ceil(len(signals) / size)
-    return [[signals[i % len(signals)] for i in range(at, at + size)] for at in range(0, count * size, size)]
+    return [
+        [signals[i % len(signals)] for i in range(at, at + size)]
+        for at in range(0, count * size, size)
+    ]
 
 
 def fair(
@@ -105,13 +116,19 @@ def fair(
     A client keeps its first ones. A share that not even one signal of every client would keep is raised to that, and
     who is alone has no bound: somebody has to be learnt from.
     """
-    owners = [signal.client or index for index, signal in enumerate(signals)]  # nobody's: a client of its own
+    owners = [
+        signal.client or index for index, signal in enumerate(signals)
+    ]  # nobody's: a client of its own
     counts = Counter(owners)
     limit = len(signals) if limit is None else limit
     if len(counts) < 2 or limit < 2:
         return list(signals[:limit]), 0
     share = max(share, 1 / min(limit, len(counts)))
-    allowed = next(n for n in range(max(counts.values()), 0, -1) if n <= share * min(limit, _kept(counts, n)) + 1e-9)
+    allowed = next(
+        n
+        for n in range(max(counts.values()), 0, -1)
+        if n <= share * min(limit, _kept(counts, n)) + 1e-9
+    )
     allowed = max(allowed, fewest)
     taken: Counter[str | int] = Counter()
     kept = []

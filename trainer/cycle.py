@@ -81,7 +81,9 @@ def run(shop: Workshop, lease: Lease, still_wanted: Callable[[], None] = lambda:
     parent = shop.registry.serving(route)
     window = _claim(shop, route)
     if parent is None or not window:
-        return shop.ledger.finish(lease, "empty", {"reason": "no draft yet" if parent is None else "no signals"}).state
+        return shop.ledger.finish(
+            lease, "empty", {"reason": "no draft yet" if parent is None else "no signals"}
+        ).state
     shop.ledger.set_window(lease, window[0].id, window[-1].id)
 
     module = shop.weights.load(parent)
@@ -89,7 +91,9 @@ def run(shop: Workshop, lease: Lease, still_wanted: Callable[[], None] = lambda:
     new = list(_readable(window, vocab_size).values())
     old = _readable(drawn(shop.buffer.kept(route), window), vocab_size)
     recipe = configured(shop.settings, route, lease.cycle_id)
-    bounds = Bounds(shop.settings.replay_signals, shop.settings.held_out_signals, shop.settings.client_share)
+    bounds = Bounds(
+        shop.settings.replay_signals, shop.settings.held_out_signals, shop.settings.client_share
+    )
     chosen = curriculum(new, list(old.values()), bounds, _after(old, parent.window.get("last")))
     chosen = replace(chosen, passes=chosen.passes[: recipe.epochs])
     span = {
@@ -100,7 +104,11 @@ def run(shop: Workshop, lease: Lease, still_wanted: Callable[[], None] = lambda:
         "unreadable": len(window) - len(new),
         "left_out": chosen.left_out,
     }
-    learnt = _learn(shop, lease, route, parent, module, recipe, chosen, span, still_wanted) if chosen.passes else None
+    learnt = (
+        _learn(shop, lease, route, parent, module, recipe, chosen, span, still_wanted)
+        if chosen.passes
+        else None
+    )
     # Before the end of the cycle: a fault behind it would lose the window for replay, and nothing is kept twice.
     shop.buffer.keep(route, window, shop.settings.kept_signals)
     if learnt is None:
@@ -110,7 +118,13 @@ def run(shop: Workshop, lease: Lease, still_wanted: Callable[[], None] = lambda:
         # A route that began with a generic draft is a cluster. There is no room for a second draft beside a cluster's.
         share = 0.0 if is_generic(shop.registry.versions(route)[-1]) else shop.settings.canary_share
         cycle = shop.ledger.conclude(lease, parent, made, report.promote, figures, share)
-        log.info("cycle %d: %s, %s (%.1f s of training)", cycle.id, cycle.state, report.reason, figures["train_s"])
+        log.info(
+            "cycle %d: %s, %s (%.1f s of training)",
+            cycle.id,
+            cycle.state,
+            report.reason,
+            figures["train_s"],
+        )
     # Ack after register: a crash repeats a cycle, it never loses signals.
     shop.buffer.acknowledge(route, [entry.id for entry in window])
     _tidy(shop)
@@ -135,7 +149,9 @@ def _learn(
     # Held to their parents alone, versions would forget a little more each time.
     former = shop.weights.first(route) if recipe.rehearsal else None
     if settings.search_recipe:
-        found = choose(module, chosen.passes[0], recipe, parent, gamma, pad_id, still_wanted, former)
+        found = choose(
+            module, chosen.passes[0], recipe, parent, gamma, pad_id, still_wanted, former
+        )
         recipe = replace(recipe, **found["choice"])
     distilled = distill(module, chosen.passes, recipe, pad_id, still_wanted, former)
     train_s = time.monotonic() - started
@@ -154,11 +170,22 @@ def _learn(
     return made, report, finite(figures)
 
 
-def _judged(shop: Workshop, parent: Version, digest: str, exam: Exam, gamma: int, pad_id: int, seed: int) -> GateReport:
+def _judged(
+    shop: Workshop, parent: Version, digest: str, exam: Exam, gamma: int, pad_id: int, seed: int
+) -> GateReport:
     """The candidate as it would be served: rounded to its stored precision, read back from disk."""
     active, candidate = shop.weights.load(parent), shop.weights.read(digest)
     tolerance = shop.settings.forgetting_tolerance
-    return judge(active, candidate, exam.new, exam.earlier, gamma=gamma, pad_id=pad_id, tolerance=tolerance, seed=seed)
+    return judge(
+        active,
+        candidate,
+        exam.new,
+        exam.earlier,
+        gamma=gamma,
+        pad_id=pad_id,
+        tolerance=tolerance,
+        seed=seed,
+    )
 
 
 def _tidy(shop: Workshop) -> None:
@@ -184,7 +211,11 @@ def _claim(shop: Workshop, route: str) -> list[Entry]:
 
 def _after(signals: Mapping[str, Signal], last: str | None) -> set[str]:
     """Requests that came after the last entry of a version's window; all where it was not made from signals."""
-    return {s.request_id for entry, s in signals.items() if last is None or id_order(entry) > id_order(last)}
+    return {
+        s.request_id
+        for entry, s in signals.items()
+        if last is None or id_order(entry) > id_order(last)
+    }
 
 
 def _readable(entries: Sequence[Entry], vocab_size: int) -> dict[str, Signal]:
@@ -224,7 +255,9 @@ class Heart:
     def _beat(self) -> None:
         while not self._stop.wait(min(1.0, self._every_s)):
             if os.getppid() != self._worker:
-                os._exit(EXIT_LEASE_LOST)  # The worker was killed: its successor will take the cycle over.
+                os._exit(
+                    EXIT_LEASE_LOST
+                )  # The worker was killed: its successor will take the cycle over.
             try:
                 self._ledger.heartbeat(self._lease)
             except LeaseLost:
@@ -250,8 +283,12 @@ def give_way() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m trainer.cycle", description=__doc__)
     parser.add_argument("--cycle", type=int, required=True)
-    parser.add_argument("--fence", type=int, required=True, help="of the lease that the worker took")
-    parser.add_argument("--worker", type=int, default=os.getppid(), help="process to end with; default: the parent")
+    parser.add_argument(
+        "--fence", type=int, required=True, help="of the lease that the worker took"
+    )
+    parser.add_argument(
+        "--worker", type=int, default=os.getppid(), help="process to end with; default: the parent"
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]

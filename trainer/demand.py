@@ -23,7 +23,10 @@ SHIFT_SHARE = 4  # after a shift, one in so many of the usual number is enough: 
 STEEP_SHARE = 2  # after a steep gain, one in so many
 STEEP_GAIN = 0.1  # of a cycle, in tokens per step: the next one will gain, too
 FEWEST = 16  # but never fewer: there has to be something to learn and something to be examined on
-SLACK, ALARM = 0.5, 8.0  # of the CUSUM, in standard deviations: a fall of one deviation is noticed after 16 requests
+SLACK, ALARM = (
+    0.5,
+    8.0,
+)  # of the CUSUM, in standard deviations: a fall of one deviation is noticed after 16 requests
 LOOKED_AT = 400  # new signals that the detector reads, at most
 REFERENCE = 50  # first signals that stand for what is usual, where no gate has said it
 BETTER = ("promoted", "canary", "held")  # ends of cycles whose candidate passed the gate
@@ -43,7 +46,9 @@ class Demand:
         return self.shift or f"{self.waiting} new signals"
 
 
-def look(buffer: SignalBuffer, ledger: CycleLedger, registry: Registry, route: str, settings: Settings) -> Demand:
+def look(
+    buffer: SignalBuffer, ledger: CycleLedger, registry: Registry, route: str, settings: Settings
+) -> Demand:
     """Reads what it takes to say whether a cycle of `route` is worth its cost now."""
     least = early(settings.cycle_min_signals, SHIFT_SHARE)
     past, version = ledger.cycles(route, limit=8), registry.active(route)
@@ -68,12 +73,16 @@ def patience(past: Sequence[Cycle], depth: Depth, idle: timedelta, settings: Set
         return least
     each = depth.bytes / max(1, depth.signals)
     room = min(settings.buffer_signals, settings.buffer_bytes / max(1.0, each))
-    return min(rest(past, settings.cycle_min_signals, settings.worth_gain), max(least, int(room / 2)))
+    return min(
+        rest(past, settings.cycle_min_signals, settings.worth_gain), max(least, int(room / 2))
+    )
 
 
 def rest(past: Sequence[Cycle], usual: int, worth_gain: float) -> int:
     """New signals that the next cycle is worth its cost after. `past`: cycles of the route, newest first."""
-    finished = [cycle for cycle in past if cycle.state not in (*UNFINISHED, "failed")]  # a fault is no lack of worth
+    finished = [
+        cycle for cycle in past if cycle.state not in (*UNFINISHED, "failed")
+    ]  # a fault is no lack of worth
     # Also of a candidate that was refused for want of proof: what it seemed to gain is what another cycle may.
     gains = [gain(cycle) for cycle in finished]
     if gains and gains[0] >= STEEP_GAIN and finished[0].state in BETTER:
@@ -114,5 +123,7 @@ def fall(acceptances: Sequence[float], promised: float | None) -> str:
         total = max(0.0, total + (promised - rate) / deviation - SLACK)
         if total > ALARM:
             recent = seen[max(0, i - FEWEST) :]
-            return f"a shift: acceptance fell from {promised:.3f} to {sum(recent) / len(recent):.3f}"
+            return (
+                f"a shift: acceptance fell from {promised:.3f} to {sum(recent) / len(recent):.3f}"
+            )
     return ""

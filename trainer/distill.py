@@ -19,7 +19,9 @@ from trainer.batches import Batch, Lesson, batches, collate, fitting
 from trainer.divergences import Divergence, divergence, draft_classes
 from trainer.rehearsal import Rehearsal
 
-COLDEST = 0.5  # temperature that all colder answers are learnt at, where a recipe follows temperatures
+COLDEST = (
+    0.5  # temperature that all colder answers are learnt at, where a recipe follows temperatures
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +30,26 @@ class Recipe:
 
     divergence: str = "forward_kl"
     beta: Annotated[float, Field(ge=0, le=1)] = 0.5  # of the divergences that have one
-    branch_tokens: Annotated[int, Field(ge=0)] = 0  # learnt from of every rejected branch: the draft's own samples
-    branch_weight: Annotated[float, Field(ge=0)] = 0.1  # of a position on one; on the emitted path it is 1
-    masks: Annotated[int, Field(ge=0)] = 0  # mask tokens in a row that are learnt from, for drafting in one forward
+    branch_tokens: Annotated[int, Field(ge=0)] = (
+        0  # learnt from of every rejected branch: the draft's own samples
+    )
+    branch_weight: Annotated[float, Field(ge=0)] = (
+        0.1  # of a position on one; on the emitted path it is 1
+    )
+    masks: Annotated[int, Field(ge=0)] = (
+        0  # mask tokens in a row that are learnt from, for drafting in one forward
+    )
     mask_weight: Annotated[float, Field(ge=0)] = 0.5  # of a place that one holds
-    exit_weight: Annotated[float, Field(ge=0)] = 0.0  # of what earlier layers say; the last one's has 1
+    exit_weight: Annotated[float, Field(ge=0)] = (
+        0.0  # of what earlier layers say; the last one's has 1
+    )
     follow_temperature: bool = False  # compare at the request's temperature instead of at 1
-    selected_share: Annotated[float, Field(gt=0, le=1)] = 1.0  # AdaSPEC: those positions with the most to gain
-    rehearsal: Annotated[float, Field(ge=0)] = 0.5  # weight of what a former draft could do, on its own samples
+    selected_share: Annotated[float, Field(gt=0, le=1)] = (
+        1.0  # AdaSPEC: those positions with the most to gain
+    )
+    rehearsal: Annotated[float, Field(ge=0)] = (
+        0.5  # weight of what a former draft could do, on its own samples
+    )
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     epochs: Annotated[int, Field(ge=1)] = 8
     batch_signals: Annotated[int, Field(ge=1)] = 8
@@ -72,11 +86,17 @@ class Distilled:
 
 def draft_logits(module: nn.Module, batch: Batch) -> Tensor:
     """The draft's logits at the supervised positions [N, V]."""
-    first = int(batch.column_N.min())  # Most of the draft is its head: prompts before that column do without it.
+    first = int(
+        batch.column_N.min()
+    )  # Most of the draft is its head: prompts before that column do without it.
     kept = batch.ids_BT.shape[1] - first
     placed = {"position_ids": batch.position_BT} if batch.mask.ndim == 4 else {}
     out: Tensor = module(
-        input_ids=batch.ids_BT, attention_mask=batch.mask, use_cache=False, logits_to_keep=kept, **placed
+        input_ids=batch.ids_BT,
+        attention_mask=batch.mask,
+        use_cache=False,
+        logits_to_keep=kept,
+        **placed,
     ).logits
     return out[batch.row_N, batch.column_N - first].float()
 
@@ -92,11 +112,17 @@ def exit_logits(module: nn.Module, batch: Batch) -> list[Tensor]:
         raise ValueError("recipe: exit_weight is for drafts that are built as Llama is")
     placed = {"position_ids": batch.position_BT} if batch.mask.ndim == 4 else {}
     states = body(
-        input_ids=batch.ids_BT, attention_mask=batch.mask, use_cache=False, output_hidden_states=True, **placed
+        input_ids=batch.ids_BT,
+        attention_mask=batch.mask,
+        use_cache=False,
+        output_hidden_states=True,
+        **placed,
     ).hidden_states
     head: Any = module.get_output_embeddings()  # type: ignore[operator]
     *early, last = (state[batch.row_N, batch.column_N] for state in states[1:])
-    return [head(state_NE).float() for state_NE in (last, *(body.norm(state_NE) for state_NE in early))]
+    return [
+        head(state_NE).float() for state_NE in (last, *(body.norm(state_NE) for state_NE in early))
+    ]
 
 
 def takes_branches(module: nn.Module) -> bool:
@@ -104,7 +130,9 @@ def takes_branches(module: nn.Module) -> bool:
     return "position_ids" in inspect.signature(module.forward).parameters
 
 
-def losses(logits_NV: Tensor, batch: Batch, measure: Divergence, follow_temperature: bool) -> Tensor:
+def losses(
+    logits_NV: Tensor, batch: Batch, measure: Divergence, follow_temperature: bool
+) -> Tensor:
     """The divergence at every supervised position [N]."""
     truth = batch.truth
     if follow_temperature:
@@ -128,13 +156,19 @@ def distill(
     """
     started = time.monotonic()
     more = (recipe.branch_tokens, recipe.masks) if takes_branches(module) else (0, 0)
-    made = {id(signal): Lesson.of(signal, *more, pad_id) for signals in passes for signal in signals}
+    made = {
+        id(signal): Lesson.of(signal, *more, pad_id) for signals in passes for signal in signals
+    }
     lessons = [[made[id(signal)] for signal in signals] for signals in passes]
     reference = None
     if recipe.selected_share < 1:
         reference = copy.deepcopy(module)
         _train(reference, lessons, recipe, pad_id, still_wanted)
-    rehearsal = Rehearsal(former or copy.deepcopy(module), lessons[0], recipe.seed) if recipe.rehearsal else None
+    rehearsal = (
+        Rehearsal(former or copy.deepcopy(module), lessons[0], recipe.seed)
+        if recipe.rehearsal
+        else None
+    )
     told, positions = _train(module, lessons, recipe, pad_id, still_wanted, reference, rehearsal)
     edge = max(1, len(told) // 10)
     first, last = float(np.mean(told[:edge])), float(np.mean(told[-edge:]))
@@ -154,8 +188,12 @@ def _train(
     device = next(module.parameters()).device
     measure = divergence(recipe.divergence, recipe.beta)
     total = steps(passes, recipe)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step, recipe.warmup_steps, total))
+    optimizer = torch.optim.AdamW(
+        module.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: factor(step, recipe.warmup_steps, total)
+    )
     told: list[float] = []
     positions = 0
     module.train()
@@ -167,7 +205,9 @@ def _train(
         for part in fitting(group, module.config.vocab_size, recipe.batch_signals):  # type: ignore[union-attr, arg-type]
             batch = collate(part, pad_id, device)
             loss_N = _loss(module, batch, measure, recipe)
-            weight_N = torch.tensor([1.0, recipe.branch_weight, recipe.mask_weight], device=device)[batch.kind_N]
+            weight_N = torch.tensor([1.0, recipe.branch_weight, recipe.mask_weight], device=device)[
+                batch.kind_N
+            ]
             if reference is not None:
                 weight_N = weight_N * _selected(loss_N, batch, measure, recipe, reference)
             loss = (loss_N * weight_N).sum() / weight_N.sum() * (len(loss_N) / whole)
@@ -186,7 +226,10 @@ def _train(
 def _loss(module: nn.Module, batch: Batch, measure: Divergence, recipe: Recipe) -> Tensor:
     if not recipe.exit_weight:
         return losses(draft_logits(module, batch), batch, measure, recipe.follow_temperature)
-    last, *early = (losses(said, batch, measure, recipe.follow_temperature) for said in exit_logits(module, batch))
+    last, *early = (
+        losses(said, batch, measure, recipe.follow_temperature)
+        for said in exit_logits(module, batch)
+    )
     return (last + recipe.exit_weight * sum(early)) / (1 + recipe.exit_weight * len(early))
 
 
@@ -199,11 +242,16 @@ def epochs(passes: Sequence[Sequence[Lesson]], recipe: Recipe) -> Iterator[list[
 
 def steps(passes: Sequence[Sequence[object]], recipe: Recipe) -> int:
     """How many batches that are."""
-    return sum(math.ceil(len(lessons) / recipe.batch_signals) for lessons in islice(cycle(passes), recipe.epochs))
+    return sum(
+        math.ceil(len(lessons) / recipe.batch_signals)
+        for lessons in islice(cycle(passes), recipe.epochs)
+    )
 
 
 @torch.no_grad()
-def _selected(loss_N: Tensor, batch: Batch, measure: Divergence, recipe: Recipe, reference: nn.Module) -> Tensor:
+def _selected(
+    loss_N: Tensor, batch: Batch, measure: Divergence, recipe: Recipe, reference: nn.Module
+) -> Tensor:
     """1 for the share of positions where the draft lags most behind a reference that has learnt already (AdaSPEC).
 
     arXiv 2510.19779: what the reference could not learn either would only use up a small draft's capacity.

@@ -71,7 +71,9 @@ def jensen_shannon(p_NC: Tensor, draft_logp_NC: Tensor, beta: float) -> Tensor:
     q_NC = draft_logp_NC.exp()
     m_NC = beta * p_NC + (1 - beta) * q_NC
     m_logp_NC = m_NC.clamp(min=EPSILON).log()
-    return beta * forward_kl(p_NC, m_logp_NC) + (1 - beta) * (q_NC * (draft_logp_NC - m_logp_NC)).sum(-1)
+    return beta * forward_kl(p_NC, m_logp_NC) + (1 - beta) * (
+        q_NC * (draft_logp_NC - m_logp_NC)
+    ).sum(-1)
 
 
 def total_variation(p_NC: Tensor, draft_logp_NC: Tensor) -> Tensor:
@@ -102,7 +104,9 @@ def acceptance_likelihood(p_NC: Tensor, draft_logp_NC: Tensor) -> Tensor:
 
 def mixed(p_NC: Tensor, draft_logp_NC: Tensor, beta: float) -> Tensor:
     """β KL(p‖q) − (1 − β) log Σ min(p, q): the second alone has no gradient that leads far (arXiv 2602.23881)."""
-    return beta * forward_kl(p_NC, draft_logp_NC) + (1 - beta) * acceptance_likelihood(p_NC, draft_logp_NC)
+    return beta * forward_kl(p_NC, draft_logp_NC) + (1 - beta) * acceptance_likelihood(
+        p_NC, draft_logp_NC
+    )
 
 
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {

@@ -165,7 +165,9 @@ def _forgetting(earlier: Stratum, tolerance: float) -> str:
     return f"forgets: {told}, where {-allowed:+.3f} is tolerated"
 
 
-def bootstrap_interval(differences_R: Floats, seed: int, level: float = 0.95) -> tuple[float, float]:
+def bootstrap_interval(
+    differences_R: Floats, seed: int, level: float = 0.95
+) -> tuple[float, float]:
     """The percentile interval of the mean of paired differences, widened for few of them.
 
     Percentiles alone are too narrow there, as a normal interval with the sample's own deviation is: on real differences
@@ -178,7 +180,10 @@ def bootstrap_interval(differences_R: Floats, seed: int, level: float = 0.95) ->
     rng = np.random.default_rng(seed)
     picks = rng.integers(0, count, (RESAMPLES, count))
     low, high = np.percentile(differences_R[picks].mean(1), [100 * tail, 100 - 100 * tail])
-    mean, wider = differences_R.mean(), math.sqrt(count / (count - 1)) * _student_over_normal(1 - tail, count - 1)
+    mean, wider = (
+        differences_R.mean(),
+        math.sqrt(count / (count - 1)) * _student_over_normal(1 - tail, count - 1),
+    )
     return float(mean + wider * (low - mean)), float(mean + wider * (high - mean))
 
 

@@ -32,12 +32,16 @@ def served_gamma(signals: Sequence[Signal], most: int) -> int:
     At the γ that a server may draft at most, differences are those of long runs that it hardly ever drafts, and their
     noise hides what is gained where it serves.
     """
-    drafted_R = [float(s.step_drafted[s.step_drafted > 0].mean()) for s in signals if s.step_drafted.any()]
+    drafted_R = [
+        float(s.step_drafted[s.step_drafted > 0].mean()) for s in signals if s.step_drafted.any()
+    ]
     return min(most, max(1, round(float(np.median(drafted_R))))) if drafted_R else most
 
 
 @torch.inference_mode()
-def evaluate(module: nn.Module, signals: Sequence[Signal], gamma: int, pad_id: int, batch_signals: int = 16) -> Marks:
+def evaluate(
+    module: nn.Module, signals: Sequence[Signal], gamma: int, pad_id: int, batch_signals: int = 16
+) -> Marks:
     """The marks of a draft that drafts γ tokens a step."""
     device = next(module.parameters()).device
     tokens: list[float] = []

@@ -27,14 +27,18 @@ class Rehearsal:
         self._rng = np.random.default_rng(seed)
         # As prompts begin, so that the draft goes on as in the traffic that it knows.
         starts = [int(lesson.ids_T[0]) for lesson in lessons]
-        first_R1 = torch.tensor(self._rng.choice(starts, SEQUENCES), device=next(former.parameters()).device)[:, None]
+        first_R1 = torch.tensor(
+            self._rng.choice(starts, SEQUENCES), device=next(former.parameters()).device
+        )[:, None]
         self._ids_RT = write(self._former, first_R1, TOKENS, seed)
 
     def loss(self, module: nn.Module) -> Tensor:
         """KL(former‖now), mean over the positions of a few sequences."""
         ids_BT = self._ids_RT[self._rng.integers(0, len(self._ids_RT), PER_STEP)]
         with torch.no_grad():
-            former_logp_BTV = self._former(input_ids=ids_BT, use_cache=False).logits.float().log_softmax(-1)
+            former_logp_BTV = (
+                self._former(input_ids=ids_BT, use_cache=False).logits.float().log_softmax(-1)
+            )
         now_logp_BTV = module(input_ids=ids_BT, use_cache=False).logits.float().log_softmax(-1)
         moved: Tensor = (former_logp_BTV.exp() * (former_logp_BTV - now_logp_BTV)).sum(-1).mean()
         return moved

@@ -88,7 +88,12 @@ def _work(lease: Lease) -> str:
     In a session of its own, so that it can give way to everything else on the machine (see `trainer.cycle.give_way`).
     """
     numbers = {"--cycle": lease.cycle_id, "--fence": lease.fence, "--worker": os.getpid()}
-    command = [sys.executable, "-m", "trainer.cycle", *(str(part) for pair in numbers.items() for part in pair)]
+    command = [
+        sys.executable,
+        "-m",
+        "trainer.cycle",
+        *(str(part) for pair in numbers.items() for part in pair),
+    ]
     try:
         done = subprocess.run(
             command,

@@ -31,7 +31,11 @@ class Download:
 def upload(array: NDArray[Any], device: torch.device | str) -> Tensor:
     """A host array on the device, without waiting for it."""
     tensor = torch.from_numpy(array)
-    return tensor if torch.device(device).type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    return (
+        tensor
+        if torch.device(device).type == "cpu"
+        else tensor.pin_memory().to(device, non_blocking=True)
+    )
 
 
 def to_host(*tensors: Tensor) -> list[list[Any]]:
@@ -42,9 +46,14 @@ def to_host(*tensors: Tensor) -> list[list[Any]]:
 
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.reshape(len(tensor), -1).to(torch.float64) for tensor in tensors], 1)  # holds any token id
+    return torch.cat(
+        [tensor.reshape(len(tensor), -1).to(torch.float64) for tensor in tensors], 1
+    )  # holds any token id
 
 
 def unpack(packed: Tensor, like: Sequence[Tensor]) -> list[list[Any]]:
     parts = torch.split(packed, [tensor[0].numel() for tensor in like], 1)
-    return [part.to(tensor.dtype).view(tensor.shape).tolist() for part, tensor in zip(parts, like, strict=True)]
+    return [
+        part.to(tensor.dtype).view(tensor.shape).tolist()
+        for part, tensor in zip(parts, like, strict=True)
+    ]

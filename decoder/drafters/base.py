@@ -21,7 +21,9 @@ from decoder.verification.proposal import Proposal
 from decoder.verification.sampling import Sampling
 from decoder.verification.tree_shape import Scheme, Shape
 
-FEED = 8  # tokens that a draft may lack and still get with its first forward; more are encoded before
+FEED = (
+    8  # tokens that a draft may lack and still get with its first forward; more are encoded before
+)
 
 
 @dataclass(slots=True)
@@ -38,11 +40,17 @@ class Group:
     vocab_size: int
     device: torch.device | str
     price: Price = FREE  # of what drafting costs all rows of the step, these rows' share
-    feed: int = FEED  # tokens of its context that a row's draft may lack and still be asked in this step
-    forwards: float | None = None  # of the draft model, where the drafter counts them: prices are learnt from it
+    feed: int = (
+        FEED  # tokens of its context that a row's draft may lack and still be asked in this step
+    )
+    forwards: float | None = (
+        None  # of the draft model, where the drafter counts them: prices are learnt from it
+    )
     # By row: of candidates whose keys the draft's slot holds, the cell behind the context.
     cells: list[dict[int, int]] = field(default_factory=list)
-    evidence: list[list[list[Evidence]]] = field(default_factory=list)  # by row and candidate: what spoke for it
+    evidence: list[list[list[Evidence]]] = field(
+        default_factory=list
+    )  # by row and candidate: what spoke for it
 
     @property
     def shape(self) -> Shape:
@@ -72,7 +80,9 @@ def begin(group: Group) -> Tensor:
     unseen = [row.tokens[row.draft_cached :] for row in group.rows]
     starts_B = integers([row.draft_cached for row in group.rows], group.device)
     upto = max(len(row.tokens) for row in group.rows)
-    logits_BTV = group.draft.model.forward(group.slots, ragged(unseen, group.device), starts_B, upto)
+    logits_BTV = group.draft.model.forward(
+        group.slots, ragged(unseen, group.device), starts_B, upto
+    )
     for row in group.rows:
         row.draft_holds(len(row.tokens))
     return behind(logits_BTV, integers([len(tokens) for tokens in unseen], group.device))
@@ -96,7 +106,9 @@ def keep(group: Group, kept: Sequence[Sequence[int]]) -> None:
 
 def learn(group: Group, kept: Sequence[Sequence[int]]) -> None:
     """What became of the candidates that verification came to, of chains."""
-    for row, path, count, evidence in zip(group.rows, kept, group.drafted, group.evidence, strict=True):
+    for row, path, count, evidence in zip(
+        group.rows, kept, group.drafted, group.evidence, strict=True
+    ):
         for n in range(min(len(path) + 1, count)):
             for one in evidence[n]:
                 known = row.draft.kept if one[1] <= DRAWN else row.suffixes.recent.kept

@@ -28,7 +28,13 @@ from decoder.models.ragged import integers, ragged
 from decoder.policy.draft_cost import FREE, Price
 from decoder.sequence.sequence import Row
 from decoder.verification.proposal import Proposal
-from decoder.verification.sampling import Sampling, at_least_float32, most_likely, probabilities, sample
+from decoder.verification.sampling import (
+    Sampling,
+    at_least_float32,
+    most_likely,
+    probabilities,
+    sample,
+)
 from decoder.verification.tree_shape import Scheme, chain_of
 
 
@@ -51,7 +57,9 @@ class CascadeDrafter:
     def propose(self, group: Group) -> Proposal | None:
         chains = begun(group)
         shaped = group.sampling, group.uniform_BN, group.price, self._masks
-        logits_BQV, probs_BQV, group.forwards = propose(group.draft.model, group.slots, chains, *shaped)
+        logits_BQV, probs_BQV, group.forwards = propose(
+            group.draft.model, group.slots, chains, *shaped
+        )
         for row, one in zip(group.rows, chains, strict=True):
             row.draft_holds(one.held)  # cut back where a rejection comes earlier
             row.draft_wanted = one.missed
@@ -84,12 +92,17 @@ def propose(
         asking, places = _asking(chains, price, masks)
         if not asking:
             break
-        ahead = [_ahead(one, places, model.mask_id, masks) if b in asking else [] for b, one in enumerate(chains)]
+        ahead = [
+            _ahead(one, places, model.mask_id, masks) if b in asking else []
+            for b, one in enumerate(chains)
+        ]
         unseen = [[] if one.lags else [*one.context, *one.tokens][one.held :] for one in chains]
         fed = [tokens + more for tokens, more in zip(unseen, ahead, strict=True)]
         held = [one.held for one in chains]
         upto = max(start + len(tokens) for start, tokens in zip(held, fed, strict=True))
-        logits_BFV = at_least_float32(model.forward(rows, ragged(fed, device), integers(held, device), upto))
+        logits_BFV = at_least_float32(
+            model.forward(rows, ragged(fed, device), integers(held, device), upto)
+        )
         forwards += 1
         for one, tokens in zip(chains, unseen, strict=True):
             one.held += len(tokens)
@@ -98,7 +111,9 @@ def propose(
         everyone = len(asking) == count
         own = sampling if everyone else sampling.select(asking)
         uniform_AN = uniform_BN if everyone else uniform_BN[asking]
-        drawn, chances, q_AMV = _draw(said_AMV, own, uniform_AN, [len(chains[b].tokens) for b in asking])
+        drawn, chances, q_AMV = _draw(
+            said_AMV, own, uniform_AN, [len(chains[b].tokens) for b in asking]
+        )
         for a, b in enumerate(asking):
             taken = 1 + (len(ahead[b]) if masks else _agreement(drawn[a], ahead[b]))
             taken = chains[b].draw(drawn[a][:taken], chances[a][:taken], masked=masks > 0)
@@ -123,14 +138,20 @@ def _asking(chains: Sequence[Chain], price: Price, masks: int) -> tuple[list[int
     for one in wanting:
         one.missed = one.lags
     asking = [b for b, one in enumerate(chains) if one.open and not one.lags]
-    if len(asking) < len(wanting) and not (places := worthwhile([chains[b] for b in asking], price, masks)):
+    if len(asking) < len(wanting) and not (
+        places := worthwhile([chains[b] for b in asking], price, masks)
+    ):
         return [], 0
     return asking, places
 
 
 def _ahead(one: Chain, places: int, mask_id: int, masks: int) -> list[int]:
     """What the model is fed behind the chain: guesses of its own tokens, or masks that stand for them."""
-    return [mask_id] * (min(places, one.lead, one.most - len(one.tokens)) - 1) if masks else one.ahead()
+    return (
+        [mask_id] * (min(places, one.lead, one.most - len(one.tokens)) - 1)
+        if masks
+        else one.ahead()
+    )
 
 
 def _stacked(parts: Sequence[list[Tensor]]) -> Tensor:
@@ -157,7 +178,9 @@ def _draw(
     else:
         probs_AMV = probabilities(logits_AMV, sampling)
         places_M = torch.arange(logits_AMV.shape[1], device=uniform_AN.device)
-        at_AM = (integers(done, uniform_AN.device)[:, None] + places_M).clamp_(max=uniform_AN.shape[1] - 1)  # padding
+        at_AM = (integers(done, uniform_AN.device)[:, None] + places_M).clamp_(
+            max=uniform_AN.shape[1] - 1
+        )  # padding
         drawn_AM = sample(probs_AMV, uniform_AN.gather(1, at_AM))
     chances_AM = probs_AMV.gather(-1, drawn_AM[..., None])[..., 0]
     return drawn_AM.tolist(), chances_AM.tolist(), probs_AMV

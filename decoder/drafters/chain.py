@@ -44,7 +44,9 @@ class Chain:
     tokens: list[int] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)  # by token: which drawn one it is, or CHOSEN
     evidence: list[Evidence] = field(default_factory=list)  # by token
-    worth: list[float] = field(default_factory=list)  # by token: how likely it was to be kept, before it was drawn
+    worth: list[float] = field(
+        default_factory=list
+    )  # by token: how likely it was to be kept, before it was drawn
     reach: float = 1.0  # how likely all are kept
     drawn: int = 0
     lags: bool = False  # the draft's slot lacks too much of the context for the model to be asked in this step
@@ -93,7 +95,9 @@ class Chain:
     @property
     def fixed(self) -> int:
         """Tokens up to the last one that was drawn: they stay."""
-        return next((n for n in range(len(self.sources), 0, -1) if self.sources[n - 1] != CHOSEN), 0)
+        return next(
+            (n for n in range(len(self.sources), 0, -1) if self.sources[n - 1] != CHOSEN), 0
+        )
 
     def grown(self, place: int) -> float:
         """How likely the token there was to be kept before it was drawn; where the chain ends, n-grams go on first."""
@@ -105,7 +109,9 @@ class Chain:
     def expected(self, place: int) -> float:
         """How likely the model's token is kept; `place` is 0, or how many masks it stands behind."""
         evidence = self.greedy, DRAWN - place, ANY
-        return self.known.rate(evidence, self.acceptance if place == 0 else MASKED * self.expected(place - 1))
+        return self.known.rate(
+            evidence, self.acceptance if place == 0 else MASKED * self.expected(place - 1)
+        )
 
     def promises(self, masks: int) -> list[float]:
         """How likely tokens would be kept that the model, asked now, drew one behind another."""
@@ -120,7 +126,9 @@ class Chain:
         found: list[int] = []
         likely = 1.0
         while len(found) < min(self.lead, self.most - len(self.tokens)) - 1:
-            if (guess := self.guess([*self.tokens, *found])) is None or (likely := likely * guess.kept) < AHEAD:
+            if (guess := self.guess([*self.tokens, *found])) is None or (
+                likely := likely * guess.kept
+            ) < AHEAD:
                 break
             found.append(guess.token)
         return found
@@ -129,14 +137,19 @@ class Chain:
         """The model's, and how likely it found them. Returns how many are taken: of masks', as many as are worth it."""
         for n, (token, chance) in enumerate(zip(tokens, chances, strict=True)):
             place = n if masked else 0
-            expected, evidence = self.expected(place), (self.greedy, DRAWN - place, int(SHARES * chance))
+            expected, evidence = (
+                self.expected(place),
+                (self.greedy, DRAWN - place, int(SHARES * chance)),
+            )
             if place and self.reach * expected < self.share.candidate:
                 return n
             self._add(token, self.drawn, evidence, expected, self.known.rate(evidence, expected))
             self.drawn, self.lead = self.drawn + 1, self.lead - 1
         return len(tokens)
 
-    def _add(self, token: int, source: int, evidence: Evidence, expected: float, kept: float) -> None:
+    def _add(
+        self, token: int, source: int, evidence: Evidence, expected: float, kept: float
+    ) -> None:
         self.tokens.append(token)
         self.sources.append(source)
         self.evidence.append(evidence)
@@ -147,7 +160,10 @@ class Chain:
 def begun(group: Group) -> list[Chain]:
     """The rows', before anything is drafted."""
     share = group.price.times(1 / len(group.rows))
-    return [Chain.of(row, most, share, group) for row, most in zip(group.rows, group.drafted, strict=True)]
+    return [
+        Chain.of(row, most, share, group)
+        for row, most in zip(group.rows, group.drafted, strict=True)
+    ]
 
 
 def longest(row: Row, most: int) -> int:
@@ -155,7 +171,9 @@ def longest(row: Row, most: int) -> int:
     return MAX_GAMMA if most and row.query.gamma is None else most
 
 
-def finished(chains: Sequence[Chain], logits_BQV: list[Tensor], probs_BQV: Tensor, group: Group) -> Proposal | None:
+def finished(
+    chains: Sequence[Chain], logits_BQV: list[Tensor], probs_BQV: Tensor, group: Group
+) -> Proposal | None:
     """As a proposal, with what n-grams add; None: there is nothing in it."""
     most = complete(chains, group.price)
     group.drafted[:] = [min(len(one.tokens), most) for one in chains]
@@ -163,12 +181,17 @@ def finished(chains: Sequence[Chain], logits_BQV: list[Tensor], probs_BQV: Tenso
     if not (most := max(group.drafted)):
         return None
     device = group.device
-    tokens_BN, drafted_B = ragged([one.tokens[:most] for one in chains], device), integers(group.drafted, device)
+    tokens_BN, drafted_B = (
+        ragged([one.tokens[:most] for one in chains], device),
+        integers(group.drafted, device),
+    )
     if all(one.sources[:most] == list(range(len(one.tokens[:most]))) for one in chains):
         return Proposal(tokens_BN, probs_BQV[:, :most], logits_BQV[:most], drafted_B)
     tree = Tree.of(chain(most), len(chains), False, device)
     sources_BN = ragged([one.sources[:most] for one in chains], device)
-    return Proposal(tokens_BN, probs_BQV, logits_BQV, drafted_B, replace(tree, sources_BN=sources_BN))
+    return Proposal(
+        tokens_BN, probs_BQV, logits_BQV, drafted_B, replace(tree, sources_BN=sources_BN)
+    )
 
 
 def complete(chains: Sequence[Chain], price: Price) -> int:
@@ -188,6 +211,10 @@ def worthwhile(chains: Sequence[Chain], price: Price, masks: int) -> int:
     Where nothing is drafted yet, `price` has a start."""
     if any(one.asked for one in chains):
         return 1 + masks
-    worth = [sum(place) for place in zip_longest(*(one.promises(masks) for one in chains), fillvalue=0.0)]
-    gains = [one - price.candidate for one in worth if one >= price.candidate]  # they only get smaller
+    worth = [
+        sum(place) for place in zip_longest(*(one.promises(masks) for one in chains), fillvalue=0.0)
+    ]
+    gains = [
+        one - price.candidate for one in worth if one >= price.candidate
+    ]  # they only get smaller
     return len(gains) if sum(gains) >= price.forward + price.start else 0

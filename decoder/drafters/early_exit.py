@@ -52,7 +52,9 @@ class ExitDrafter:
         group.evidence[:] = [choice.evidence for choice in ladder.choices]
         group.forwards = 1 + ladder.forwards
         probs_BNV = torch.cat(probs, 1) if probs else said[0][:, :0]
-        return Proposal(torch.cat(tokens, 1), probs_BNV, said, integers(group.drafted, group.device))
+        return Proposal(
+            torch.cat(tokens, 1), probs_BNV, said, integers(group.drafted, group.device)
+        )
 
     def settle(self, group: Group, kept: Sequence[Sequence[int]]) -> None:
         keep(group, kept)
@@ -70,8 +72,12 @@ class _Choice:
     reach: float  # how likely all tokens are kept
     climbs: bool = False  # the last one, so far
     kept: float = 0.0  # how likely that one is
-    ways: list[tuple[Evidence, float]] = field(default_factory=list)  # to leave and to climb, and how likely it is then
-    evidence: list[list[Evidence]] = field(default_factory=lambda: [[]])  # by token; the first one has all layers
+    ways: list[tuple[Evidence, float]] = field(
+        default_factory=list
+    )  # to leave and to climb, and how likely it is then
+    evidence: list[list[Evidence]] = field(
+        default_factory=lambda: [[]]
+    )  # by token; the first one has all layers
 
     @classmethod
     def of(cls, row: Row, drafted: int) -> "_Choice":
@@ -105,11 +111,15 @@ class _Ladder:
     def __init__(self, group: Group) -> None:
         self._group, self._model = group, group.draft.model
         self._start = [len(row.tokens) for row in group.rows]
-        self._waiting: dict[int, Residual] = {}  # tokens that have left after so many layers, one behind another
+        self._waiting: dict[
+            int, Residual
+        ] = {}  # tokens that have left after so many layers, one behind another
         self._fed = 0
         self.whole = 0  # tokens that have passed all layers
         self.forwards = 0.0  # of the draft: a layer, with what it says, is a part of one
-        self.choices = [_Choice.of(row, count) for row, count in zip(group.rows, group.drafted, strict=True)]
+        self.choices = [
+            _Choice.of(row, count) for row, count in zip(group.rows, group.drafted, strict=True)
+        ]
 
     def climb(self, token_B1: Tensor) -> Tensor:
         """What is drawn from behind the token, [B, 1, V]."""
@@ -118,8 +128,12 @@ class _Ladder:
             choice.begin()
         if not isinstance(self._model, Llama):
             self.whole, self.forwards = self._fed, self.forwards + 1
-            starts_B = integers([start + self._fed - 1 for start in self._start], self._group.device)
-            return self._model.forward(self._group.slots, token_B1, starts_B, max(self._start) + self._fed)
+            starts_B = integers(
+                [start + self._fed - 1 for start in self._start], self._group.device
+            )
+            return self._model.forward(
+                self._group.slots, token_B1, starts_B, max(self._start) + self._fed
+            )
         layers, passed = len(self._model.layers), 1
         tokens = self._pass(self._model.embed(token_B1), 0)
         said_B1V = self._model.say(tokens.last)
@@ -139,18 +153,24 @@ class _Ladder:
         """By row, whether its token goes deeper: where the rows together gain what a layer costs all of them."""
         sure = said_B1V.softmax(-1).amax(-1).flatten().tolist()
         gains = [
-            choice.gain(passed, one) if choice.climbs else 0.0 for choice, one in zip(self.choices, sure, strict=True)
+            choice.gain(passed, one) if choice.climbs else 0.0
+            for choice, one in zip(self.choices, sure, strict=True)
         ]
         assert isinstance(self._model, Llama)
         pays = sum(gains) >= self._group.price.forward / len(self._model.layers)
         return [
-            choice.climbs and choice.decide(pays and gain > 0) for choice, gain in zip(self.choices, gains, strict=True)
+            choice.climbs and choice.decide(pays and gain > 0)
+            for choice, gain in zip(self.choices, gains, strict=True)
         ]
 
     def _pass(self, tokens: Residual, layer: int) -> Residual:
         """Through one layer; they are the last ones that were fed."""
         assert isinstance(self._model, Llama)
         self.forwards += 1 / len(self._model.layers)
-        starts_B = integers([start + self._fed - tokens.count for start in self._start], self._group.device)
+        starts_B = integers(
+            [start + self._fed - tokens.count for start in self._start], self._group.device
+        )
         upto = max(self._start) + self._fed
-        return self._model.through(self._group.slots, tokens, starts_B, upto, self._model.layers[layer])
+        return self._model.through(
+            self._group.slots, tokens, starts_B, upto, self._model.layers[layer]
+        )

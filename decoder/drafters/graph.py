@@ -66,9 +66,13 @@ class Graph:
         self.frontier = [self.root]
         self.grown = 0  # hypotheses that have been drafted on
         self._greedy = greedy
-        self._known: dict[tuple[int, ...], Hypothesis] = {}  # that are drafted on, by their last tokens
+        self._known: dict[
+            tuple[int, ...], Hypothesis
+        ] = {}  # that are drafted on, by their last tokens
 
-    def grow(self, drawn: Sequence[int], chances: Sequence[float], first: int, wide: int, most: int) -> None:
+    def grow(
+        self, drawn: Sequence[int], chances: Sequence[float], first: int, wide: int, most: int
+    ) -> None:
         """Takes so many candidates behind each hypothesis of the frontier; those to be drafted on are the next one.
 
         `most` are drafted on in all. `first` is the first one's distribution.
@@ -139,7 +143,9 @@ def grow(group: Group, graphs: Sequence[Graph]) -> tuple[list[Tensor], Tensor]:
     logits_BWV = begin(group)
     while True:
         logits.append(at_least_float32(logits_BWV))
-        probs.append(logits[-1] if group.sampling.all_greedy else probabilities(logits[-1], group.sampling))
+        probs.append(
+            logits[-1] if group.sampling.all_greedy else probabilities(logits[-1], group.sampling)
+        )
         drawn = _draw(logits[-1], probs[-1], group, [graph.grown for graph in graphs], wide)
         told = to_host(*(each.flatten(1) for each in drawn))
         for graph, most, tokens, chances in zip(graphs, room, *told, strict=True):
@@ -152,19 +158,25 @@ def grow(group: Group, graphs: Sequence[Graph]) -> tuple[list[Tensor], Tensor]:
     return logits, probs_BQV[:, :0] if group.sampling.all_greedy else probs_BQV
 
 
-def _draw(logits_BWV: Tensor, probs_BWV: Tensor, group: Group, grown: list[int], wide: int) -> tuple[Tensor, Tensor]:
+def _draw(
+    logits_BWV: Tensor, probs_BWV: Tensor, group: Group, grown: list[int], wide: int
+) -> tuple[Tensor, Tensor]:
     """Candidates, without replacement, and how likely they seemed, [B, W, K] each."""
     sampling, uniform_BN = group.sampling, group.uniform_BN
     tokens_BWK: Tensor = logits_BWV.topk(wide, -1).indices
     if not sampling.all_greedy:
         # A row's uniforms are its hypotheses' own, however many others have beside them.
-        ordinal_BW = integers(grown, group.device)[:, None] + torch.arange(logits_BWV.shape[1], device=group.device)
+        ordinal_BW = integers(grown, group.device)[:, None] + torch.arange(
+            logits_BWV.shape[1], device=group.device
+        )
         left_BWV, drawn = probs_BWV.clone(), []
         for k in range(wide):
             place_BW = (wide * ordinal_BW + k).clamp(max=uniform_BN.shape[1] - 1)
             drawn.append(sample(left_BWV, uniform_BN.gather(1, place_BW)))
             left_BWV.scatter_(2, drawn[-1][..., None], 0.0)
-        tokens_BWK = torch.where(sampling.greedy_B[:, None, None], tokens_BWK, torch.stack(drawn, -1))
+        tokens_BWK = torch.where(
+            sampling.greedy_B[:, None, None], tokens_BWK, torch.stack(drawn, -1)
+        )
     return tokens_BWK, logits_BWV.softmax(-1).gather(2, tokens_BWK)
 
 
@@ -181,9 +193,16 @@ def _forward(group: Group, graphs: Sequence[Graph], cells: int, width: int) -> T
             ids_BW[b, w], depth_BW[b, w] = node.token, len(node.cells) - 1
             visible_BWC[b, w, list(node.cells)] = True
     nodes = Nodes(upload(depth_BW, group.device), upload(visible_BWC, group.device))
-    starts, upto = [len(row.tokens) for row in group.rows], max(len(row.tokens) for row in group.rows)
+    starts, upto = (
+        [len(row.tokens) for row in group.rows],
+        max(len(row.tokens) for row in group.rows),
+    )
     return group.draft.model.forward(
-        group.slots, upload(ids_BW, group.device), integers(starts, group.device), upto + cells + width, nodes
+        group.slots,
+        upload(ids_BW, group.device),
+        integers(starts, group.device),
+        upto + cells + width,
+        nodes,
     )
 
 
@@ -209,5 +228,11 @@ def _joined(trees: Sequence[Sequence[tuple[Hypothesis, int]]], device: torch.dev
     distinct_B = torch.ones(count, dtype=torch.bool, device=device)
     depth = int(visible_BTT.sum(-1).max()) - 1
     return Tree(
-        upload(parents_BN, device), upload(sources_BN, device), distinct_B, visible, depth, True, [False] * count
+        upload(parents_BN, device),
+        upload(sources_BN, device),
+        distinct_B,
+        visible,
+        depth,
+        True,
+        [False] * count,
     )

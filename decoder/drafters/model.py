@@ -17,8 +17,22 @@ from decoder.models.kv_cache import Nodes, Rows
 from decoder.models.ragged import integers, ragged
 from decoder.sequence.sequence import Row
 from decoder.verification.proposal import Proposal, Tree
-from decoder.verification.sampling import Sampling, at_least_float32, most_likely, probabilities, sample
-from decoder.verification.tree_shape import Level, Scheme, Shape, best_shape, chain_of, shape_of_widths, span
+from decoder.verification.sampling import (
+    Sampling,
+    at_least_float32,
+    most_likely,
+    probabilities,
+    sample,
+)
+from decoder.verification.tree_shape import (
+    Level,
+    Scheme,
+    Shape,
+    best_shape,
+    chain_of,
+    shape_of_widths,
+    span,
+)
 from online.messages import MAX_GAMMA
 
 
@@ -93,7 +107,9 @@ def propose(
     count, vocabulary = len(unseen_B), logits_BWV.shape[-1]
     tokens_BN = torch.zeros((count, len(shape.parents)), dtype=torch.long, device=logits_BWV.device)
     logits: list[Tensor] = []
-    probs_BQV = logits_BWV.new_empty((count, 0 if sampling.all_greedy else len(shape.expanded), vocabulary))
+    probs_BQV = logits_BWV.new_empty(
+        (count, 0 if sampling.all_greedy else len(shape.expanded), vocabulary)
+    )
     for level in shape.levels:
         if level.depth:
             upto += len(level.nodes)
@@ -109,7 +125,13 @@ def propose(
 
 
 def _grow(
-    model: LanguageModel, rows: Rows, tokens_BN: Tensor, starts_B: Tensor, upto: int, shape: Shape, level: Level
+    model: LanguageModel,
+    rows: Rows,
+    tokens_BN: Tensor,
+    starts_B: Tensor,
+    upto: int,
+    shape: Shape,
+    level: Level,
 ) -> Tensor:
     """What the draft says behind the nodes of a level."""
     count, device = len(tokens_BN), tokens_BN.device
@@ -119,7 +141,9 @@ def _grow(
     fed = shape.expanded[1 : level.first + len(level.nodes)]
     visible_WC = shape.visible[list(level.nodes)][:, list(fed)].to(device)
     depth_BW = torch.full((count, len(level.nodes)), level.depth - 1, device=device)
-    return model.forward(rows, ids_BW, starts_B, upto, Nodes(depth_BW, visible_WC.expand(count, -1, -1)))
+    return model.forward(
+        rows, ids_BW, starts_B, upto, Nodes(depth_BW, visible_WC.expand(count, -1, -1))
+    )
 
 
 def _choose(
@@ -133,7 +157,9 @@ def _choose(
 ) -> None:
     """The candidates of a level's nodes: the first of each, then the second of those that have one, and so on."""
     several = level.widest > 1
-    ranked = sampling.all_greedy or (sampling.any_greedy and several)  # else a greedy row draws from all or nothing
+    ranked = sampling.all_greedy or (
+        sampling.any_greedy and several
+    )  # else a greedy row draws from all or nothing
     best_BWK = _best(logits_BWV, level.widest) if ranked else None
     left_BWV = probs_BWV.clone() if several and distinct else probs_BWV
     for k, (having, wanted) in enumerate(level.ranks):
@@ -144,7 +170,11 @@ def _choose(
                 left_BWV[:, having] = own_BXV.scatter(2, token_BX[..., None], 0.0)
         if best_BWK is not None:
             best_BX = best_BWK[:, having, min(k, best_BWK.shape[2] - 1)]
-            token_BX = best_BX if sampling.all_greedy else torch.where(sampling.greedy_B[:, None], best_BX, token_BX)
+            token_BX = (
+                best_BX
+                if sampling.all_greedy
+                else torch.where(sampling.greedy_B[:, None], best_BX, token_BX)
+            )
         tokens_BN[:, wanted] = token_BX
 
 

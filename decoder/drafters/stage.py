@@ -55,7 +55,13 @@ DRAFTERS: dict[str, Drafter] = {
     "exits": ExitDrafter(),
     PLAIN: PlainDrafter(),
 }
-AUTO = ("chain", "cascade", "parallel_cascade", "ngrams", PLAIN)  # which of them the engine chooses from by itself
+AUTO = (
+    "chain",
+    "cascade",
+    "parallel_cascade",
+    "ngrams",
+    PLAIN,
+)  # which of them the engine chooses from by itself
 
 
 class Drafting:
@@ -80,7 +86,9 @@ class Drafting:
 
     def take_in(self, row: Row) -> None:
         """A row joins."""
-        row.suffixes = Suffixes(self._recent.setdefault(row.query.route, Recent()), row.query.temperature == 0)
+        row.suffixes = Suffixes(
+            self._recent.setdefault(row.query.route, Recent()), row.query.temperature == 0
+        )
 
     def take_leave(self, row: Row) -> None:
         """A row has come to its end: others may draft from what it says, if it may be learnt from."""
@@ -106,17 +114,29 @@ class Drafting:
         """What each row drafts in this step."""
         drafters = [DRAFTERS[name] for name in self._named(rows)]
         modelled = [drafter.uses_model for drafter in drafters]
-        ours = [i for i, row in enumerate(rows) if modelled[i] and row.draft.usable and row.query.gamma is None]
+        ours = [
+            i
+            for i, row in enumerate(rows)
+            if modelled[i] and row.draft.usable and row.query.gamma is None
+        ]
         gamma = self.control.gamma([rows[i].acceptance.rate for i in ours], len(rows))
         if gamma == 0 and self.control.credit_s > 0:
             self._probe(ours)
-        wanted = [self._wanted(row, drafter, gamma) for row, drafter in zip(rows, drafters, strict=True)]
+        wanted = [
+            self._wanted(row, drafter, gamma) for row, drafter in zip(rows, drafters, strict=True)
+        ]
         fed = [i for i, scheme in enumerate(wanted) if scheme.candidates and modelled[i]]
         late = [i for i in fed if rows[i].draft_lag > self._feed(rows)]
-        asked = [i for i in late if drafters[i].waits or rows[i].draft_wanted or rows[i].query.gamma is not None]
+        asked = [
+            i
+            for i in late
+            if drafters[i].waits or rows[i].draft_wanted or rows[i].query.gamma is not None
+        ]
         self._catch_up(asked)
         for i in fed:
-            if not rows[i].draft.usable or (drafters[i].waits and rows[i].draft_lag > self._feed(rows)):
+            if not rows[i].draft.usable or (
+                drafters[i].waits and rows[i].draft_lag > self._feed(rows)
+            ):
                 wanted[i] = NOTHING
         return wanted
 
@@ -129,10 +149,17 @@ class Drafting:
         if not (ours := [row for row in rows if row.query.drafter == "auto"]):
             return [row.query.drafter for row in rows]
         greedy = 2 * sum(row.query.temperature == 0 for row in ours) > len(ours)
-        chosen = self.choice.choose(Situation(ours[0].query.route, (len(rows) - 1).bit_length(), greedy))
-        asked = "chain" if chosen == PLAIN else chosen  # for those that say how much is to be drafted
+        chosen = self.choice.choose(
+            Situation(ours[0].query.route, (len(rows) - 1).bit_length(), greedy)
+        )
+        asked = (
+            "chain" if chosen == PLAIN else chosen
+        )  # for those that say how much is to be drafted
         own = [chosen if row.query.gamma is None else asked for row in rows]
-        return [name if row.query.drafter == "auto" else row.query.drafter for row, name in zip(rows, own, strict=True)]
+        return [
+            name if row.query.drafter == "auto" else row.query.drafter
+            for row, name in zip(rows, own, strict=True)
+        ]
 
     def _wanted(self, row: Row, drafter: Drafter, gamma: int) -> Scheme:
         asked = row.query.gamma
@@ -151,7 +178,10 @@ class Drafting:
             pieces = fit(lacking, DRAFT_PREFILL * self._prefill_tokens)
             fed = group[: len(pieces)]
             starts = [self.rows[i].draft_cached for i in fed]
-            self._guarded(draft, lambda d=draft, f=fed, p=pieces, s=starts: encode(d.model, f, p, s, self._device))  # type: ignore[misc]
+            self._guarded(
+                draft,
+                lambda d=draft, f=fed, p=pieces, s=starts: encode(d.model, f, p, s, self._device),
+            )  # type: ignore[misc]
             for i, piece in zip(fed, pieces, strict=True):
                 self.rows[i].draft_holds(self.rows[i].draft_cached + len(piece))
 
@@ -175,9 +205,13 @@ class Drafting:
         row = self.rows[slot]
         fed, start = row.tokens[row.draft_cached : -1], row.draft_cached
         ids_BT, starts_B = ragged([fed], self._device), integers([start], self._device)
-        logits_BTV = draft.model.forward(slice(slot, slot + 1), ids_BT, starts_B, start + len(fed))[:, -known:]
+        logits_BTV = draft.model.forward(slice(slot, slot + 1), ids_BT, starts_B, start + len(fed))[
+            :, -known:
+        ]
         query = row.query
-        sampling = Sampling.of([query.temperature], [query.top_k], [query.top_p], self._vocab_size, self._device)
+        sampling = Sampling.of(
+            [query.temperature], [query.top_k], [query.top_p], self._vocab_size, self._device
+        )
         emitted_1T1 = integers(row.tokens[-known:], self._device)[None, :, None]
         q = probabilities(logits_BTV, sampling).gather(-1, emitted_1T1).flatten().cpu().numpy()
         p = np.array(row.emitted_p[-known:])
@@ -212,12 +246,16 @@ class Drafting:
         """Before the rows take their verdicts' tokens: what drafts hold of them becomes a part of their contexts."""
         for members, group in self._groups:
             kept = [verdicts[i].path[: verdicts[i].accepted] for i in members]
-            self._guarded(group.draft, lambda g=group, k=kept: DRAFTERS[g.scheme.drafter].settle(g, k))  # type: ignore[misc]
+            self._guarded(
+                group.draft, lambda g=group, k=kept: DRAFTERS[g.scheme.drafter].settle(g, k)
+            )  # type: ignore[misc]
 
     def _nothing(self, rows: int) -> Proposal:
         """The plain step's proposal: the same one every time."""
         if rows not in self._empty:
-            self._empty[rows] = Proposal.empty(rows, 0, self._vocab_size, self._device, greedy=False)
+            self._empty[rows] = Proposal.empty(
+                rows, 0, self._vocab_size, self._device, greedy=False
+            )
         return self._empty[rows]
 
     def _grouped(self, plan: StepPlan) -> list[tuple[list[int], Group]]:
@@ -228,7 +266,11 @@ class Drafting:
                 alike.setdefault((row.draft, replace(scheme, candidates=0)), []).append(i)
         if not alike:
             return []
-        found, drafting, price = [], sum(map(len, alike.values())), self.control.price(len(plan.rows))
+        found, drafting, price = (
+            [],
+            sum(map(len, alike.values())),
+            self.control.price(len(plan.rows)),
+        )
         for (draft, _), members in alike.items():
             everyone = len(members) == len(plan.rows)
             schemes = [plan.schemes[i] for i in members]
@@ -264,5 +306,9 @@ class Drafting:
                 if row.draft is draft:
                     row.draft_cached = 0
             self._metrics.faults.labels("draft").inc()
-            log.exception("version %d of route %s failed; its rows go on without it", draft.version, draft.route)
+            log.exception(
+                "version %d of route %s failed; its rows go on without it",
+                draft.version,
+                draft.route,
+            )
             return None

@@ -60,14 +60,19 @@ class Batch:
         self._prefixes = Prefixes(range(limits.slots, limits.slots + limits.kept_contexts))
         self._metrics, self._device = metrics, device
         self._planner = Planner(target.vocab_size, device)
-        self._drafting = Drafting(self.rows, self.control, limits.prefill_tokens, target.vocab_size, metrics, device)
+        self._drafting = Drafting(
+            self.rows, self.control, limits.prefill_tokens, target.vocab_size, metrics, device
+        )
 
     def measure_costs(self, dummies: Callable[[int, int], list[Row]]) -> None:
         """Times whole steps, for the choice of γ. `dummies` makes rows that all draft γ tokens. Only while empty."""
         metrics, self._metrics = self._metrics, ServiceMetrics("rehearsal")
         try:
             for count in self.control.costs.rows:
-                seconds = {gamma: self._timed(dummies(count, gamma)) for gamma in {0, 1, self.control.max_gamma}}
+                seconds = {
+                    gamma: self._timed(dummies(count, gamma))
+                    for gamma in {0, 1, self.control.max_gamma}
+                }
                 self.control.costs.measured(count, seconds)
         except Exception:
             # A model that can't run says so at its first step, to the request that needs it.
@@ -138,7 +143,10 @@ class Batch:
         context, row.cached = found
         # What another version wrote would cost acceptance for as long as the prefix is popular.
         if context.draft_version == draft.version:
-            row.draft_cached, row.draft_version = min(context.draft_cached, row.cached), draft.version
+            row.draft_cached, row.draft_version = (
+                min(context.draft_cached, row.cached),
+                draft.version,
+            )
         self._copy(row, context.slot, slot)
         if not draft.usable:
             row.draft_cached = 0
@@ -186,14 +194,18 @@ class Batch:
     def _context(self, slot: int) -> Context:
         row = self.rows[slot]
         draft_cached = min(row.draft_cached, row.cached)
-        return Context(slot, row.query.route, row.tokens[: row.cached], draft_cached, row.draft_version)
+        return Context(
+            slot, row.query.route, row.tokens[: row.cached], draft_cached, row.draft_version
+        )
 
     # ── prefill ──
 
     def _prefill(self) -> None:
         """Encodes the next piece of the prompts that wait."""
         first = self.ready
-        waiting = [row.tokens[row.cached : len(row.query.prompt_ids) - 1] for row in self.rows[first:]]
+        waiting = [
+            row.tokens[row.cached : len(row.query.prompt_ids) - 1] for row in self.rows[first:]
+        ]
         pieces = fit(waiting, self.limits.prefill_tokens)
         members = list(range(first, first + len(pieces)))
         encode(self.target, members, pieces, [self.rows[i].cached for i in members], self._device)
@@ -213,7 +225,9 @@ class Batch:
         )  # the last token, and a lone row's prompt
         ids_BT = torch.cat([fed_BT, proposal.tokens_BN], 1) if proposal.candidates else fed_BT
         # A row's longest context is its own, not the padded one: padding writes, but nobody reads it.
-        upto = max(len(row.tokens) + count for row, count in zip(plan.rows, plan.drafted, strict=True))
+        upto = max(
+            len(row.tokens) + count for row, count in zip(plan.rows, plan.drafted, strict=True)
+        )
         starts_B = integers([row.cached for row in plan.rows], self._device)
         nodes = None if proposal.tree is None else proposal.tree.nodes(behind=fed_BT.shape[1] - 1)
         logits_BTV = self.target.forward(slice(0, len(plan.rows)), ids_BT, starts_B, upto, nodes)
@@ -222,7 +236,10 @@ class Batch:
         verdict = judge(logits_BTV, proposal, plan.sampling, *drawn, plan.lenient)
         if not any(row.trace is not None or row.query.logprobs is not None for row in plan.rows):
             return verdict, None
-        reported = max((row.query.logprobs for row in plan.rows if row.query.logprobs is not None), default=None)
+        reported = max(
+            (row.query.logprobs for row in plan.rows if row.query.logprobs is not None),
+            default=None,
+        )
         return verdict, observe(logits_BTV, proposal, verdict, self.limits.signal_top_k, reported)
 
     # ── commit ──
@@ -237,8 +254,15 @@ class Batch:
     def _commit(self, plan: StepPlan, verdicts: list[HostVerdict], seen: Observation | None) -> int:
         """Returns how many tokens were emitted."""
         emitted = 0
-        for i, (row, drafted, verdict) in enumerate(zip(plan.rows, plan.drafted, verdicts, strict=True)):
-            start, version, accepted, new = row.emitted, row.draft.version, verdict.accepted, verdict.emitted
+        for i, (row, drafted, verdict) in enumerate(
+            zip(plan.rows, plan.drafted, verdicts, strict=True)
+        ):
+            start, version, accepted, new = (
+                row.emitted,
+                row.draft.version,
+                verdict.accepted,
+                verdict.emitted,
+            )
             taken, text = row.extend(new)
             row.emitted_p += [*[math.nan] * accepted, verdict.next_p][:taken]
             row.cached = len(row.tokens) - 1

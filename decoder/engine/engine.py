@@ -52,7 +52,9 @@ class Engine:
         self.limits = limits
         self._tokenizer, self._eos_ids, self._closed_routes = tokenizer, eos_ids, closed_routes
         self._recorder, self._metrics = recorder, metrics
-        self.on_finished: Callable[[str, SpeculationStats, float], None] = lambda route, stats, arrived_s: None
+        self.on_finished: Callable[[str, SpeculationStats, float], None] = (
+            lambda route, stats, arrived_s: None
+        )
         self._waiting: deque[Row] = deque()
         self._cancelled: set[str] = set()
         self._between: deque[Callable[[], None]] = deque()
@@ -94,7 +96,9 @@ class Engine:
             if not self.alive or self._stopping:
                 raise Unavailable("the engine is not running", code="engine_dead")
             if len(self._waiting) >= self.limits.max_waiting:
-                raise Overloaded(f"{len(self._waiting)} sequences are waiting already; try again later")
+                raise Overloaded(
+                    f"{len(self._waiting)} sequences are waiting already; try again later"
+                )
             self._waiting.append(row)
             self._wake.notify()
 
@@ -132,8 +136,13 @@ class Engine:
 
     def _dummies(self, count: int, gamma: int) -> list[Row]:
         route, tokens = next(iter(self.batch.drafts)), self.limits.max_context // 2
-        query = Query("", route, (1,) * 8, tokens, temperature=0.0, gamma=gamma, ignore_eos=True, store=False)
-        return [Row(query, lambda delta: None, self._tokenizer, self._eos_ids, recorded=False) for _ in range(count)]
+        query = Query(
+            "", route, (1,) * 8, tokens, temperature=0.0, gamma=gamma, ignore_eos=True, store=False
+        )
+        return [
+            Row(query, lambda delta: None, self._tokenizer, self._eos_ids, recorded=False)
+            for _ in range(count)
+        ]
 
     def _has_work(self) -> bool:
         return bool(self.batch.rows or self._waiting or self._between or self._cancelled)
@@ -182,7 +191,9 @@ class Engine:
         """A row has ended: count it, and let the guard and the recorder learn from it."""
         arrived, first, reason = row.arrived_at, row.first_token_at, row.finish_reason
         assert reason is not None
-        self._metrics.finished(reason, row.stats, first and first - arrived, time.monotonic() - arrived)
+        self._metrics.finished(
+            reason, row.stats, first and first - arrived, time.monotonic() - arrived
+        )
         if reason in ("stop", "length"):
             self.on_finished(row.query.route, row.stats, arrived)
             if row.trace is not None:

@@ -18,7 +18,9 @@ class LanguageModel(Protocol):
     vocab_size: int
     mask_id: int  # the token that holds a place in drafts that learnt to be asked so: padding, which no text has
 
-    def forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None = None) -> Tensor:
+    def forward(
+        self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None = None
+    ) -> Tensor:
         """Appends `ids_BT` to the rows' contexts, row b from position `starts_B[b]` on, and returns logits [B, T, V].
 
         Whatever a row held from `starts_B[b]` on is replaced. `upto` is the longest context after the call (host-known,
@@ -59,4 +61,6 @@ class ServedModel(LanguageModel, Protocol):
 def fit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
     """Cuts or pads the last axis: models that share a tokenizer may round their embeddings up differently."""
     missing = vocab_size - logits.shape[-1]
-    return logits if missing == 0 else torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
+    return (
+        logits if missing == 0 else torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
+    )

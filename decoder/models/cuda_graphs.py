@@ -12,7 +12,9 @@ from torch import Tensor
 
 from decoder.models.kv_cache import Nodes
 
-Forward = Callable[[Any, Tensor, Tensor, int, Nodes | None], Tensor]  # rows, ids [B, T], starts [B], upto → logits
+Forward = Callable[
+    [Any, Tensor, Tensor, int, Nodes | None], Tensor
+]  # rows, ids [B, T], starts [B], upto → logits
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
 
@@ -37,15 +39,21 @@ class Graphs:
     CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
     TOKENS = 17  # new tokens of a row: a step's, not a prompt's
 
-    def __init__(self, forward: Forward, slots: int, capacity: int, device: torch.device, capture: Capture) -> None:
+    def __init__(
+        self, forward: Forward, slots: int, capacity: int, device: torch.device, capture: Capture
+    ) -> None:
         self._forward, self._capture = forward, capture
         self._slots, self._capacity, self._device = slots, capacity, device
         self._captured: dict[tuple[int, int, int, int], _Captured] = {}
 
     @classmethod
-    def of(cls, forward: Forward, slots: int, capacity: int, device: torch.device) -> "Graphs | None":
+    def of(
+        cls, forward: Forward, slots: int, capacity: int, device: torch.device
+    ) -> "Graphs | None":
         """None where there is nothing to capture."""
-        return cls(forward, slots, capacity, device, capture_cuda()) if device.type == "cuda" else None
+        return (
+            cls(forward, slots, capacity, device, capture_cuda()) if device.type == "cuda" else None
+        )
 
     def take(self, rows: Any, ids_BT: Tensor) -> bool:
         """Whether these rows are the first slots, with few new tokens each."""
@@ -54,7 +62,9 @@ class Graphs:
     def forward(self, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None) -> Tensor:
         count, new = ids_BT.shape
         rows = min(1 << (count - 1).bit_length(), self._slots)
-        context = min(next((rung for rung in self.CONTEXTS if rung >= upto), self._capacity), self._capacity)
+        context = min(
+            next((rung for rung in self.CONTEXTS if rung >= upto), self._capacity), self._capacity
+        )
         key = rows, new, context, 0 if nodes is None else nodes.visible_BTC.shape[2]
         if key not in self._captured:
             self._captured[key] = self._new(*key)

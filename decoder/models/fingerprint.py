@@ -16,7 +16,9 @@ def fingerprint(model: ServedModel) -> str:
     total = 0
     for index, (_, tensor) in enumerate(sorted(model.weights().items())):
         words = tensor.detach().contiguous().flatten()
-        words = words.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[words.element_size()])
+        words = words.view(
+            {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[words.element_size()]
+        )
         for at in range(0, len(words), FINGERPRINT_CHUNK):
             part = words[at : at + FINGERPRINT_CHUNK].to(torch.int64)
             weight = torch.arange(1, len(part) + 1, device=part.device) * (2 * index + 1) + at

@@ -21,8 +21,12 @@ class ModuleModel:
         self.device = next(module.parameters()).device
 
     @torch.inference_mode()
-    def forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None = None) -> Tensor:
-        return fit_vocabulary(self._run(rows, ids_BT, starts_B, upto, nodes, keep=0), self.vocab_size)
+    def forward(
+        self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None = None
+    ) -> Tensor:
+        return fit_vocabulary(
+            self._run(rows, ids_BT, starts_B, upto, nodes, keep=0), self.vocab_size
+        )
 
     @torch.inference_mode()
     def encode(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> None:
@@ -34,7 +38,15 @@ class ModuleModel:
     def copy(self, source: int, destination: int, length: int) -> None:
         self.cache.store.copy(source, destination, length)
 
-    def _run(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None, keep: int) -> Tensor:
+    def _run(
+        self,
+        rows: Rows,
+        ids_BT: Tensor,
+        starts_B: Tensor,
+        upto: int,
+        nodes: Nodes | None,
+        keep: int,
+    ) -> Tensor:
         ids_BT, starts_B = ids_BT.to(self.device), starts_B.to(self.device)
         capacity = self.cache.store.capacity
         upto = min(upto, capacity)  # rows near their end draft along with others that go further
@@ -54,12 +66,18 @@ class ModuleModel:
 
     def weights(self) -> dict[str, Tensor]:
         """Parameters and persistent buffers by name, tied ones once."""
-        tied: Sequence[str] | dict[str, str] = getattr(self.module, "all_tied_weights_keys", None) or ()
-        return {name: tensor for name, tensor in self.module.state_dict().items() if name not in tied}
+        tied: Sequence[str] | dict[str, str] = (
+            getattr(self.module, "all_tied_weights_keys", None) or ()
+        )
+        return {
+            name: tensor for name, tensor in self.module.state_dict().items() if name not in tied
+        }
 
     def prepare(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         live = self.weights()
-        return {name: tensor.to(live[name].device, live[name].dtype) for name, tensor in weights.items()}
+        return {
+            name: tensor.to(live[name].device, live[name].dtype) for name, tensor in weights.items()
+        }
 
     def install(self, staged: Mapping[str, Tensor]) -> bool:
         live = self.weights()

@@ -43,7 +43,9 @@ class SlotCache:
     def grow(self, heads: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
         """Adds a layer."""
         for side in (self.keys, self.values):
-            side.append(torch.zeros((self.slots, self.capacity, heads, size), dtype=dtype, device=device))
+            side.append(
+                torch.zeros((self.slots, self.capacity, heads, size), dtype=dtype, device=device)
+            )
 
     def write(self, layer: int, cells_N: Tensor, keys_NKD: Tensor, values_NKD: Tensor) -> None:
         """Writes in place. `cells_N`: slot times capacity plus position, of every new token."""
@@ -56,7 +58,10 @@ class SlotCache:
         assert upto <= self.capacity, "what lies behind is another slot"
         if isinstance(rows, slice):  # a view, by one operation
             _, _, K, D = keys.shape
-            size, stride = (rows.stop - rows.start, K, upto, D), (self.capacity * K * D, D, K * D, 1)
+            size, stride = (
+                (rows.stop - rows.start, K, upto, D),
+                (self.capacity * K * D, D, K * D, 1),
+            )
             offset = rows.start * self.capacity * K * D
             return keys.as_strided(size, stride, offset), values.as_strided(size, stride, offset)
         return keys[rows, :upto].transpose(1, 2), values[rows, :upto].transpose(1, 2)

@@ -15,7 +15,9 @@ EXPECTED_TOKENS = 32  # what oneDNN's layout is chosen for; it serves any number
 
 def multiplies_bfloat16() -> bool:
     """Whether this CPU has instructions for bfloat16 products (AVX512-BF16 or AMX), and torch what uses them."""
-    return _has_onednn() and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return _has_onednn() and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
 
 
 def _has_onednn() -> bool:
@@ -25,7 +27,9 @@ def _has_onednn() -> bool:
 def _packs(tensor: Tensor) -> bool:
     if tensor.device.type != "cpu" or not _has_onednn():
         return False
-    return tensor.dtype == torch.float32 or (tensor.dtype == torch.bfloat16 and multiplies_bfloat16())
+    return tensor.dtype == torch.float32 or (
+        tensor.dtype == torch.bfloat16 and multiplies_bfloat16()
+    )
 
 
 def padded(tokens: int, like: Tensor) -> int:
@@ -50,14 +54,18 @@ class Linear:
         self.sizes = [len(weight) for weight in weights.values()]
         self._bias = torch.cat(list(biases.values())) if biases else None
         self.biases = (
-            dict(zip(biases, torch.split(self._bias, self.sizes), strict=True)) if self._bias is not None else {}
+            dict(zip(biases, torch.split(self._bias, self.sizes), strict=True))
+            if self._bias is not None
+            else {}
         )
         self._packed = _packs(next(iter(weights.values())))
         self._weight = self.pack(list(weights.values()))
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._packed:
-            product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+            product: Tensor = torch.ops.mkldnn._linear_pointwise(
+                x, self._weight, self._bias, "none", [], ""
+            )
             return product
         return F.linear(x, self._weight, self._bias)
 

@@ -24,18 +24,27 @@ from decoder.models.linear import Linear, padded
 from decoder.models.ops import Norms, Operations, Place, Rotations, operations
 
 FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
-ROTATIONS = {"default", "linear", "llama3", "yarn"}  # those whose angles do not depend on the context's length
+ROTATIONS = {
+    "default",
+    "linear",
+    "llama3",
+    "yarn",
+}  # those whose angles do not depend on the context's length
 
 
 def supported(config: PretrainedConfig) -> bool:
     rope = getattr(config, "rope_parameters", None) or {}
     return (
-        config.model_type in FAMILIES and config.hidden_act == "silu" and rope.get("rope_type", "default") in ROTATIONS
+        config.model_type in FAMILIES
+        and config.hidden_act == "silu"
+        and rope.get("rope_type", "default") in ROTATIONS
     )
 
 
 class Layer:
-    def __init__(self, index: int, state: Mapping[str, Tensor], config: PretrainedConfig, ops: Operations) -> None:
+    def __init__(
+        self, index: int, state: Mapping[str, Tensor], config: PretrainedConfig, ops: Operations
+    ) -> None:
         at = f"model.layers.{index}."
         self.index, self.eps, self.ops = index, config.rms_norm_eps, ops
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -51,16 +60,23 @@ class Layer:
     def grow(self, cache: SlotCache) -> None:
         """Adds this layer to the cache."""
         cache.grow(
-            self.kv_heads, sum(self.qkv.sizes) // (self.heads + 2 * self.kv_heads), self.norm.dtype, self.norm.device
+            self.kv_heads,
+            sum(self.qkv.sizes) // (self.heads + 2 * self.kv_heads),
+            self.norm.dtype,
+            self.norm.device,
         )
 
     def __call__(self, x_NE: Tensor, y_NE: Tensor | None, place: Place, cache: SlotCache) -> Tensor:
         """Adds y, what the layer before has to add, to the residual stream x in place; returns what this one has."""
         y_NE = self._attention(self.ops.add_norm(x_NE, y_NE, self.norm, self.eps), place, cache)
-        return self.down(self.ops.gate(self.gate_up(self.ops.add_norm(x_NE, y_NE, self.mlp_norm, self.eps))))
+        return self.down(
+            self.ops.gate(self.gate_up(self.ops.add_norm(x_NE, y_NE, self.mlp_norm, self.eps)))
+        )
 
     def _attention(self, x_NE: Tensor, place: Place, cache: SlotCache) -> Tensor:
-        q_BKQD = self.ops.turn(self.qkv(x_NE), self.heads, place, self.head_norms, cache, self.index)
+        q_BKQD = self.ops.turn(
+            self.qkv(x_NE), self.heads, place, self.head_norms, cache, self.index
+        )
         keys_BKUD, values_BKUD = cache.read(self.index, place.rows, place.upto)
         y_BKQD = F.scaled_dot_product_attention(q_BKQD, keys_BKUD, values_BKUD, place.bias_B1QU)
         (B, K, Q, D), T = q_BKQD.shape, place.tokens
@@ -83,19 +99,28 @@ class Llama:
         self.layers = [Layer(i, state, config, self._ops) for i in range(config.num_hidden_layers)]
         tied = config.tie_word_embeddings
         self.head = _stack(state, ["model.embed_tokens" if tied else "lm_head"])
-        for index in range(len(cache.keys), len(self.layers)):  # routes' drafts share a cache: the first one makes it
+        for index in range(
+            len(cache.keys), len(self.layers)
+        ):  # routes' drafts share a cache: the first one makes it
             self.layers[index].grow(cache)
-        self._linears = [self.head, *(m for x in self.layers for m in (x.qkv, x.out, x.gate_up, x.down))]
+        self._linears = [
+            self.head,
+            *(m for x in self.layers for m in (x.qkv, x.out, x.gate_up, x.down)),
+        ]
         self.graphs = Graphs.of(self._forward, cache.slots, cache.capacity, self.device)
         # What is not a matrix: norms, the embedding, and biases where the products read them.
-        read = {name for linear in self._linears for name in (*linear.names, *linear.biases)} | {"lm_head.weight"}
+        read = {name for linear in self._linears for name in (*linear.names, *linear.biases)} | {
+            "lm_head.weight"
+        }
         self._rest = {name: state[name] for name in sorted(state.keys() - read)}
         self._rest["model.embed_tokens.weight"] = self.embedding
         for linear in self._linears:
             self._rest |= linear.biases
 
     @torch.inference_mode()
-    def forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None = None) -> Tensor:
+    def forward(
+        self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None = None
+    ) -> Tensor:
         ids_BT, starts_B = ids_BT.to(self.device), starts_B.to(self.device)
         if self.graphs is not None and self.graphs.take(rows, ids_BT):
             return self.graphs.forward(ids_BT, starts_B, upto, nodes)
@@ -111,11 +136,15 @@ class Llama:
         return Residual(F.embedding(ids_BT, self.embedding).float(), None)
 
     @torch.inference_mode()
-    def through(self, rows: Rows, tokens: "Residual", starts_B: Tensor, upto: int, layer: Layer) -> "Residual":
+    def through(
+        self, rows: Rows, tokens: "Residual", starts_B: Tensor, upto: int, layer: Layer
+    ) -> "Residual":
         """One layer over tokens that have passed the ones before, from `starts_B` on; `tokens` is used up."""
         place = self._ops.place(rows, starts_B, tokens.count, min(upto, self.cache.capacity))
         size, shape = padded(tokens.numel(), self.embedding), tokens.x_BTE.shape
-        x_NE, y_NE = (None if z is None else _pad(z.flatten(0, 1), size) for z in (tokens.x_BTE, tokens.y_BTE))
+        x_NE, y_NE = (
+            None if z is None else _pad(z.flatten(0, 1), size) for z in (tokens.x_BTE, tokens.y_BTE)
+        )
         assert x_NE is not None
         y_NE = layer(x_NE, y_NE, place, self.cache)
         return Residual(*(z[: tokens.numel()].view(shape).clone() for z in (x_NE, y_NE)))
@@ -125,7 +154,8 @@ class Llama:
         """What the head makes of them, [B, T, V]."""
         (B, T, E), rows = tokens.x_BTE.shape, padded(tokens.numel(), self.embedding)
         x_NE, y_NE = (
-            None if z is None else _pad(z.reshape(B * T, E).clone(), rows) for z in (tokens.x_BTE, tokens.y_BTE)
+            None if z is None else _pad(z.reshape(B * T, E).clone(), rows)
+            for z in (tokens.x_BTE, tokens.y_BTE)
         )
         assert x_NE is not None
         logits_NV = self.head(self._ops.add_norm(x_NE, y_NE, self.norm, self.eps))[: B * T]
@@ -137,7 +167,9 @@ class Llama:
     def copy(self, source: int, destination: int, length: int) -> None:
         self.cache.copy(source, destination, length)
 
-    def _forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None = None) -> Tensor:
+    def _forward(
+        self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None = None
+    ) -> Tensor:
         x_NE, y_NE = self._run(rows, ids_BT, starts_B, upto, nodes)
         logits_NV = self.head(self._ops.add_norm(x_NE, y_NE, self.norm, self.eps))[: ids_BT.numel()]
         return fit_vocabulary(logits_NV.view(*ids_BT.shape, -1), self.vocab_size)
@@ -146,7 +178,9 @@ class Llama:
         self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """The residual stream, and what the last layer adds to it."""
-        upto = min(upto, self.cache.capacity)  # rows near their end draft along with others that go further
+        upto = min(
+            upto, self.cache.capacity
+        )  # rows near their end draft along with others that go further
         place = self._ops.place(rows, starts_B, ids_BT.shape[1], upto, nodes)
         x_NE, y_NE = F.embedding(ids_BT.flatten(), self.embedding).float(), None
         x_NE = _pad(x_NE, padded(len(x_NE), self.embedding))
@@ -158,7 +192,9 @@ class Llama:
 
     def weights(self) -> dict[str, Tensor]:
         """All weights by their Hugging Face names, tied ones once, as they are in use."""
-        return {name: tensor for linear in self._linears for name, tensor in linear.weights().items()} | self._rest
+        return {
+            name: tensor for linear in self._linears for name, tensor in linear.weights().items()
+        } | self._rest
 
     def prepare(self, weights: Mapping[str, Tensor]) -> "Staged":
         """Lays other weights out beside the live ones. Any thread may call it."""
@@ -174,8 +210,13 @@ class Llama:
             linear.install(packed)
         for name, tensor in staged.rest.items():
             self._rest[name].copy_(tensor)
-        held = all(linear.holds(packed) for linear, packed in zip(self._linears, staged.packed, strict=True))
-        return held and all(torch.equal(self._rest[name], tensor) for name, tensor in staged.rest.items())
+        held = all(
+            linear.holds(packed)
+            for linear, packed in zip(self._linears, staged.packed, strict=True)
+        )
+        return held and all(
+            torch.equal(self._rest[name], tensor) for name, tensor in staged.rest.items()
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +254,9 @@ class Staged:
 
 def _stack(state: Mapping[str, Tensor], names: list[str]) -> Linear:
     def named(kind: str) -> dict[str, Tensor]:
-        return {f"{name}.{kind}": state[f"{name}.{kind}"] for name in names if f"{name}.{kind}" in state}
+        return {
+            f"{name}.{kind}": state[f"{name}.{kind}"] for name in names if f"{name}.{kind}" in state
+        }
 
     return Linear(named("weight"), named("bias"))
 
@@ -225,6 +268,8 @@ def _pad(x_NE: Tensor, tokens: int) -> Tensor:
 def _rotations(module: nn.Module, capacity: int, dtype: torch.dtype) -> Rotations:
     """As `transformers` has them."""
     rotary: Any = module.get_submodule("model.rotary_emb")
-    angles_LD = (torch.arange(capacity, device=rotary.inv_freq.device)[:, None] * rotary.inv_freq.float()).repeat(1, 2)
+    angles_LD = (
+        torch.arange(capacity, device=rotary.inv_freq.device)[:, None] * rotary.inv_freq.float()
+    ).repeat(1, 2)
     scale = rotary.attention_scaling
     return (angles_LD.cos() * scale).to(dtype), (angles_LD.sin() * scale).to(dtype)

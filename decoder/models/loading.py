@@ -5,7 +5,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 
 from decoder import reference
 from decoder.device.placement import dtype_of
@@ -43,7 +49,13 @@ def load_module(source: str | Path, device: torch.device, dtype: str) -> nn.Modu
 
 
 def load_models(
-    source: str | Path, count: int, slots: int, capacity: int, device: torch.device, dtype: str, vocab_size: int = 0
+    source: str | Path,
+    count: int,
+    slots: int,
+    capacity: int,
+    device: torch.device,
+    dtype: str,
+    vocab_size: int = 0,
 ) -> list[ServedModel]:
     """`count` models from one folder or hub id, over one cache of `slots` contexts of `capacity` tokens.
 
@@ -55,7 +67,9 @@ def load_models(
     return over_slots(modules, slots, capacity, size)
 
 
-def over_slots(modules: list[nn.Module], slots: int, capacity: int, vocab_size: int) -> list[ServedModel]:
+def over_slots(
+    modules: list[nn.Module], slots: int, capacity: int, vocab_size: int
+) -> list[ServedModel]:
     if llama.supported(modules[0].config):  # type: ignore[arg-type]
         cache = SlotCache(slots, capacity)
         return [Llama(module, cache, vocab_size) for module in modules]
@@ -84,9 +98,13 @@ def load_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
     try:
         drafts_own = AutoTokenizer.from_pretrained(files.draft)
     except (OSError, ValueError):
-        return tokenizer  # A draft folder without tokenizer files has said that it uses the target's.
+        return (
+            tokenizer  # A draft folder without tokenizer files has said that it uses the target's.
+        )
     if drafts_own.get_vocab() != tokenizer.get_vocab():
-        raise InvalidRequest("target and draft do not share a tokenizer: their vocabularies differ", param="draft")
+        raise InvalidRequest(
+            "target and draft do not share a tokenizer: their vocabularies differ", param="draft"
+        )
     return tokenizer
 
 
@@ -99,7 +117,9 @@ def refuse_windows(source: str, max_context: int) -> None:
     config = AutoConfig.from_pretrained(source).get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None)
-    if kinds == {"full_attention"} and (not window or getattr(config, "use_sliding_window", True) is False):
+    if kinds == {"full_attention"} and (
+        not window or getattr(config, "use_sliding_window", True) is False
+    ):
         return
     if kinds <= {"full_attention", "sliding_attention"} and window and window >= max_context:
         return

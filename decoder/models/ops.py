@@ -22,7 +22,9 @@ class Place:
     rows: slice | Tensor
     tokens: int  # of each row
     upto: int
-    bias_B1QU: Tensor | None  # Q = G × T: 0 where a position is visible, -inf where not; None: all are
+    bias_B1QU: (
+        Tensor | None
+    )  # Q = G × T: 0 where a position is visible, -inf where not; None: all are
     told: tuple[Tensor, ...]  # what the operations tell themselves of positions and cells
 
 
@@ -36,7 +38,9 @@ class Norms:
 
 
 class Operations(Protocol):
-    def place(self, rows: Rows, starts_B: Tensor, tokens: int, upto: int, nodes: Nodes | None = None) -> Place:
+    def place(
+        self, rows: Rows, starts_B: Tensor, tokens: int, upto: int, nodes: Nodes | None = None
+    ) -> Place:
         """Where a forward of this many tokens a row stands, from `starts_B` on, in sight of the first `upto` cells.
 
         Padding of short rows may point past the end: the last cell belongs to nobody.
@@ -51,7 +55,9 @@ class Operations(Protocol):
         """SiLU of the first half of the last axis times the second."""
         ...
 
-    def turn(self, qkv: Tensor, heads: int, place: Place, norms: Norms, cache: SlotCache, layer: int) -> Tensor:
+    def turn(
+        self, qkv: Tensor, heads: int, place: Place, norms: Norms, cache: SlotCache, layer: int
+    ) -> Tensor:
         """Rotates queries and keys to their positions, and writes keys and values into the cache.
 
         `qkv` [N, (H + 2K) D] may be written to. Returns the queries, [B, K, Q, D]: those of the query heads that share
@@ -68,7 +74,9 @@ class TorchOperations:
         self._cos, self._sin = cos_LD, torch.cat([-sin_LD[:, :half], sin_LD[:, half:]], 1)
         self._group, self._capacity = group, len(cos_LD)
 
-    def place(self, rows: Rows, starts_B: Tensor, tokens: int, upto: int, nodes: Nodes | None = None) -> Place:
+    def place(
+        self, rows: Rows, starts_B: Tensor, tokens: int, upto: int, nodes: Nodes | None = None
+    ) -> Place:
         capacity = self._capacity
         slots_B = slot_index(rows, starts_B.device)
         positions_BT, cells_BT = stands(starts_B, tokens, capacity, nodes)
@@ -78,7 +86,9 @@ class TorchOperations:
         bias = torch.zeros(visible_BTU.shape, dtype=self._cos.dtype, device=starts_B.device)
         bias = bias.masked_fill_(~visible_BTU, -torch.inf)[:, None]
         turns = self._cos[positions_BT][:, :, None], self._sin[positions_BT][:, :, None]
-        return Place(rows if isinstance(rows, slice) else slots_B, tokens, upto, bias, (cells_N, *turns))
+        return Place(
+            rows if isinstance(rows, slice) else slots_B, tokens, upto, bias, (cells_N, *turns)
+        )
 
     def add_norm(self, x_NE: Tensor, y_NE: Tensor | None, weight_E: Tensor, eps: float) -> Tensor:
         if y_NE is not None:
@@ -89,21 +99,31 @@ class TorchOperations:
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate) * up
 
-    def turn(self, qkv: Tensor, heads: int, place: Place, norms: Norms, cache: SlotCache, layer: int) -> Tensor:
+    def turn(
+        self, qkv: Tensor, heads: int, place: Place, norms: Norms, cache: SlotCache, layer: int
+    ) -> Tensor:
         cells_N, cos_BT1D, sin_BT1D = place.told
         (B, T), (K, D) = cos_BT1D.shape[:2], cache.keys[layer].shape[2:]
         qkv = qkv[: B * T].view(B, T, heads + 2 * K, D)
         turned, v = qkv[:, :, : heads + K], qkv[:, :, heads + K :]
         if norms.q is not None and norms.k is not None:
             q, k = turned[:, :, :heads].float(), turned[:, :, heads:].float()
-            turned = torch.cat([_rms_norm(q, norms.q, norms.eps), _rms_norm(k, norms.k, norms.eps)], 2)
+            turned = torch.cat(
+                [_rms_norm(q, norms.q, norms.eps), _rms_norm(k, norms.k, norms.eps)], 2
+            )
         turned = _rotate(turned, cos_BT1D, sin_BT1D)
         q, k = turned[:, :, :heads], turned[:, :, heads:]
         cache.write(layer, cells_N, k.flatten(0, 1), v.flatten(0, 1))
-        return q.reshape(B, T, K, heads // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, heads // K * T, D)
+        return (
+            q.reshape(B, T, K, heads // K, D)
+            .permute(0, 2, 3, 1, 4)
+            .reshape(B, K, heads // K * T, D)
+        )
 
 
-def stands(starts_B: Tensor, tokens: int, capacity: int, nodes: Nodes | None) -> tuple[Tensor, Tensor]:
+def stands(
+    starts_B: Tensor, tokens: int, capacity: int, nodes: Nodes | None
+) -> tuple[Tensor, Tensor]:
     """Positions of a forward's tokens and the cells of their slots, [B, T] each."""
     steps_T = torch.arange(tokens, device=starts_B.device)
     if nodes is None:
@@ -119,8 +139,12 @@ def visible(starts_B: Tensor, cells_BT: Tensor, upto: int, nodes: Nodes | None) 
     if nodes is None:
         return cells_U <= cells_BT[..., None]
     behind_BU = cells_U - starts_B[:, None]
-    node_BTU = behind_BU.clamp(0, nodes.visible_BTC.shape[2] - 1)[:, None].expand(-1, cells_BT.shape[1], -1)
-    among_BTU = nodes.visible_BTC.gather(2, node_BTU) & (behind_BU < nodes.visible_BTC.shape[2])[:, None]
+    node_BTU = behind_BU.clamp(0, nodes.visible_BTC.shape[2] - 1)[:, None].expand(
+        -1, cells_BT.shape[1], -1
+    )
+    among_BTU = (
+        nodes.visible_BTC.gather(2, node_BTU) & (behind_BU < nodes.visible_BTC.shape[2])[:, None]
+    )
     return torch.where((behind_BU < 0)[:, None], True, among_BTU)
 
 
@@ -139,7 +163,9 @@ def operations(rotations: Rotations, group: int) -> Operations:
     """What a Llama does between its products, `group` query heads to a key-value head."""
     cos_LD, _ = rotations
     if cos_LD.device.type == "cpu" and cos_LD.dtype in (torch.float32, torch.bfloat16):
-        from decoder.models.ops_cpu import FusedOperations  # a GPU's process has no use for a compiler
+        from decoder.models.ops_cpu import (
+            FusedOperations,
+        )  # a GPU's process has no use for a compiler
 
         return FusedOperations(rotations, group)
     return TorchOperations(rotations, group)

@@ -43,23 +43,39 @@ class FusedOperations:
     def __init__(self, rotations: Rotations, group: int) -> None:
         cos_LD, sin_LD = rotations
         self._capacity, half = len(cos_LD), cos_LD.shape[1] // 2
-        self._cos, self._sin = cos_LD[:, :half].float().contiguous(), sin_LD[:, :half].float().contiguous()
+        self._cos, self._sin = (
+            cos_LD[:, :half].float().contiguous(),
+            sin_LD[:, :half].float().contiguous(),
+        )
         self._group, self._dtype = group, cos_LD.dtype
         self._place, self._add_norm, self._gate, self._turn = _compiled(self._dtype)
         self._scratch: dict[tuple[int, ...], tuple[Tensor, int]] = {}
 
-    def place(self, rows: Rows, starts_B: Tensor, tokens: int, upto: int, nodes: Nodes | None = None) -> Place:
+    def place(
+        self, rows: Rows, starts_B: Tensor, tokens: int, upto: int, nodes: Nodes | None = None
+    ) -> Place:
         (B,) = starts_B.shape
         assert starts_B.dtype == torch.long, "kernels read numbers as they lie"
         where = rows if isinstance(rows, slice) else slot_index(rows, starts_B.device)
         first, slots_B = (where.start, None) if isinstance(where, slice) else (0, where)
         stands_2BT = torch.empty((2, B, tokens), dtype=torch.long)  # positions and cells
-        several = B * tokens > 1 or nodes is not None  # a lone token is the last of `upto`: it sees all of them
-        bias = torch.empty((B, 1, self._group * tokens, upto), dtype=self._dtype) if several else None
+        several = (
+            B * tokens > 1 or nodes is not None
+        )  # a lone token is the last of `upto`: it sees all of them
+        bias = (
+            torch.empty((B, 1, self._group * tokens, upto), dtype=self._dtype) if several else None
+        )
         depth_BT = visible_BTC = None
         if nodes is not None:
             depth_BT, visible_BTC = nodes.depth_BT.contiguous(), nodes.visible_BTC.contiguous()
-        shape = B, tokens, self._group, upto, self._capacity, 0 if visible_BTC is None else visible_BTC.shape[2]
+        shape = (
+            B,
+            tokens,
+            self._group,
+            upto,
+            self._capacity,
+            0 if visible_BTC is None else visible_BTC.shape[2],
+        )
         told = at(starts_B), at(slots_B), first, at(depth_BT), at(visible_BTC)
         self._place(*told, at(stands_2BT), at(bias), *shape)
         return Place(where, tokens, upto, bias, (stands_2BT,))
@@ -76,7 +92,9 @@ class FusedOperations:
         self._gate(at(gate_up), out_at, N, M)
         return out
 
-    def turn(self, qkv: Tensor, heads: int, place: Place, norms: Norms, cache: SlotCache, layer: int) -> Tensor:
+    def turn(
+        self, qkv: Tensor, heads: int, place: Place, norms: Norms, cache: SlotCache, layer: int
+    ) -> Tensor:
         (stands,), keys, values = place.told, cache.keys[layer], cache.values[layer]
         (_, B, T), (K, D) = stands.shape, keys.shape[2:]
         out, out_at = self._room(B * T, (B, K, heads // K * T, D))
@@ -126,7 +144,9 @@ def _compiled(dtype: torch.dtype) -> tuple[Callable[..., None], ...]:
                             bias[b, g, t, u] = visible if seen else hidden
 
     @njit(types.void(*[address] * 4, count, count, real), **SUMS)
-    def add_norm(x_at: Any, y_at: Any, weight_at: Any, out_at: Any, N: Any, E: Any, eps: Any) -> None:
+    def add_norm(
+        x_at: Any, y_at: Any, weight_at: Any, out_at: Any, N: Any, E: Any, eps: Any
+    ) -> None:
         x, y = carray(floats(x_at), (N, E)), carray(array(y_at), (N, E))
         weight, out = carray(array(weight_at), (E,)), carray(array(out_at), (N, E))
         for n in range(N):
@@ -150,7 +170,9 @@ def _compiled(dtype: torch.dtype) -> tuple[Callable[..., None], ...]:
                 out[n, m] = store(load(store(silu)) * load(gate_up[n, 1, m]))
 
     @njit(inline="always", **SUMS)
-    def turn_head(head: Any, weight: Any, normed: Any, eps: Any, cos: Any, sin: Any, out: Any) -> None:
+    def turn_head(
+        head: Any, weight: Any, normed: Any, eps: Any, cos: Any, sin: Any, out: Any
+    ) -> None:
         half = len(cos)
         scale = np.float32(1)
         if normed:
@@ -173,16 +195,24 @@ def _compiled(dtype: torch.dtype) -> tuple[Callable[..., None], ...]:
         G, half, anywhere = H // K, D // 2, 1 << 40
         qkv = carray(array(qkv_at), (B, T, H + 2 * K, D))
         stands = carray(integers(stands_at), (2, B, T))
-        cos, sin = carray(floats(cos_at), (anywhere, half)), carray(floats(sin_at), (anywhere, half))
+        cos, sin = (
+            carray(floats(cos_at), (anywhere, half)),
+            carray(floats(sin_at), (anywhere, half)),
+        )
         q_norm, k_norm = carray(array(q_norm_at), (D,)), carray(array(k_norm_at), (D,))
-        keys, values = carray(array(keys_at), (anywhere, K, D)), carray(array(values_at), (anywhere, K, D))
+        keys, values = (
+            carray(array(keys_at), (anywhere, K, D)),
+            carray(array(values_at), (anywhere, K, D)),
+        )
         out = carray(array(out_at), (B, K, G, T, D))
         for b in range(B):
             for t in range(T):
                 position, cell = stands[0, b, t], stands[1, b, t]
                 c, s = cos[position], sin[position]
                 for h in range(H):
-                    turn_head(qkv[b, t, h], q_norm, q_norm_at != 0, eps, c, s, out[b, h // G, h % G, t])
+                    turn_head(
+                        qkv[b, t, h], q_norm, q_norm_at != 0, eps, c, s, out[b, h // G, h % G, t]
+                    )
                 for k in range(K):
                     turn_head(qkv[b, t, H + k], k_norm, k_norm_at != 0, eps, c, s, keys[cell, k])
                     for d in range(D):

@@ -19,7 +19,10 @@ def integers(values: list[int], device: torch.device | str) -> Tensor:
 def ragged(sequences: list[list[int]], device: torch.device | str) -> Tensor:
     """Token lists as one padded [B, T]."""
     longest = max(map(len, sequences))
-    return upload(np.array([sequence + [0] * (longest - len(sequence)) for sequence in sequences], np.int64), device)
+    return upload(
+        np.array([sequence + [0] * (longest - len(sequence)) for sequence in sequences], np.int64),
+        device,
+    )
 
 
 def encode(

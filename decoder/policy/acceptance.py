@@ -6,7 +6,9 @@ FIRST_GUESS = 0.7  # acceptance of a draft that nothing is known about: high eno
 ROUTE_MEMORY = 2000.0  # compared positions that a route's mean remembers
 ROW_MEMORY = 32.0
 RANKS = 8  # candidates of a node whose acceptance is told apart
-RANK_DECAY = 0.3  # how much less than its elder sibling a candidate is kept that nothing is known about
+RANK_DECAY = (
+    0.3  # how much less than its elder sibling a candidate is kept that nothing is known about
+)
 PRIOR_POSITIONS = 6.0  # positions of its own after which a row counts as much as its route
 
 
@@ -53,7 +55,10 @@ class Ranks:
         """A node had so many candidates; one of them was kept, or none."""
         keep = math.exp(-1 / ROUTE_MEMORY)
         for k in range(min(met, RANKS)):
-            self._kept[k], self._met[k] = self._kept[k] * keep + (k == kept), self._met[k] * keep + 1
+            self._kept[k], self._met[k] = (
+                self._kept[k] * keep + (k == kept),
+                self._met[k] * keep + 1,
+            )
 
     def forget(self) -> None:
         self._kept, self._met = [0.0] * RANKS, [0.0] * RANKS

@@ -74,7 +74,11 @@ class Belief(NamedTuple):
 
     def promise(self, spread: float) -> float:
         """What it might be: the less is known of it, the more."""
-        return self.log_speed + math.log(1 + spread / math.sqrt(self.stretches)) if self.stretches else math.inf
+        return (
+            self.log_speed + math.log(1 + spread / math.sqrt(self.stretches))
+            if self.stretches
+            else math.inf
+        )
 
 
 def _best(beliefs: dict[str, Belief]) -> str:
@@ -86,7 +90,9 @@ class Stretch:
     """Steps of one route: with what is best in their situations, or all with one way that is tried."""
 
     tried: str = ""
-    best: dict[Situation, str] = field(default_factory=dict)  # as was believed when they first came up
+    best: dict[Situation, str] = field(
+        default_factory=dict
+    )  # as was believed when they first came up
     steps: int = 0
     seconds: float = 0.0
 
@@ -122,7 +128,9 @@ class Choice:
             stretch = self._stretches[situation.route]
             stretch.steps, stretch.seconds = stretch.steps + 1, stretch.seconds + seconds
             self._seconds[situation.route][way] += seconds
-            self._speeds[situation.route][situation][way].add(tokens, seconds + (0.0 if stretch.tried else before))
+            self._speeds[situation.route][situation][way].add(
+                tokens, seconds + (0.0 if stretch.tried else before)
+            )
 
     def _begin(self, situation: Situation, last: Stretch | None) -> Stretch:
         spent = self._seconds.setdefault(situation.route, dict.fromkeys(self.ways, 0.0))
@@ -132,19 +140,29 @@ class Choice:
         beliefs = self.beliefs(situation)
         chosen = max(self.ways, key=lambda way: beliefs[way].promise(situation.spread))
         known = beliefs[chosen].stretches > 0
-        return Stretch(best={situation: chosen}) if known and chosen == _best(beliefs) else Stretch(chosen)
+        return (
+            Stretch(best={situation: chosen})
+            if known and chosen == _best(beliefs)
+            else Stretch(chosen)
+        )
 
     def beliefs(self, situation: Situation) -> dict[str, Belief]:
         """What a situation's own steps say, and those of situations that are like it."""
         known = self._speeds[situation.route]
         log_SW = np.array([[speed.log for speed in each.values()] for each in known.values()])
-        count_SW = np.array([[speed.stretches for speed in each.values()] for each in known.values()])
+        count_SW = np.array(
+            [[speed.stretches for speed in each.values()] for each in known.values()]
+        )
         own = list(known).index(situation)
         weight_SW = np.minimum(count_SW, [[situation.worth(other)] for other in known])
-        elsewhere_W = np.delete(weight_SW, own, 0).max(0, initial=0.0)  # they err alike: the nearest counts
+        elsewhere_W = np.delete(weight_SW, own, 0).max(
+            0, initial=0.0
+        )  # they err alike: the nearest counts
         sums_W = count_SW[own] * log_SW[own] + elsewhere_W * _fitted(log_SW, weight_SW)[own]
         stretches_W = count_SW[own] + elsewhere_W
-        told = zip((sums_W / np.maximum(stretches_W, NOTHING)).tolist(), stretches_W.tolist(), strict=True)
+        told = zip(
+            (sums_W / np.maximum(stretches_W, NOTHING)).tolist(), stretches_W.tolist(), strict=True
+        )
         return dict(zip(self.ways, map(Belief._make, told), strict=True))
 
 

@@ -60,7 +60,10 @@ class _Fit:
 
     def emitted(self, tokens: float, plain_steps: float) -> None:
         keep = 1 - 1 / PACE_MEMORY
-        self.tokens, self.plain_steps = self.tokens * keep + tokens, self.plain_steps * keep + plain_steps
+        self.tokens, self.plain_steps = (
+            self.tokens * keep + tokens,
+            self.plain_steps * keep + plain_steps,
+        )
         self.steps += 1
 
     def drafted(self, candidates: int, forwards: float, plain_steps: float) -> None:
@@ -87,7 +90,9 @@ class Prices:
         fit = self._fit(rows)
         return fit.price().times(fit.pace * rows)
 
-    def observe(self, rows: int, tokens: int, plain_steps: float, drafted: tuple[int, float] | None) -> None:
+    def observe(
+        self, rows: int, tokens: int, plain_steps: float, drafted: tuple[int, float] | None
+    ) -> None:
         """A step emitted so many tokens and took as long as so many plain ones. `drafted`: the most candidates of a
         row, and the draft's forwards for them, where these are known."""
         fit = self._fit(rows)

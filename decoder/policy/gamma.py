@@ -12,7 +12,9 @@ from decoder.policy.draft_cost import Price, Prices
 from decoder.policy.step_times import GAMMA_LEARNS, StepCosts
 
 MARGIN = 1.05  # speculation must promise this much more than plain steps: it also pays for drafts' prompts
-PROBE_SHARE = 0.005  # of the time that plain steps take, for looking whether drafting would pay again
+PROBE_SHARE = (
+    0.005  # of the time that plain steps take, for looking whether drafting would pay again
+)
 RECHECK_STEPS = 50  # drafting steps in a row after which one is plain: or what plain steps cost would be hearsay
 RECHECK_LEARNS = 0.5  # share of that step's surprise that is taken up: there are few of them
 
@@ -62,7 +64,12 @@ class Control:
         return self.prices.of(rows)
 
     def stepped(
-        self, rows: int, gamma: int | None, seconds: float, tokens: int, drafted: tuple[int, float] | None = None
+        self,
+        rows: int,
+        gamma: int | None,
+        seconds: float,
+        tokens: int,
+        drafted: tuple[int, float] | None = None,
     ) -> None:
         """`gamma` is what a chain of the draft's had; None: something else was drafted. `drafted`: the most candidates
         of a row, and the draft's forwards for them, where these are known."""

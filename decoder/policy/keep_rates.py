@@ -4,7 +4,9 @@ N-grams' tokens have the length of the suffix that they followed, from 1 on, and
 model's have `DRAWN`, or less behind masks, and how likely it found them; at a draft's exits see `left` and `went`.
 """
 
-Evidence = tuple[bool, int, int]  # whether the row is greedy; what drafted; how sure of the token that was, by SHARES
+Evidence = tuple[
+    bool, int, int
+]  # whether the row is greedy; what drafted; how sure of the token that was, by SHARES
 
 SHARES = 8  # shares of one that are told apart
 ANY = -1  # share
@@ -28,7 +30,9 @@ class Kept:
     """Counts by evidence. One for each kind of token that learns from another past: a route's n-grams, a draft."""
 
     def __init__(self) -> None:
-        self._known: dict[Evidence, tuple[float, float]] = {}  # tokens that were looked at, and those kept
+        self._known: dict[
+            Evidence, tuple[float, float]
+        ] = {}  # tokens that were looked at, and those kept
 
     def rate(self, evidence: Evidence, otherwise: float) -> float:
         """How likely such a token is kept, where `otherwise` is what one would think."""

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-SURPRISE = 0.5  # a step may be slow for reasons of the machine's own: its logarithm counts up to this
+SURPRISE = (
+    0.5  # a step may be slow for reasons of the machine's own: its logarithm counts up to this
+)
 GAMMA_LEARNS, ROWS_LEARN = 0.05, 0.02  # shares of a surprise that corrections take up
 
 
@@ -18,7 +20,9 @@ class StepCosts:
     """
 
     def __init__(self, max_gamma: int, slots: int) -> None:
-        self.rows = [min(1 << i, slots) for i in range((slots - 1).bit_length() + 1)]  # numbers of rows told apart
+        self.rows = [
+            min(1 << i, slots) for i in range((slots - 1).bit_length() + 1)
+        ]  # numbers of rows told apart
         self._start = [[0.0] * (max_gamma + 1) for _ in self.rows]
         self._by_rows = [0.0] * len(self.rows)
         self._by_gamma = [[0.0] * (max_gamma + 1) for _ in self.rows]
@@ -34,7 +38,10 @@ class StepCosts:
         """By γ, from 0 to the largest."""
         i = self._bucket(rows)
         by_rows = self._by_rows[i]
-        return [math.exp(start + by_rows + own) for start, own in zip(self._start[i], self._by_gamma[i], strict=True)]
+        return [
+            math.exp(start + by_rows + own)
+            for start, own in zip(self._start[i], self._by_gamma[i], strict=True)
+        ]
 
     def observe(self, rows: int, gamma: int, seconds: float, weight: float = GAMMA_LEARNS) -> None:
         i = self._bucket(rows)

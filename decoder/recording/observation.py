@@ -74,7 +74,12 @@ def join(steps: Sequence[StepTrace]) -> dict[str, NDArray[Any]]:
     """All of one row's steps: draft_ids, draft_logp [D]; top_ids, top_logp [D + S, K]; draft_top_logp [D, K]."""
     parts = []
     for step in steps:
-        seen, k, b, drafted = step.observation.seen, step.observation.record_k, step.row, step.drafted
+        seen, k, b, drafted = (
+            step.observation.seen,
+            step.observation.record_k,
+            step.row,
+            step.drafted,
+        )
         parts.append(
             (
                 seen.draft_ids_BG[b, :drafted],
@@ -85,7 +90,10 @@ def join(steps: Sequence[StepTrace]) -> dict[str, NDArray[Any]]:
             )
         )
     names = ("draft_ids", "draft_logp", "top_ids", "top_logp", "draft_top_logp")
-    return {name: np.concatenate(arrays) for name, arrays in zip(names, zip(*parts, strict=True), strict=True)}
+    return {
+        name: np.concatenate(arrays)
+        for name, arrays in zip(names, zip(*parts, strict=True), strict=True)
+    }
 
 
 def _finite(logp: np.float32) -> float:
@@ -112,7 +120,11 @@ def observe(
 
 
 def look(
-    logits_BTV: Tensor, draft_logits_B1V: list[Tensor], draft_tokens_BG: Tensor, drafted_B: Tensor, k: int
+    logits_BTV: Tensor,
+    draft_logits_B1V: list[Tensor],
+    draft_tokens_BG: Tensor,
+    drafted_B: Tensor,
+    k: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """top_ids_BTK, top_logp_BTK, norm_BT (log Σ e^logits), draft_logp_BG, draft_top_logp_BGK."""
     draft_logits_BGV = torch.cat(draft_logits_B1V, 1) if draft_logits_B1V else logits_BTV[:, :0]

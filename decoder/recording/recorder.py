@@ -22,7 +22,10 @@ from online.signals import Signal, encode, pseudonym
 
 log = logging.getLogger("slipstream.recorder")
 
-GATHER_S, GATHERED = 0.1, 64  # how long requests queue up, and how many of them at most, before they are written
+GATHER_S, GATHERED = (
+    0.1,
+    64,
+)  # how long requests queue up, and how many of them at most, before they are written
 RETRY_S = 1.0  # after a failed append, how long signals are dropped without trying again
 
 
@@ -109,11 +112,20 @@ class Recorder:
 
     def _append(self, route: str, records: Sequence[tuple[bytes, float | None]]) -> None:
         try:
-            self._buffer.append(route, *(r for r, _ in records), acceptances=[acceptance for _, acceptance in records])
+            self._buffer.append(
+                route,
+                *(r for r, _ in records),
+                acceptances=[acceptance for _, acceptance in records],
+            )
         except RedisError as error:
             self._muted_until = time.monotonic() + RETRY_S
             self._dropped(route, "redis_down", len(records))
-            log.warning("%d signals of %s dropped, the buffer does not answer: %s", len(records), route, error)
+            log.warning(
+                "%d signals of %s dropped, the buffer does not answer: %s",
+                len(records),
+                route,
+                error,
+            )
         except Exception:
             self._dropped(route, "error", len(records))
             log.exception("%d signals of %s dropped", len(records), route)

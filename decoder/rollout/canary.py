@@ -60,9 +60,13 @@ class Canaries:
             if ours is None and draft.version == canary.beside_version:
                 self._begin(draft, canary)
             elif ours is not None and draft.canary is not None and not draft.canary.usable:
-                self._finish(canary, "aborted", "its draft failed while it served", even_frozen=True)
+                self._finish(
+                    canary, "aborted", "its draft failed while it served", even_frozen=True
+                )
 
-    def observe(self, route: str, version: int, acceptance_rate: float | None, arrived_s: float) -> None:
+    def observe(
+        self, route: str, version: int, acceptance_rate: float | None, arrived_s: float
+    ) -> None:
         """A request of the route has ended that `version` served alone."""
         ours = self._running.get(route)
         if ours is not None and arrived_s >= ours.since_s:
@@ -78,7 +82,9 @@ class Canaries:
                 continue
             if self._registry.route(route).frozen:
                 if not ours.held:
-                    self._registry.record(ACTOR, "canary:held", route, f"frozen; {verdict.outcome}: {verdict.reason}")
+                    self._registry.record(
+                        ACTOR, "canary:held", route, f"frozen; {verdict.outcome}: {verdict.reason}"
+                    )
                 ours.held = True
                 continue
             self._finish(ours.canary, verdict.outcome, verdict.reason)
@@ -91,11 +97,18 @@ class Canaries:
         if ours is None:
             return None
         arms = (ours.trial.version, ours.trial.canary), (ours.trial.beside, ours.trial.active)
-        return CanarySeen(*(ArmSeen(v, arm.requests, arm.mean if arm.requests else None) for v, arm in arms))
+        return CanarySeen(
+            *(ArmSeen(v, arm.requests, arm.mean if arm.requests else None) for v, arm in arms)
+        )
 
     def _begin(self, draft: LiveDraft, canary: Canary) -> None:
         if draft.canary is None:
-            self._finish(canary, "aborted", "a decoder of this route has canary_share 0: no room", even_frozen=True)
+            self._finish(
+                canary,
+                "aborted",
+                "a decoder of this route has canary_share 0: no room",
+                even_frozen=True,
+            )
             return
         version = self._registry.version(canary.version)
         try:
@@ -109,7 +122,12 @@ class Canaries:
         trial = Trial(canary.version, canary.beside_version, self._rules)
         self._running[canary.route] = _Running(canary, trial, time.monotonic())
         self._metrics.canary_share.labels(canary.route).set(canary.share)
-        log.info("route %s: version %d drafts for %g of the requests", canary.route, canary.version, canary.share)
+        log.info(
+            "route %s: version %d drafts for %g of the requests",
+            canary.route,
+            canary.version,
+            canary.share,
+        )
 
     def _end(self, draft: LiveDraft) -> None:
         """New requests get the active draft again. Those that the canary began it also ends: its weights stay."""
@@ -117,11 +135,15 @@ class Canaries:
         del self._running[draft.route]
         self._metrics.canary_share.labels(draft.route).set(0)
 
-    def _finish(self, canary: Canary, outcome: Outcome, reason: str, *, even_frozen: bool = False) -> None:
+    def _finish(
+        self, canary: Canary, outcome: Outcome, reason: str, *, even_frozen: bool = False
+    ) -> None:
         try:
             self._ledger.finish(canary, outcome, ACTOR, reason, even_frozen=even_frozen)
         except Conflict as error:
-            log.info("canary %d of route %s was not %s: %s", canary.id, canary.route, outcome, error)
+            log.info(
+                "canary %d of route %s was not %s: %s", canary.id, canary.route, outcome, error
+            )
         else:
             log.warning("canary %d of route %s %s: %s", canary.id, canary.route, outcome, reason)
 

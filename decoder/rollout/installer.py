@@ -65,5 +65,6 @@ class Installer:
         if self._target_fingerprint() != self.target_fingerprint:
             self.target_changed = True
             log.critical(
-                "the target's weights changed with the swap to version %d: this decoder is unhealthy", version.id
+                "the target's weights changed with the swap to version %d: this decoder is unhealthy",
+                version.id,
             )

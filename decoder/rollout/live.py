@@ -22,7 +22,9 @@ class LiveDraft:
         self.route = route
         self.model = model
         self.canary: LiveDraft | None = None  # room for a candidate on trial, over the same slots
-        self.generic: LiveDraft | None = None  # of a cluster: what drafts for it until its own has proved itself
+        self.generic: LiveDraft | None = (
+            None  # of a cluster: what drafts for it until its own has proved itself
+        )
         self.follows = False  # the generic draft, having no version of its own
         self.share = 0.0  # of the route's requests that the canary drafts for
         self.version = 0  # 0: the weights it was built with, not registered yet
@@ -71,7 +73,9 @@ class LiveDraft:
             raise ArtifactError(f"{folder.name[:12]}: weights can't be read: {error}") from error
         if stored.keys() != live.keys():
             odd = sorted(stored.keys() ^ live.keys())
-            raise ArtifactError(f"{folder.name[:12]}: tensors differ from the live draft's: {', '.join(odd[:3])}")
+            raise ArtifactError(
+                f"{folder.name[:12]}: tensors differ from the live draft's: {', '.join(odd[:3])}"
+            )
         for name, tensor in stored.items():
             if tensor.shape != live[name].shape:
                 raise ArtifactError(
@@ -96,7 +100,9 @@ class LiveDraft:
         self.ranks.forget()
         self.kept.forget()
         if not self.usable:
-            raise ArtifactError(f"version {version}: the device does not hold the weights that were copied")
+            raise ArtifactError(
+                f"version {version}: the device does not hold the weights that were copied"
+            )
 
 
 def fraction(name: str) -> float:

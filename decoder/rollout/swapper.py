@@ -42,8 +42,12 @@ class Swapper:
         self._first_draft, self._guard, self._canaries = first_draft, guard, canaries
         self._metrics, self._poll_s = metrics, poll_s
         self._finished: queue.SimpleQueue[tuple[str, SpeculationStats, float]] = queue.SimpleQueue()
-        self._errors: dict[str, tuple[int, str, float]] = {}  # route → version, why, when to try again
-        self._followed: dict[str, int] = {}  # cluster → the generic draft's version that it was last seen with
+        self._errors: dict[
+            str, tuple[int, str, float]
+        ] = {}  # route → version, why, when to try again
+        self._followed: dict[
+            str, int
+        ] = {}  # cluster → the generic draft's version that it was last seen with
         self._wake, self._stopping = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="swapper", daemon=True)
 
@@ -65,7 +69,9 @@ class Swapper:
     def loaded(self) -> dict[str, Loaded]:
         return {
             route: Loaded(
-                draft.serving, self._errors[route][1] if route in self._errors else "", self._canaries.seen(route)
+                draft.serving,
+                self._errors[route][1] if route in self._errors else "",
+                self._canaries.seen(route),
             )
             for route, draft in self._drafts.items()
         }
@@ -140,7 +146,12 @@ class Swapper:
         self._metrics.swaps.labels(draft.route, "done").inc()
         self._metrics.swap_pause.observe(pause_s)
         self._metrics.loaded_version.labels(draft.route).set(version.id)
-        log.info("route %s now drafts with version %d (pause %.1f ms)", draft.route, version.id, pause_s * 1000)
+        log.info(
+            "route %s now drafts with version %d (pause %.1f ms)",
+            draft.route,
+            version.id,
+            pause_s * 1000,
+        )
 
     # ── watching what is live ──
 
@@ -156,7 +167,10 @@ class Swapper:
             version, rate = stats.versions[0][2], stats.acceptance_rate
             for name in self._concerned(route):
                 self._canaries.observe(name, version, rate, arrived_s)
-                if rate is not None and (regression := self._guard.observe(name, version, rate)) is not None:
+                if (
+                    rate is not None
+                    and (regression := self._guard.observe(name, version, rate)) is not None
+                ):
                     self._roll_back(regression)
         if self._canaries.decide():
             self._wake.set()
@@ -167,14 +181,19 @@ class Swapper:
     def _concerned(self, route: str) -> list[str]:
         """A cluster's requests also tell of the generic draft, where that one served them."""
         draft = self._drafts.get(route)
-        return [route, *([draft.generic.route] if draft is not None and draft.generic is not None else [])]
+        return [
+            route,
+            *([draft.generic.route] if draft is not None and draft.generic is not None else []),
+        ]
 
     def _roll_back(self, found: Regression) -> None:
         if self._registry.route(found.route).frozen:
             self._registry.record("guard", "rollback:held", found.route, f"frozen; {found.reason}")
             return
         try:
-            self._registry.rollback(found.route, "auto_rollback", "guard", found.reason, expected=found.version)
+            self._registry.rollback(
+                found.route, "auto_rollback", "guard", found.reason, expected=found.version
+            )
         except Conflict as error:
             log.info("no automatic rollback of route %s: %s", found.route, error)
         else:

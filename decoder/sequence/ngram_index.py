@@ -29,7 +29,9 @@ class Followers:
     """What followed every few tokens of texts, and how often."""
 
     def __init__(self) -> None:
-        self._after: dict[tuple[int, ...], Counts | int] = {}  # most have had one follower, once: that one alone
+        self._after: dict[
+            tuple[int, ...], Counts | int
+        ] = {}  # most have had one follower, once: that one alone
 
     def get(self, suffix: tuple[int, ...]) -> Counts | None:
         found = self._after.get(suffix)

@@ -41,7 +41,9 @@ class StepPlan:
         return max(self.drafted) if chained else None
 
 
-Uniforms = tuple[Tensor, Tensor, Tensor]  # for drafting [B, N], for accepting [B, N], for emitting [B]
+Uniforms = tuple[
+    Tensor, Tensor, Tensor
+]  # for drafting [B, N], for accepting [B, N], for emitting [B]
 
 
 class Planner:
@@ -51,7 +53,10 @@ class Planner:
         self._undrawn: dict[tuple[int, int], Uniforms] = {}
 
     def plan(self, rows: list[Row], schemes: list[Scheme]) -> StepPlan:
-        (sampling, lenient), drafted = self._asked_by(rows), [scheme.candidates for scheme in schemes]
+        (sampling, lenient), drafted = (
+            self._asked_by(rows),
+            [scheme.candidates for scheme in schemes],
+        )
         most = max(drafted)
         if not sampling.all_greedy:
             return StepPlan(rows, schemes, sampling, *self._draw(rows, drafted, most), lenient)

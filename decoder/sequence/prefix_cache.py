@@ -38,7 +38,9 @@ class Prefixes:
         """
         best, length, drafted = None, WORTHWHILE, -1
         for context in (*self._kept, *live):
-            if context.route != route or not (common := common_prefix(context.tokens, tokens, length)):
+            if context.route != route or not (
+                common := common_prefix(context.tokens, tokens, length)
+            ):
                 continue
             own = min(context.draft_cached, common) if context.draft_version == draft_version else 0
             if (common, own) > (length, drafted):
@@ -58,7 +60,9 @@ class Prefixes:
                 continue
             common = common_prefix(kept.tokens, finished.tokens, 1)
             if common == len(kept.tokens) and not _same(kept, finished):
-                return self._replace(kept, finished)  # a conversation that went on, or another draft's view of it
+                return self._replace(
+                    kept, finished
+                )  # a conversation that went on, or another draft's view of it
             if common == len(finished.tokens):
                 self._touch(kept)
                 return None
@@ -84,7 +88,9 @@ class Prefixes:
 
 
 def _same(kept: Context, finished: Context) -> bool:
-    drafts = kept.draft_version == finished.draft_version and kept.draft_cached >= finished.draft_cached
+    drafts = (
+        kept.draft_version == finished.draft_version and kept.draft_cached >= finished.draft_cached
+    )
     return len(kept.tokens) == len(finished.tokens) and drafts
 
 

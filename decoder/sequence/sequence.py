@@ -17,7 +17,14 @@ OnDelta = Callable[[Delta], None]
 
 
 class Row:
-    def __init__(self, query: Query, on_delta: OnDelta, tokenizer: Tokenizer, eos_ids: frozenset[int], recorded: bool):
+    def __init__(
+        self,
+        query: Query,
+        on_delta: OnDelta,
+        tokenizer: Tokenizer,
+        eos_ids: frozenset[int],
+        recorded: bool,
+    ):
         self.query = query
         self.on_delta = on_delta
         self.tokens = list(query.prompt_ids)  # prompt and output; the last one is in no cache yet
@@ -25,16 +32,22 @@ class Row:
         self.draft: LiveDraft  # which drafts for it, from admission to its end
         self.draft_cached = 0  # the same in the draft's
         self.draft_version = 0  # which began to write them
-        self.draft_wanted = False  # a step did without it that would have asked it, had it been up with the context
+        self.draft_wanted = (
+            False  # a step did without it that would have asked it, had it been up with the context
+        )
         self.acceptance = Acceptance(ROW_MEMORY)
-        self.emitted_p: list[float] = []  # of each output token: its probability, where it was the target's own draw
+        self.emitted_p: list[
+            float
+        ] = []  # of each output token: its probability, where it was the target's own draw
         self.rng = np.random.Generator(np.random.Philox(query.seed))
         self.suffixes = Suffixes(Recent(), query.temperature == 0)  # its route's, from admission on
         self.text = TextStream(tokenizer, query.stop)
         self.stats = SpeculationStats()
         self.trace = Trace(query) if recorded else None
         self.finish_reason: FinishReason | None = None
-        self._end_ids = frozenset(query.stop_token_ids) | (frozenset() if query.ignore_eos else eos_ids)
+        self._end_ids = frozenset(query.stop_token_ids) | (
+            frozenset() if query.ignore_eos else eos_ids
+        )
         self.arrived_at = time.monotonic()
         self.first_token_at: float | None = None
 
@@ -94,11 +107,15 @@ class Row:
             self.first_token_at = time.monotonic()
         return taken, "".join(pieces)
 
-    def deliver(self, text: str, token_ids: list[int], logprobs: tuple[TokenLogprob, ...] = ()) -> None:
+    def deliver(
+        self, text: str, token_ids: list[int], logprobs: tuple[TokenLogprob, ...] = ()
+    ) -> None:
         """Hands the client its next piece; nothing a client's side does may reach the engine."""
         reason = self.finish_reason
         if text or token_ids or reason:
-            self._send(Delta(text, tuple(token_ids), logprobs, reason, self.stats if reason else None))
+            self._send(
+                Delta(text, tuple(token_ids), logprobs, reason, self.stats if reason else None)
+            )
 
     def end(self, reason: FinishReason) -> None:
         """Ends the row from outside, and tells its client."""

@@ -14,7 +14,9 @@ REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no character, o
 class HfCodec:
     """`online.messages.TextCodec` over a `transformers` tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model_name: str, vocab_size: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, model_name: str, vocab_size: int
+    ) -> None:
         self.model_name = model_name
         self.vocab_size = vocab_size
         self.backend: Tokenizer = tokenizer.backend_tokenizer
@@ -26,7 +28,9 @@ class HfCodec:
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Raises InvalidRequest where the model has no chat template, or its template refuses the messages."""
         if not self._tokenizer.chat_template:
-            raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
+            raise InvalidRequest(
+                "this model has no chat template; use /v1/completions", param="messages"
+            )
         try:
             rendered = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
@@ -95,4 +99,6 @@ class TextStream:
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+    return next(
+        (n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0
+    )

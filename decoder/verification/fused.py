@@ -16,7 +16,18 @@ from numba import carray, types
 from torch import Tensor
 
 from decoder.device.numba_support import EXACT, SUMS, at, bools, doubles, floats, integers, njit
-from decoder.verification.fused_kernels import best, block, draw, largest, norm, soften, top, total, walk, walk_greedily
+from decoder.verification.fused_kernels import (
+    best,
+    block,
+    draw,
+    largest,
+    norm,
+    soften,
+    top,
+    total,
+    walk,
+    walk_greedily,
+)
 from decoder.verification.proposal import Tree
 
 _int = types.int64
@@ -69,34 +80,58 @@ def judge(
     logits_BTV, draft_probs_BQV = logits_BTV.contiguous(), draft_probs_BQV.float().contiguous()
     tokens_BN, accept_uniform_BN = tokens_BN.contiguous(), accept_uniform_BN.contiguous()
     emit_uniform_B = emit_uniform_B.contiguous()
-    assert accept_uniform_BN.dtype == emit_uniform_B.dtype == torch.float64, "numbers are read as they lie"
+    assert accept_uniform_BN.dtype == emit_uniform_B.dtype == torch.float64, (
+        "numbers are read as they lie"
+    )
     assert (accept_uniform_BN.shape, T) == ((B, N), N + 1), "kernels read as far as they are told"
     assert tree is not None or Q in (0, N), "kernels read as far as they are told"
     accepted_B, next_B, compared_B = (torch.empty(B, dtype=torch.long) for _ in range(3))
-    next_p_B, overlap_B, path_BN = torch.empty(B), torch.empty(B), torch.zeros((B, N), dtype=torch.long)
+    next_p_B, overlap_B, path_BN = (
+        torch.empty(B),
+        torch.empty(B),
+        torch.zeros((B, N), dtype=torch.long),
+    )
     chains_B = None if tree is None else torch.tensor(tree.chains)
-    shape = (0, 0, 0) if tree is None else (at(tree.parents_BN), at(tree.sources_BN), at(tree.distinct_B))
+    shape = (
+        (0, 0, 0)
+        if tree is None
+        else (at(tree.parents_BN), at(tree.sources_BN), at(tree.distinct_B))
+    )
     told = at(draft_probs_BQV), at(tokens_BN), *shape, at(drafted_B), at(divisor_B), at(greedy_B)
     drawn, lenient = (at(accept_uniform_BN), at(emit_uniform_B)), (at(scale_B), at(power_B))
     verdict = at(accepted_B), at(path_BN), at(next_B), at(next_p_B), at(overlap_B), at(compared_B)
-    _judge(at(logits_BTV), at(probs_BTV), at(chains_B), *told, *drawn, *lenient, *verdict, B, N, Q, V)
+    _judge(
+        at(logits_BTV), at(probs_BTV), at(chains_B), *told, *drawn, *lenient, *verdict, B, N, Q, V
+    )
     return accepted_B, path_BN, next_B, next_p_B, overlap_B, compared_B
 
 
 def observe(
-    logits_BTV: Tensor, draft_logits_B1V: list[Tensor], draft_tokens_BG: Tensor, drafted_B: Tensor, k: int
+    logits_BTV: Tensor,
+    draft_logits_B1V: list[Tensor],
+    draft_tokens_BG: Tensor,
+    drafted_B: Tensor,
+    k: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`decoder.recording.observation.look`, but padding gets no values."""
     (B, T, V), G = logits_BTV.shape, draft_tokens_BG.shape[1]
     logits_BTV, draft_tokens_BG = logits_BTV.contiguous(), draft_tokens_BG.contiguous()
     draft_logits_B1V = [logits.float().contiguous() for logits in draft_logits_B1V]
-    assert all(logits.shape == (B, 1, V) for logits in draft_logits_B1V), "kernels read as far as they are told"
+    assert all(logits.shape == (B, 1, V) for logits in draft_logits_B1V), (
+        "kernels read as far as they are told"
+    )
     draft_logits_at = np.array([at(logits) for logits in draft_logits_B1V], np.int64)
-    top_ids, top_logp, norm = torch.empty((B, T, k), dtype=torch.long), torch.empty((B, T, k)), torch.empty((B, T))
+    top_ids, top_logp, norm = (
+        torch.empty((B, T, k), dtype=torch.long),
+        torch.empty((B, T, k)),
+        torch.empty((B, T)),
+    )
     draft_logp, draft_top_logp = torch.empty((B, G)), torch.empty((B, G, k))
     told = at(logits_BTV), draft_logits_at.ctypes.data, at(draft_tokens_BG), at(drafted_B)
     seen = at(top_ids), at(top_logp), at(norm), at(draft_logp), at(draft_top_logp)
-    columns = 1 << (k * V).bit_length() // 2  # about √(k V): as many as there are candidates in k of them
+    columns = (
+        1 << (k * V).bit_length() // 2
+    )  # about √(k V): as many as there are candidates in k of them
     _observe(*told, *seen, B, G, V, k, max(k, min(columns, V)))
     return top_ids, top_logp, norm, draft_logp, draft_top_logp
 
@@ -113,7 +148,14 @@ def _most_likely(logits_at: Any, stride: Any, best_at: Any, N: Any, V: Any) -> N
 
 @njit(types.void(*[_int] * 8), **EXACT)
 def _probabilities(
-    logits_at: Any, divisor_at: Any, greedy_at: Any, out_at: Any, stride: Any, B: Any, T: Any, V: Any
+    logits_at: Any,
+    divisor_at: Any,
+    greedy_at: Any,
+    out_at: Any,
+    stride: Any,
+    B: Any,
+    T: Any,
+    V: Any,
 ) -> None:
     logits_BTV = carray(floats(logits_at), (B, T, V))
     divisor_B, greedy_B = carray(floats(divisor_at), (B,)), carray(bools(greedy_at), (B,))
@@ -143,10 +185,24 @@ def _judge(
     emit_at: Any, scale_at: Any, power_at: Any, accepted_at: Any, path_at: Any, next_at: Any, next_p_at: Any,
     overlap_at: Any, compared_at: Any, B: Any, N: Any, Q: Any, V: Any,
 ) -> None:  # fmt: skip
-    T, p_V, rest_V, own_V = N + 1, np.empty(V, np.float32), np.empty(V, np.float32), np.empty(V, np.float32)
-    logits_BTV, probs_BTV = carray(floats(logits_at), (B, T, V)), carray(floats(probs_at), (B, T, V))
-    draft_probs_BQV, tokens_BN = carray(floats(draft_probs_at), (B, Q, V)), carray(integers(tokens_at), (B, N))
-    parents_BN, sources_BN = carray(integers(parents_at), (B, N)), carray(integers(sources_at), (B, N))
+    T, p_V, rest_V, own_V = (
+        N + 1,
+        np.empty(V, np.float32),
+        np.empty(V, np.float32),
+        np.empty(V, np.float32),
+    )
+    logits_BTV, probs_BTV = (
+        carray(floats(logits_at), (B, T, V)),
+        carray(floats(probs_at), (B, T, V)),
+    )
+    draft_probs_BQV, tokens_BN = (
+        carray(floats(draft_probs_at), (B, Q, V)),
+        carray(integers(tokens_at), (B, N)),
+    )
+    parents_BN, sources_BN = (
+        carray(integers(parents_at), (B, N)),
+        carray(integers(sources_at), (B, N)),
+    )
     chains_B = carray(bools(chains_at), (B,))
     distinct_B, drafted_B = carray(bools(distinct_at), (B,)), carray(integers(drafted_at), (B,))
     divisor_B, greedy_B = carray(floats(divisor_at), (B,)), carray(bools(greedy_at), (B,))
@@ -159,7 +215,13 @@ def _judge(
     for b in range(B):
         if greedy_B[b]:
             accepted, following, overlap, compared = walk_greedily(
-                logits_BTV[b], tokens_BN[b], parents_BN[b], sources_BN[b], chain, drafted_B[b], path_BN[b]
+                logits_BTV[b],
+                tokens_BN[b],
+                parents_BN[b],
+                sources_BN[b],
+                chain,
+                drafted_B[b],
+                path_BN[b],
             )
             p_V[following] = np.float32(1)
         elif (chain or chains_B[b]) and (scale_at == 0 or (scale_B[b] == 1 and power_B[b] == 1)):
@@ -185,9 +247,15 @@ def _observe(
     norm_at: Any, draft_logp_at: Any, draft_top_logp_at: Any, B: Any, G: Any, V: Any, K: Any, C: Any,
 ) -> None:  # fmt: skip
     T, maxima_C, chosen_K = G + 1, np.empty(C, np.float32), np.empty(K, np.int64)
-    logits_BTV, draft_logits_at_G = carray(floats(logits_at), (B, T, V)), carray(integers(draft_logits_at), (G,))
+    logits_BTV, draft_logits_at_G = (
+        carray(floats(logits_at), (B, T, V)),
+        carray(integers(draft_logits_at), (G,)),
+    )
     tokens_BG, drafted_B = carray(integers(tokens_at), (B, G)), carray(integers(drafted_at), (B,))
-    top_ids_BTK, top_logp_BTK = carray(integers(top_ids_at), (B, T, K)), carray(floats(top_logp_at), (B, T, K))
+    top_ids_BTK, top_logp_BTK = (
+        carray(integers(top_ids_at), (B, T, K)),
+        carray(floats(top_logp_at), (B, T, K)),
+    )
     norm_BT, draft_logp_BG = carray(floats(norm_at), (B, T)), carray(floats(draft_logp_at), (B, G))
     draft_top_logp_BGK = carray(floats(draft_top_logp_at), (B, G, K))
     for b in range(B):

@@ -11,7 +11,9 @@ import numpy as np
 from decoder.device.numba_support import EXACT, SUMS, exp, njit
 
 LOWEST = np.float32(-np.inf)
-NOTHING = np.float32(-87)  # e^x below it is 0: so far from the most likely token that float32 hardly holds it
+NOTHING = np.float32(
+    -87
+)  # e^x below it is 0: so far from the most likely token that float32 hardly holds it
 BLOCK = 1024  # numbers that are summed up in float32 at a time
 LANES = 64  # numbers that are worked on side by side: one alone would wait for the one before
 
@@ -173,7 +175,13 @@ def _overlap(p_V: Any, q_V: Any) -> Any:
 
 @njit(**EXACT)
 def walk_greedily(
-    logits_TV: Any, tokens_N: Any, parents_N: Any, sources_N: Any, chain: Any, drafted: Any, path_N: Any
+    logits_TV: Any,
+    tokens_N: Any,
+    parents_N: Any,
+    sources_N: Any,
+    chain: Any,
+    drafted: Any,
+    path_N: Any,
 ) -> Any:
     node = accepted = compared = 0
     overlap, token, seen = np.float32(0), best(logits_TV[0]), -1

@@ -35,7 +35,9 @@ class Lenient:
     power_B: Tensor
 
     @classmethod
-    def of(cls, asked: Sequence[Lenience | None], device: torch.device | str = "cpu") -> "Lenient | None":
+    def of(
+        cls, asked: Sequence[Lenience | None], device: torch.device | str = "cpu"
+    ) -> "Lenient | None":
         """None where all rows are exact: a batch of them is verified as if there were no other."""
         factors = [EXACT if one is None else _factors(one) for one in asked]
         if all(each == EXACT for each in factors):
@@ -59,4 +61,6 @@ class Lenient:
 def _factors(lenience: Lenience) -> tuple[float, float]:
     inverse = 1 / lenience.epsilon
     # A product may overflow to infinity, which keeps what is possible at all; a power would raise an error.
-    return {"lin": (inverse, 1.0), "sq": (inverse * inverse, 1.0), "exp": (1.0, lenience.epsilon)}[lenience.function]
+    return {"lin": (inverse, 1.0), "sq": (inverse * inverse, 1.0), "exp": (1.0, lenience.epsilon)}[
+        lenience.function
+    ]

@@ -29,13 +29,17 @@ class Tree:
     visible_BTT: Tensor  # which nodes a node may look at: its ancestors and itself
     depth: int  # of the deepest
     forks: bool  # False: every row's is a chain
-    chains: list[bool]  # by row: each candidate behind the one before. Not for what drawn tokens have to do with it
+    chains: list[
+        bool
+    ]  # by row: each candidate behind the one before. Not for what drawn tokens have to do with it
 
     @classmethod
     def of(cls, shape: Shape, rows: int, distinct: bool, device: torch.device | str) -> "Tree":
         """A shape's, the same in all rows, each candidate from its parent's distribution."""
         place = {node: q for q, node in enumerate(shape.expanded)}
-        sources_N = torch.tensor([place[parent] for parent in shape.parents], dtype=torch.long, device=device)
+        sources_N = torch.tensor(
+            [place[parent] for parent in shape.parents], dtype=torch.long, device=device
+        )
         parents_N = torch.tensor(shape.parents, dtype=torch.long, device=device)
         return cls(
             parents_N.repeat(rows, 1),
@@ -48,14 +52,18 @@ class Tree:
         )
 
     @classmethod
-    def room(cls, rows: int, candidates: int, like: "Sequence[Tree]", device: torch.device | str) -> "Tree":
+    def room(
+        cls, rows: int, candidates: int, like: "Sequence[Tree]", device: torch.device | str
+    ) -> "Tree":
         """For these trees to be put in; padding sees itself."""
         nothing_BN = torch.zeros((rows, candidates), dtype=torch.long, device=device)
         alone_TT = torch.eye(candidates + 1, dtype=torch.bool, device=device)
         visible_BTT = alone_TT.repeat(rows, 1, 1)
         depth, forks = max(tree.depth for tree in like), any(tree.forks for tree in like)
         distinct_B = torch.zeros(rows, dtype=torch.bool, device=device)
-        return cls(nothing_BN, nothing_BN.clone(), distinct_B, visible_BTT, depth, forks, [False] * rows)
+        return cls(
+            nothing_BN, nothing_BN.clone(), distinct_B, visible_BTT, depth, forks, [False] * rows
+        )
 
     def nodes(self, behind: int) -> Nodes | None:
         """Where a forward of all nodes stands that is fed so many tokens of the context before them, too; None: where
@@ -81,7 +89,10 @@ class Tree:
 
     def put(self, members: list[int], part: "Tree") -> None:
         size = part.parents_BN.shape[1]
-        self.parents_BN[members, :size], self.sources_BN[members, :size] = part.parents_BN, part.sources_BN
+        self.parents_BN[members, :size], self.sources_BN[members, :size] = (
+            part.parents_BN,
+            part.sources_BN,
+        )
         self.distinct_B[members] = part.distinct_B
         self.visible_BTT[members, : size + 1, : size + 1] = part.visible_BTT
         for member, is_chain in zip(members, part.chains, strict=True):
@@ -103,7 +114,9 @@ class Proposal:
         return self.tokens_BN.shape[1]
 
     @classmethod
-    def empty(cls, rows: int, gamma: int, vocab_size: int, device: torch.device | str, greedy: bool) -> "Proposal":
+    def empty(
+        cls, rows: int, gamma: int, vocab_size: int, device: torch.device | str, greedy: bool
+    ) -> "Proposal":
         """Room for `gamma` tokens a row, with none drafted."""
         return cls(
             torch.zeros((rows, gamma), dtype=torch.long, device=device),
@@ -128,12 +141,18 @@ class Proposal:
         )
         tree = None
         if any(part.tree is not None for _, part in parts):
-            trees = [part.tree or Tree.of(chain(part.candidates), len(m), False, device) for m, part in parts]
+            trees = [
+                part.tree or Tree.of(chain(part.candidates), len(m), False, device)
+                for m, part in parts
+            ]
             tree = Tree.room(rows, candidates, trees, device)
             for (members, _), own in zip(parts, trees, strict=True):
                 tree.put(members, own)
         for members, part in parts:
-            tokens_BN[members, : part.candidates], drafted_B[members] = part.tokens_BN, part.drafted_B
+            tokens_BN[members, : part.candidates], drafted_B[members] = (
+                part.tokens_BN,
+                part.drafted_B,
+            )
             if part.logits_BQV:
                 said_BQV = torch.cat(part.logits_BQV, 1)
                 logits_BQV[members, : said_BQV.shape[1]] = said_BQV.to(logits_BQV.dtype)
@@ -141,7 +160,9 @@ class Proposal:
                 probs_BQV[members, : part.probs_BQV.shape[1]] = part.probs_BQV.to(probs_BQV.dtype)
         return cls(tokens_BN, probs_BQV, _pieces(logits_BQV), drafted_B, tree)
 
-    def along(self, accepted_B: Tensor, path_BN: Tensor, logits_BTV: Tensor) -> "tuple[Proposal, Tensor]":
+    def along(
+        self, accepted_B: Tensor, path_BN: Tensor, logits_BTV: Tensor
+    ) -> "tuple[Proposal, Tensor]":
         """Of each row's tree the chain that was walked, and on behind its end to the first candidate of each node, as a
         proposal, with the target's logits at its nodes."""
         tree = self.tree
@@ -150,13 +171,18 @@ class Proposal:
         rows, candidates = self.tokens_BN.shape
         order_N = torch.arange(candidates, device=self.tokens_BN.device)
         real_BN = order_N < self.drafted_B[:, None]
-        node_B, alive_B = torch.zeros_like(self.drafted_B), torch.ones_like(self.drafted_B, dtype=torch.bool)
+        node_B, alive_B = (
+            torch.zeros_like(self.drafted_B),
+            torch.ones_like(self.drafted_B, dtype=torch.bool),
+        )
         taken, length_B = [], torch.zeros_like(self.drafted_B)
         for depth in range(tree.depth):
             follows_BN = (tree.parents_BN == node_B[:, None]) & real_BN
             alive_B = alive_B & follows_BN.any(1)
             next_B = torch.where(
-                depth < accepted_B, path_BN[:, min(depth, candidates - 1)], follows_BN.long().argmax(1)
+                depth < accepted_B,
+                path_BN[:, min(depth, candidates - 1)],
+                follows_BN.long().argmax(1),
             )
             taken.append(next_B)
             length_B += alive_B
@@ -164,9 +190,14 @@ class Proposal:
         taken_BG = torch.stack(taken, 1)
         nodes_BT = torch.nn.functional.pad(taken_BG + 1, (1, 0))
         row_B1 = torch.arange(rows, device=node_B.device)[:, None]
-        tokens_BG, source_BG = self.tokens_BN.gather(1, taken_BG), tree.sources_BN.gather(1, taken_BG)
+        tokens_BG, source_BG = (
+            self.tokens_BN.gather(1, taken_BG),
+            tree.sources_BN.gather(1, taken_BG),
+        )
         said = _pieces(self._said(tokens_BG, source_BG, logits_BTV.shape[-1]))
-        return Proposal(tokens_BG, self.probs_BQV[:, :0], said, length_B), logits_BTV[row_B1, nodes_BT]
+        return Proposal(tokens_BG, self.probs_BQV[:, :0], said, length_B), logits_BTV[
+            row_B1, nodes_BT
+        ]
 
     def _said(self, tokens_BG: Tensor, source_BG: Tensor, vocab_size: int) -> Tensor:
         """The logits that tokens were drawn from; of a chosen one, those of a draft that is sure of it."""

@@ -87,7 +87,9 @@ def at_least_float32(logits: Tensor) -> Tensor:
 def most_likely(logits: Tensor) -> Tensor:
     """The first of the most likely tokens."""
     logits = at_least_float32(logits)
-    best: Tensor = logits.argmax(-1) if (fused := compiled(logits)) is None else fused.most_likely(logits)
+    best: Tensor = (
+        logits.argmax(-1) if (fused := compiled(logits)) is None else fused.most_likely(logits)
+    )
     return best
 
 
@@ -99,7 +101,11 @@ def sample(probs: Tensor, uniform: Tensor) -> Tensor:
     cumulative = probs.cumsum(-1, dtype=torch.float64)
     threshold = uniform.to(torch.float64)[..., None] * cumulative[..., -1:]
     # The first token whose cumulative mass exceeds the threshold has mass of its own: never one of probability 0.
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp_(max=probs.shape[-1] - 1)
+    return (
+        torch.searchsorted(cumulative, threshold, right=True)
+        .squeeze(-1)
+        .clamp_(max=probs.shape[-1] - 1)
+    )
 
 
 def _truncate(probs: Tensor, sampling: Sampling) -> Tensor:

@@ -29,7 +29,9 @@ class _Way:
     def __init__(self, tree: Tree, drafted_B: Tensor) -> None:
         self._tree, self._drafted_B = tree, drafted_B
         self.row_B = torch.arange(len(drafted_B), device=drafted_B.device)
-        self.node_B, self.accepted_B, self.compared_B = (torch.zeros_like(drafted_B) for _ in range(3))
+        self.node_B, self.accepted_B, self.compared_B = (
+            torch.zeros_like(drafted_B) for _ in range(3)
+        )
         self.path_BN = torch.zeros_like(tree.parents_BN)
         self._asked_B = drafted_B == -1  # whether a candidate of this node has been met
 
@@ -79,13 +81,25 @@ def walk(
     """
     way, overlap_B = _Way(tree, drafted_B), torch.zeros_like(accept_uniform_BN[:, 0])
     p_BV = rest_BV = target_probs_BTV[:, 0]  # the node's own, and what rejections have left of it
-    own_BV, drawn_B = torch.empty_like(p_BV), drafted_B == -1  # what draws have left of q, where there were any
+    own_BV, drawn_B = (
+        torch.empty_like(p_BV),
+        drafted_B == -1,
+    )  # what draws have left of q, where there were any
     for n in range(tokens_BN.shape[1]):
         meets_B, first_B = way.meet(n)
-        token_B1, source_B = tokens_BN[:, n : n + 1], torch.where(greedy_B, CHOSEN, tree.sources_BN[:, n])
+        token_B1, source_B = (
+            tokens_BN[:, n : n + 1],
+            torch.where(greedy_B, CHOSEN, tree.sources_BN[:, n]),
+        )
         chosen_B = source_B == CHOSEN
-        q_BV = torch.where((drawn_B & tree.distinct_B)[:, None], own_BV, _drawn_from(draft_probs_BQV, source_B, p_BV))
-        q_BV = torch.where(chosen_B[:, None], torch.zeros_like(p_BV).scatter_(1, token_B1, 1.0), q_BV)
+        q_BV = torch.where(
+            (drawn_B & tree.distinct_B)[:, None],
+            own_BV,
+            _drawn_from(draft_probs_BQV, source_B, p_BV),
+        )
+        q_BV = torch.where(
+            chosen_B[:, None], torch.zeros_like(p_BV).scatter_(1, token_B1, 1.0), q_BV
+        )
         left_BV = q_BV / q_BV.sum(-1, keepdim=True).clamp(min=torch.finfo(q_BV.dtype).tiny)
         rest_B, left_B = (x_BV.gather(1, token_B1).squeeze(1) for x_BV in (rest_BV, left_BV))
         tried_B = meets_B & (left_B > 0)

@@ -72,7 +72,9 @@ class Shape:
         is kept, whatever the node: so a node is reached with the product of the rates on its way, and the best tree has
         those that are most likely reached (as in Sequoia, arXiv 2402.12374, section 3.1, without a bound to the width).
         """
-        reached: list[tuple[float, int, int, int]] = []  # of every node taken: how likely, depth, parent's place, rank
+        reached: list[
+            tuple[float, int, int, int]
+        ] = []  # of every node taken: how likely, depth, parent's place, rank
         edge = [(rate, 1, -1, rank) for rank, rate in enumerate(rates)]
         while edge and len(reached) < candidates:
             best = max(edge, key=lambda each: each[0])
@@ -88,7 +90,11 @@ class Shape:
         number = {-1: 0}  # of each node by its place
         parents: list[int] = []
         for depth in sorted({each[1] for each in taken}):
-            level = [(number[parent], rank, place) for place, (_, at, parent, rank) in enumerate(taken) if at == depth]
+            level = [
+                (number[parent], rank, place)
+                for place, (_, at, parent, rank) in enumerate(taken)
+                if at == depth
+            ]
             for parent, _, place in sorted(level):
                 parents.append(parent)
                 number[place] = len(parents)
@@ -115,7 +121,9 @@ class Shape:
         """The nodes that have candidates, by depth."""
         found, first = [], 0
         for depth in range(self.depth):
-            nodes = tuple(node for node, own in enumerate(self.children) if own and self.depths[node] == depth)
+            nodes = tuple(
+                node for node, own in enumerate(self.children) if own and self.depths[node] == depth
+            )
             found.append(Level(depth, first, nodes, tuple(self.children[node] for node in nodes)))
             first += len(nodes)
         return tuple(found)
@@ -185,7 +193,9 @@ class Scheme:
 
     def first(self, candidates: int) -> "Scheme":
         """No more candidates than this."""
-        return self if candidates >= self.candidates else replace(self, candidates=max(0, candidates))
+        return (
+            self if candidates >= self.candidates else replace(self, candidates=max(0, candidates))
+        )
 
 
 def chain_of(gamma: int, drafter: str = "chain") -> Scheme:

@@ -68,7 +68,11 @@ def judge(
         truncated = sampling.any_truncated and not sampling.all_greedy
         probs = probabilities(logits_BTV, sampling) if truncated else None
         factors = () if lenient is None else (lenient.scale_B, lenient.power_B)
-        return Verdict(*fused.judge(logits_BTV, probs, *proposed, tree, proposal.drafted_B, *own, *drawn, *factors))
+        return Verdict(
+            *fused.judge(
+                logits_BTV, probs, *proposed, tree, proposal.drafted_B, *own, *drawn, *factors
+            )
+        )
     if sampling.all_greedy:
         best_BT = most_likely(logits_BTV)
         if tree is None or all(tree.chains):
@@ -94,34 +98,56 @@ def _apart(
 ) -> Verdict:
     """Chains as a whole, and the other rows."""
     parts = []
-    for rows in ([b for b, chain in enumerate(tree.chains) if chain == wanted] for wanted in (True, False)):
+    for rows in (
+        [b for b, chain in enumerate(tree.chains) if chain == wanted] for wanted in (True, False)
+    ):
         if not rows:
             continue
         own, part = None if lenient is None else lenient.of_rows(rows), tree.of_rows(rows)
-        p_BTV, q_BQV, tokens_BN = probs_BTV[rows], proposal.probs_BQV[rows], proposal.tokens_BN[rows]
+        p_BTV, q_BQV, tokens_BN = (
+            probs_BTV[rows],
+            proposal.probs_BQV[rows],
+            proposal.tokens_BN[rows],
+        )
         drafted_B, drawn = proposal.drafted_B[rows], (accept_uniform_BN[rows], emit_uniform_B[rows])
         if tree.chains[rows[0]]:
             q_BNV = _by_candidate(q_BQV, tokens_BN, part.sources_BN)
-            found = verify(p_BTV, q_BNV, tokens_BN, drafted_B, *drawn, own, part.sources_BN == CHOSEN)
+            found = verify(
+                p_BTV, q_BNV, tokens_BN, drafted_B, *drawn, own, part.sources_BN == CHOSEN
+            )
         else:
-            found = Verdict(*walk(p_BTV, q_BQV, tokens_BN, part, drafted_B, greedy_B[rows], *drawn, own))
+            found = Verdict(
+                *walk(p_BTV, q_BQV, tokens_BN, part, drafted_B, greedy_B[rows], *drawn, own)
+            )
         parts.append((rows, found))
     if len(parts) == 1:
         return parts[0][1]
-    order_B = torch.tensor([row for rows, _ in parts for row in rows]).argsort().to(probs_BTV.device)
+    order_B = (
+        torch.tensor([row for rows, _ in parts for row in rows]).argsort().to(probs_BTV.device)
+    )
     return Verdict(
-        *(torch.cat([getattr(found, field.name) for _, found in parts])[order_B] for field in fields(Verdict))
+        *(
+            torch.cat([getattr(found, field.name) for _, found in parts])[order_B]
+            for field in fields(Verdict)
+        )
     )
 
 
 def _by_candidate(q_BQV: Tensor, tokens_BN: Tensor, sources_BN: Tensor) -> Tensor:
     """What each candidate was drawn from; a chosen one from a distribution that is sure of it."""
-    sure_BNV = torch.zeros((*tokens_BN.shape, q_BQV.shape[-1]), dtype=q_BQV.dtype, device=q_BQV.device)
+    sure_BNV = torch.zeros(
+        (*tokens_BN.shape, q_BQV.shape[-1]), dtype=q_BQV.dtype, device=q_BQV.device
+    )
     sure_BNV.scatter_(2, tokens_BN[..., None], 1.0)
     if not q_BQV.shape[1]:
         return sure_BNV
-    row_B1, last = torch.arange(len(tokens_BN), device=tokens_BN.device)[:, None], q_BQV.shape[1] - 1
-    drawn_BNV = q_BQV[row_B1, sources_BN.clamp(0, last)]  # padding has a source of its shape's, which may not be there
+    row_B1, last = (
+        torch.arange(len(tokens_BN), device=tokens_BN.device)[:, None],
+        q_BQV.shape[1] - 1,
+    )
+    drawn_BNV = q_BQV[
+        row_B1, sources_BN.clamp(0, last)
+    ]  # padding has a source of its shape's, which may not be there
     return torch.where((sources_BN == CHOSEN)[..., None], sure_BNV, drawn_BNV)
 
 
@@ -131,7 +157,9 @@ def verify_greedy(
     """`verify` where all distributions have their mass on one token: keeps the draft as far as it is the target's."""
     if not draft_tokens_BG.shape[1]:
         nothing_B = torch.zeros_like(drafted_B)
-        return _of_chain(draft_tokens_BG, nothing_B, best_BT[:, 0], nothing_B + 1, nothing_B, nothing_B)
+        return _of_chain(
+            draft_tokens_BG, nothing_B, best_BT[:, 0], nothing_B + 1, nothing_B, nothing_B
+        )
     position_G = torch.arange(draft_tokens_BG.shape[1], device=drafted_B.device)
     drafted_BG = position_G < drafted_B[:, None]
     accepted_B = ((draft_tokens_BG == best_BT[:, :-1]) & drafted_BG).long().cumprod(-1).sum(-1)
@@ -140,7 +168,9 @@ def verify_greedy(
     if chosen_BG is not None:
         kept_BG, met_BG = (position_G < end_B[:, None] for end_B in (accepted_B, compared_B))
         overlap_B, compared_B = ((part_BG & ~chosen_BG).sum(-1) for part_BG in (kept_BG, met_BG))
-    return _of_chain(draft_tokens_BG, accepted_B, next_B, torch.ones_like(accepted_B), overlap_B, compared_B)
+    return _of_chain(
+        draft_tokens_BG, accepted_B, next_B, torch.ones_like(accepted_B), overlap_B, compared_B
+    )
 
 
 def _plain(probs_BV: Tensor, emit_uniform_B: Tensor) -> Verdict:
@@ -172,7 +202,10 @@ def verify(
     A lenient row keeps one token after another, x with probability min(1, f(p(x)) / q(x)), and the next one comes from
     norm(max(0, p − q)).
     """
-    target_BGV, told = target_probs_BTV[:, :-1], (draft_tokens_BG[..., None], drafted_B, accept_uniform_BG)
+    target_BGV, told = (
+        target_probs_BTV[:, :-1],
+        (draft_tokens_BG[..., None], drafted_B, accept_uniform_BG),
+    )
     accepted_B, worth_B = _whole(target_BGV, draft_probs_BGV, *told)
     if lenient is not None:
         one_by_one_B = _one_by_one(target_BGV, draft_probs_BGV, *told, lenient)
@@ -187,7 +220,10 @@ def verify(
     emit_BV = _emit_probs(target_probs_BTV, draft_probs_BGV, accepted_B, drafted_B, worth_B)
     next_B = sample(emit_BV, emit_uniform_B)
     row_B = torch.arange(len(next_B), device=next_B.device)
-    next_p_B, overlap_B = target_probs_BTV[row_B, accepted_B, next_B], (overlap_BG * compared_BG).sum(-1)
+    next_p_B, overlap_B = (
+        target_probs_BTV[row_B, accepted_B, next_B],
+        (overlap_BG * compared_BG).sum(-1),
+    )
     return _of_chain(draft_tokens_BG, accepted_B, next_B, next_p_B, overlap_B, compared_BG.sum(-1))
 
 
@@ -212,7 +248,12 @@ def _whole(
 
 
 def _one_by_one(
-    p_BGV: Tensor, q_BGV: Tensor, tokens_BG1: Tensor, drafted_B: Tensor, uniform_BG: Tensor, lenient: Lenient
+    p_BGV: Tensor,
+    q_BGV: Tensor,
+    tokens_BG1: Tensor,
+    drafted_B: Tensor,
+    uniform_BG: Tensor,
+    lenient: Lenient,
 ) -> Tensor:
     p_BG, q_BG = (x_BGV.gather(-1, tokens_BG1).squeeze(-1) for x_BGV in (p_BGV, q_BGV))
     drafted_BG = torch.arange(p_BG.shape[1], device=p_BG.device) < drafted_B[:, None]
@@ -220,14 +261,23 @@ def _one_by_one(
 
 
 def _of_chain(
-    tokens_BG: Tensor, accepted_B: Tensor, next_B: Tensor, next_p_B: Tensor, overlap_B: Tensor, compared_B: Tensor
+    tokens_BG: Tensor,
+    accepted_B: Tensor,
+    next_B: Tensor,
+    next_p_B: Tensor,
+    overlap_B: Tensor,
+    compared_B: Tensor,
 ) -> Verdict:
     path_BN = torch.arange(tokens_BG.shape[1], device=tokens_BG.device).expand_as(tokens_BG)
     return Verdict(accepted_B, path_BN, next_B, next_p_B, overlap_B, compared_B)
 
 
 def _emit_probs(
-    target_probs_BTV: Tensor, draft_probs_BGV: Tensor, accepted_B: Tensor, drafted_B: Tensor, worth_B: Tensor
+    target_probs_BTV: Tensor,
+    draft_probs_BGV: Tensor,
+    accepted_B: Tensor,
+    drafted_B: Tensor,
+    worth_B: Tensor,
 ) -> Tensor:
     """What the token after the accepted prefix is drawn from, unnormalised [B, V]."""
     row_B = torch.arange(len(accepted_B), device=accepted_B.device)

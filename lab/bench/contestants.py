@@ -51,7 +51,9 @@ class Outcome:
         return 1 - self.forward_s / self.stepped_s
 
     def __add__(self, other: "Outcome") -> "Outcome":
-        return Outcome(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+        return Outcome(
+            *(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True))
+        )
 
 
 class Generate:
@@ -74,7 +76,11 @@ class Generate:
         longest = max(map(len, prompts))
         padded = [[0] * (longest - len(p)) + p for p in prompts]
         mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
-        more: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if case.sampled else {}
+        more: dict[str, Any] = (
+            {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+            if case.sampled
+            else {}
+        )
         if case.drafts:
             self._draft.generation_config.num_assistant_tokens = case.gamma
             self._draft.generation_config.num_assistant_tokens_schedule = "constant"
@@ -105,7 +111,10 @@ class Continuous:
         out = self._target.generate_batch(
             prompts,
             generation_config=GenerationConfig(
-                max_new_tokens=self._max_tokens, eos_token_id=self._end or None, pad_token_id=0, do_sample=False
+                max_new_tokens=self._max_tokens,
+                eos_token_id=self._end or None,
+                pad_token_id=0,
+                do_sample=False,
             ),
             continuous_batching_config=ContinuousBatchingConfig(
                 max_requests_per_batch=case.at_once, num_blocks=PAGES, max_batch_tokens=512
@@ -123,7 +132,9 @@ class Ours:
     def __init__(self, pair: Pair, max_tokens: int, draft: str, slots: int) -> None:
         self._opened, self._max_tokens, self._counted = ExitStack(), max_tokens, 0
         # No context is kept: every prompt is computed, as the others compute it.
-        self._rig = self._opened.enter_context(rig.rig(pair, draft, slots, max_tokens=max_tokens, kept_contexts=0))
+        self._rig = self._opened.enter_context(
+            rig.rig(pair, draft, slots, max_tokens=max_tokens, kept_contexts=0)
+        )
         self._forward, self._step = [0.0], [0.0]
         batch = self._rig.engine.batch
         for model in (batch.target, batch.drafts[rig.ROUTE].model):

@@ -32,7 +32,15 @@ def blocks() -> list[list[tuple[str, Case]]]:
         [
             ("generate", Case(f"generate, {_way(sampled)}", sampled=sampled)),
             *(
-                ("generate", Case(f"assisted γ={gamma}, {_way(sampled)}", sampled=sampled, gamma=gamma, drafts=True))
+                (
+                    "generate",
+                    Case(
+                        f"assisted γ={gamma}, {_way(sampled)}",
+                        sampled=sampled,
+                        gamma=gamma,
+                        drafts=True,
+                    ),
+                )
                 for gamma in ASSISTED_GAMMAS
             ),
             ("ours", Case(f"plain, 1{' sampled' * sampled}", sampled=sampled)),
@@ -62,10 +70,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lab bench decode", description=__doc__)
     rig.add_arguments(parser)
     parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--max-tokens", type=int, default=128, help="of an answer that does not end before")
-    parser.add_argument("--alone", type=int, default=24, help="prompts of a repetition, one after another")
     parser.add_argument(
-        "--rounds", type=int, default=2, help=f"turns of a repetition; {TOGETHER} prompts each with several at once"
+        "--max-tokens", type=int, default=128, help="of an answer that does not end before"
+    )
+    parser.add_argument(
+        "--alone", type=int, default=24, help="prompts of a repetition, one after another"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=2,
+        help=f"turns of a repetition; {TOGETHER} prompts each with several at once",
     )
     args = parser.parse_args()
     started = time.monotonic()
@@ -91,7 +106,9 @@ def _measure(args: argparse.Namespace, random_draft: str) -> dict[str, list[Outc
         for repetition in range(-1, args.repetitions):  # the first one warms everyone up
             for block in rng.sample(blocks(), len(blocks())):
                 at = (repetition + 1) * args.alone % len(pair.prompts)
-                for name, outcome in _take_turns(contestants, block, pair.prompts[at:] + pair.prompts[:at], args, rng):
+                for name, outcome in _take_turns(
+                    contestants, block, pair.prompts[at:] + pair.prompts[:at], args, rng
+                ):
                     if repetition >= 0:
                         results[name].append(outcome)
             print(f"repetition {repetition + 1} of {args.repetitions}", flush=True)
@@ -112,8 +129,14 @@ def _take_turns(
     outcomes: dict[str, Outcome] = {}
     for turn in range(args.rounds):
         for who, case in rng.sample(block, len(block)):
-            count = max(1, args.alone // args.rounds) if case.at_once == 1 else max(case.at_once, TOGETHER)
-            outcome = contestants[who].run(case, rig.dealt(prompts, count, turn), seed=rng.randrange(2**30))
+            count = (
+                max(1, args.alone // args.rounds)
+                if case.at_once == 1
+                else max(case.at_once, TOGETHER)
+            )
+            outcome = contestants[who].run(
+                case, rig.dealt(prompts, count, turn), seed=rng.randrange(2**30)
+            )
             outcomes[case.name] = outcomes.get(case.name, Outcome(0, 0.0)) + outcome
     return list(outcomes.items())
 
@@ -138,7 +161,8 @@ def ratios(results: dict[str, list[Outcome]]) -> dict[str, object]:
     speed = {name: _speeds(outcomes) for name, outcomes in results.items()}
     best = lambda names: max(names, key=lambda name: np.median(speed[name]))
     assisted = {
-        way: best([f"assisted γ={gamma}, {way}" for gamma in ASSISTED_GAMMAS]) for way in (_way(False), _way(True))
+        way: best([f"assisted γ={gamma}, {way}" for gamma in ASSISTED_GAMMAS])
+        for way in (_way(False), _way(True))
     }
     pairs: dict[str, tuple[str, str]] = {
         "plain_vs_generate": ("plain, 1", "generate, greedy"),
@@ -147,13 +171,18 @@ def ratios(results: dict[str, list[Outcome]]) -> dict[str, object]:
         "spec_vs_assisted_sampled": ("speculative, 1 sampled", assisted["sampled"]),
         "spec_vs_plain_sampled": ("speculative, 1 sampled", "plain, 1 sampled"),
         **{
-            f"engine_vs_transformers_{n}": (f"speculative, {n}", best([f"batched, {n}", f"continuous, {n}"]))
+            f"engine_vs_transformers_{n}": (
+                f"speculative, {n}",
+                best([f"batched, {n}", f"continuous, {n}"]),
+            )
             for n in BATCHES
         },
     }
     by_concurrency = {
         "spec_vs_plain": [(f"speculative, {n}", f"plain, {n}") for n in CONCURRENCIES],
-        "random_draft_vs_plain": [(f"random draft, {n}", f"plain beside it, {n}") for n in CONCURRENCIES],
+        "random_draft_vs_plain": [
+            (f"random draft, {n}", f"plain beside it, {n}") for n in CONCURRENCIES
+        ],
     }
     intervals: dict[str, object] = {}
     figures: dict[str, object] = {}
@@ -162,7 +191,9 @@ def ratios(results: dict[str, list[Outcome]]) -> dict[str, object]:
     for key, compared in by_concurrency.items():
         found = [_ratio(speed[ours], speed[theirs]) for ours, theirs in compared]
         figures[key] = {str(n): value for n, (value, _) in zip(CONCURRENCIES, found, strict=True)}
-        intervals[key] = {str(n): spread for n, (_, spread) in zip(CONCURRENCIES, found, strict=True)}
+        intervals[key] = {
+            str(n): spread for n, (_, spread) in zip(CONCURRENCIES, found, strict=True)
+        }
     figures["outside_forward_share"] = {
         name: round(float(np.median([outcome.outside for outcome in results[name]])), 3)
         for name in ("plain, 1", "speculative, 1", "speculative, 1 sampled")

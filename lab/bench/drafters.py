@@ -47,9 +47,15 @@ CANDIDATES: dict[DrafterName, tuple[int, ...]] = {
     "exits": (1, 2, 3, 4, 6),
     "auto": (AS_IS_FASTEST,),
 }
-ENUMERATED: dict[DrafterName, tuple[tuple[str, str], ...]] = {  # shapes, and how their candidates are drawn
+ENUMERATED: dict[
+    DrafterName, tuple[tuple[str, str], ...]
+] = {  # shapes, and how their candidates are drawn
     "chain": (("chain", WHOLE),),
-    "tree": (("two, then two", "distinct"), ("two, then two", "replaced"), ("three at the root", "distinct")),
+    "tree": (
+        ("two, then two", "distinct"),
+        ("two, then two", "replaced"),
+        ("three at the root", "distinct"),
+    ),
     "ngrams": (("chain", CHOSEN_WHOLE),),
     "cascade": (("chain", WHOLE), ("chain", AHEAD), ("chain", BEHIND)),
     "graph": (("two, then two", "distinct"),),
@@ -111,12 +117,17 @@ class Bench:
         one.computed += self._computed - computed
         one.forwards += self._forwards - forwards
 
-    def answer(self, prompts: Sequence[tuple[int, ...]], at_once: int, drafter: DrafterName) -> None:
+    def answer(
+        self, prompts: Sequence[tuple[int, ...]], at_once: int, drafter: DrafterName
+    ) -> None:
         """As a service has before: what is learnt from answers is there."""
         told = {"route": rig.ROUTE, "max_tokens": self._max_tokens, "drafter": drafter}
         asked = enumerate(prompts)
         self._rig.complete(
-            [Query(id=f"before-{i}", prompt_ids=ids, temperature=float(i % 2), seed=i, **told) for i, ids in asked],  # type: ignore[arg-type]
+            [
+                Query(id=f"before-{i}", prompt_ids=ids, temperature=float(i % 2), seed=i, **told)
+                for i, ids in asked
+            ],  # type: ignore[arg-type]
             at_once,
         )
 
@@ -128,7 +139,9 @@ class Bench:
                 self.run(one, asked, at_once)
         return max(tried, key=lambda one: sum(one.speeds)).gamma
 
-    def _counted(self, work: Callable[..., R], tokens: Callable[[Any], int], share: float = 1) -> Callable[..., R]:
+    def _counted(
+        self, work: Callable[..., R], tokens: Callable[[Any], int], share: float = 1
+    ) -> Callable[..., R]:
         """`share` of the draft's layers, over so many tokens."""
 
         def counted(rows: Any, fed: Any, *more: Any) -> R:
@@ -139,11 +152,14 @@ class Bench:
         return counted
 
 
-def compare(bench: Bench, asked: Sequence[Asked], at_once: int, args: argparse.Namespace) -> dict[str, Contestant]:
+def compare(
+    bench: Bench, asked: Sequence[Asked], at_once: int, args: argparse.Namespace
+) -> dict[str, Contestant]:
     count = in_turn(args.queries, at_once)
     rounds = [rig.dealt(asked, max(1, count // 2), turn) for turn in range(ROUNDS)]
     found = {PLAIN: Contestant(gamma=0)} | {
-        name: Contestant(drafter=name, gamma=bench.best(name, rounds, at_once)) for name in args.drafters
+        name: Contestant(drafter=name, gamma=bench.best(name, rounds, at_once))
+        for name in args.drafters
     }
     everyone = list(found.values())
     for turn in range(args.turns):
@@ -164,11 +180,23 @@ def exact_tv(drafter: DrafterName, device: torch.device) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m lab bench drafters", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m lab bench drafters",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--data", type=Path, help="folder with stream/DOMAIN.jsonl (default: ../shared/data, if there)")
-    parser.add_argument("--target", default="", help="folder or hub id (default: beside the data, else the embedded)")
-    parser.add_argument("--draft", default="", help="folder or hub id; one that has learnt shows most")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="folder with stream/DOMAIN.jsonl (default: ../shared/data, if there)",
+    )
+    parser.add_argument(
+        "--target",
+        default="",
+        help="folder or hub id (default: beside the data, else the embedded)",
+    )
+    parser.add_argument(
+        "--draft", default="", help="folder or hub id; one that has learnt shows most"
+    )
     parser.add_argument("--streams", nargs="+", help="of the data's domains (default: all)")
     parser.add_argument(
         "--drafters",
@@ -177,7 +205,9 @@ def main() -> None:
         default=list(CANDIDATES),
         help="beside the chain (default: all)",
     )
-    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 8], help="sequences (default: %(default)s)")
+    parser.add_argument(
+        "--at-once", type=int, nargs="+", default=[1, 8], help="sequences (default: %(default)s)"
+    )
     parser.add_argument(
         "--queries",
         type=int,
@@ -185,12 +215,21 @@ def main() -> None:
         help=f"of a turn; {A_SEQUENCE} a sequence at least, where several are answered at once (default: %(default)s)",
     )
     parser.add_argument(
-        "--answered", type=int, default=300, help="queries of every stream answered before (default: %(default)s)"
+        "--answered",
+        type=int,
+        default=300,
+        help="queries of every stream answered before (default: %(default)s)",
     )
     parser.add_argument("--turns", type=int, default=5, help="(default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=96, help="of an answer (default: %(default)s)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N (default: cuda where there is one)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=96, help="of an answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16")
+    )
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:N (default: cuda where there is one)"
+    )
     parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's)")
     args = parser.parse_args()
     started = time.monotonic()
@@ -212,7 +251,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         args.draft = args.draft or str(pair_folder / "draft")
     domains = preset("abrupt" if data else "embedded", data, 1).domains
     if unknown := set(args.streams or ()) - set(domains):
-        raise ValueError(f"--streams: {', '.join(sorted(unknown))} are not among {', '.join(domains)}")
+        raise ValueError(
+            f"--streams: {', '.join(sorted(unknown))} are not among {', '.join(domains)}"
+        )
     tokenizer = load_tokenizer(rig.files_of(args))
     held_out = max(ROUNDS, 2 * args.turns) * in_turn(args.queries, max(args.at_once)) // 4
     asked = {
@@ -221,15 +262,23 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if not args.streams or name in args.streams
     }
     known = [list(one.prompt_ids) for each in asked.values() for one in each]
-    pair = Pair(rig.files_of(args), known, args.dtype, args.device, args.threads or torch.get_num_threads())
+    pair = Pair(
+        rig.files_of(args), known, args.dtype, args.device, args.threads or torch.get_num_threads()
+    )
     exact = {name: exact_tv(name, device_of(args.device)) for name in args.drafters}
     found: dict[str, Any] = {name: {} for name in args.drafters}
     _head()
     with rig.rig(
-        pair, pair.files.draft, max(BEFORE, *args.at_once), max_tokens=args.max_tokens, kept_contexts=0
+        pair,
+        pair.files.draft,
+        max(BEFORE, *args.at_once),
+        max_tokens=args.max_tokens,
+        kept_contexts=0,
     ) as serving:
         bench = Bench(serving, args.max_tokens)
-        before: DrafterName = "auto" if "auto" in args.drafters else "chain"  # the choice is learnt, too
+        before: DrafterName = (
+            "auto" if "auto" in args.drafters else "chain"
+        )  # the choice is learnt, too
         bench.answer(_traffic(domains, tokenizer, args.answered), BEFORE, before)
         for stream, queries in asked.items():
             for at_once in args.at_once:
@@ -244,7 +293,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def _traffic(domains: Mapping[str, Domain], tokenizer: Any, count: int) -> list[tuple[int, ...]]:
     """What these are asked, by turns; nothing of it is held out."""
-    sources = [Source(prompts(domain.traffic, held_out=False), tokenizer, LONGEST, 1) for domain in domains.values()]
+    sources = [
+        Source(prompts(domain.traffic, held_out=False), tokenizer, LONGEST, 1)
+        for domain in domains.values()
+    ]
     return [source.take() for _ in range(count) for source in sources]
 
 

@@ -23,9 +23,24 @@ from lab.rig import Pair
 from online.messages import Query
 
 COPIED_BYTES = 1 << 30  # a copy long enough that the device's bandwidth shows
-TARGET_SHAPE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
-DRAFT_SHAPE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-SMALL_SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+TARGET_SHAPE = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+}
+DRAFT_SHAPE = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
+SMALL_SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 def main() -> None:
@@ -33,7 +48,9 @@ def main() -> None:
     rig.add_arguments(parser)
     parser.add_argument("--gamma", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=200, help="decoded for each figure")
-    parser.add_argument("--small", action="store_true", help="a tiny random pair, to see that everything runs")
+    parser.add_argument(
+        "--small", action="store_true", help="a tiny random pair, to see that everything runs"
+    )
     args = parser.parse_args()
     device = device_of(args.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +69,10 @@ def _random_pair(folder: Path, small: bool, embedded: Pair) -> tuple[str, str]:
         ("draft", SMALL_SHAPE if small else DRAFT_SHAPE),
     ):
         config = LlamaConfig(
-            vocab_size=len(embedded.tokenizer), num_key_value_heads=4, max_position_embeddings=4096, **shape
+            vocab_size=len(embedded.tokenizer),
+            num_key_value_heads=4,
+            max_position_embeddings=4096,
+            **shape,
         )
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / name)
         embedded.tokenizer.save_pretrained(folder / name)
@@ -60,7 +80,9 @@ def _random_pair(folder: Path, small: bool, embedded: Pair) -> tuple[str, str]:
 
 
 def _measure(pair: Pair, gamma: int, tokens: int, device: torch.device) -> dict[str, object]:
-    with rig.rig(pair, pair.files.draft, 1, gamma=gamma, max_tokens=tokens, kept_contexts=0) as serving:
+    with rig.rig(
+        pair, pair.files.draft, 1, gamma=gamma, max_tokens=tokens, kept_contexts=0
+    ) as serving:
         batch = serving.engine.batch
         target, draft = batch.target, batch.drafts[rig.ROUTE]
         weights = target.weights().values()  # type: ignore[attr-defined]
@@ -96,14 +118,26 @@ def _measure(pair: Pair, gamma: int, tokens: int, device: torch.device) -> dict[
 
 
 def _step_s(serving: rig.Rig, pair: Pair, tokens: int, gamma: int) -> float:
-    query = Query("step", rig.ROUTE, tuple(pair.prompts[0]), tokens, 0.0, gamma=gamma, ignore_eos=True, store=False)
+    query = Query(
+        "step",
+        rig.ROUTE,
+        tuple(pair.prompts[0]),
+        tokens,
+        0.0,
+        gamma=gamma,
+        ignore_eos=True,
+        store=False,
+    )
     serving.complete([query])
     (answer,) = serving.complete([query])
     return (answer.arrivals_s[-1] - answer.arrivals_s[0]) / (len(answer.arrivals_s) - 1)
 
 
 def _forward_s(model: LanguageModel, new: int, device: torch.device) -> float:
-    ids, starts = torch.ones((1, new), dtype=torch.long, device=device), torch.full((1,), 64, device=device)
+    ids, starts = (
+        torch.ones((1, new), dtype=torch.long, device=device),
+        torch.full((1,), 64, device=device),
+    )
     work = lambda: model.forward(slice(0, 1), ids, starts, 64 + new)
     work()
     return statistics.median(_synchronised_s(work, device) for _ in range(20))
@@ -111,10 +145,16 @@ def _forward_s(model: LanguageModel, new: int, device: torch.device) -> float:
 
 def _bandwidth(device: torch.device) -> float:
     """Bytes a second that can be read, by a copy within the device (which reads and writes)."""
-    source = torch.ones(COPIED_BYTES // (1 if device.type == "cuda" else 16), dtype=torch.uint8, device=device)
+    source = torch.ones(
+        COPIED_BYTES // (1 if device.type == "cuda" else 16), dtype=torch.uint8, device=device
+    )
     there = torch.empty_like(source)
     there.copy_(source)
-    return 2 * len(source) / min(_synchronised_s(lambda: there.copy_(source), device) for _ in range(5))
+    return (
+        2
+        * len(source)
+        / min(_synchronised_s(lambda: there.copy_(source), device) for _ in range(5))
+    )
 
 
 def _synchronised_s(work: Callable[[], object], device: torch.device) -> float:

@@ -36,7 +36,10 @@ class Stream:
 
 
 def keep_busy(
-    engine: Engine, queries: Iterator[Query], at_once: int, seen: Callable[[Stream], None] = lambda stream: None
+    engine: Engine,
+    queries: Iterator[Query],
+    at_once: int,
+    seen: Callable[[Stream], None] = lambda stream: None,
 ) -> Iterator[Stream]:
     """Streams as they end; as one ends the next query is sent, `at_once` of them in flight.
 
@@ -76,7 +79,9 @@ def keep_busy(
 def draft_folders(files: ModelFiles, folder: Path) -> tuple[Path, Path]:
     """A draft that knows nothing and the pair's own, each as the one safetensors file that `LiveDraft.stage` reads."""
     own = folder / "own"
-    AutoModelForCausalLM.from_pretrained(files.draft, dtype="auto").save_pretrained(own, max_shard_size="1TB")
+    AutoModelForCausalLM.from_pretrained(files.draft, dtype="auto").save_pretrained(
+        own, max_shard_size="1TB"
+    )
     return Path(rig.random_draft(files, folder / "random")), own
 
 

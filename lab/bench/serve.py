@@ -33,7 +33,9 @@ ARMS: Mapping[str, dict[str, Any]] = {"plain": {"speculation": {"gamma": 0}}, "s
 PERCENTILES = (50, 95, 99)
 WARM_UP = 4  # requests of each arm before anything is measured
 ANSWER_LIMIT_S = 120.0
-NEVER = 10**9  # signals: the benchmark's own service records, as always, but does not learn meanwhile
+NEVER = (
+    10**9
+)  # signals: the benchmark's own service records, as always, but does not learn meanwhile
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,11 @@ class Reply:
     error: str = ""
 
     def within(self, first_s: float, gap_s: float) -> bool:
-        return not self.error and self.first_s <= first_s and (not self.gaps_s or float(np.mean(self.gaps_s)) <= gap_s)
+        return (
+            not self.error
+            and self.first_s <= first_s
+            and (not self.gaps_s or float(np.mean(self.gaps_s)) <= gap_s)
+        )
 
 
 @dataclass
@@ -69,7 +75,9 @@ class Arm:
 
     def figures(self, args: argparse.Namespace) -> dict[str, float]:
         answered = [reply for reply in self.replies if not reply.error]
-        tokens, steps = (sum(getattr(reply, name) for reply in answered) for name in ("tokens", "steps"))
+        tokens, steps = (
+            sum(getattr(reply, name) for reply in answered) for name in ("tokens", "steps")
+        )
         good = sum(reply.within(args.ttft_slo, args.itl_slo) for reply in answered)
         return {
             "requests": len(self.replies),
@@ -103,7 +111,11 @@ class Traffic:
     def call(self, arm: str, at_s: float, i: int) -> Call:
         prompt = self._prompts[i]
         body: dict[str, Any] = {
-            **({"messages": [{"role": "user", "content": prompt}]} if self.chat else {"prompt": prompt}),
+            **(
+                {"messages": [{"role": "user", "content": prompt}]}
+                if self.chat
+                else {"prompt": prompt}
+            ),
             **ARMS[arm],
             "max_tokens": self._args.max_tokens,
             "temperature": self._args.temperature,
@@ -120,7 +132,9 @@ async def replay(url: str, key: str, calls: Sequence[Call]) -> Arm:
     """Sends every call at its time, and waits for all answers."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=ANSWER_LIMIT_S, limits=limits) as client:
+    async with httpx.AsyncClient(
+        base_url=url, headers=headers, timeout=ANSWER_LIMIT_S, limits=limits
+    ) as client:
         started = time.perf_counter()
 
         async def at_its_time(call: Call) -> Reply:
@@ -179,34 +193,59 @@ def _take(reply: Reply, event: dict[str, Any]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m lab bench serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m lab bench serve",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     rig.add_arguments(parser)
     parser.add_argument(
-        "--url", default="", help="of a running service; its own settings hold, and nothing is recorded"
+        "--url",
+        default="",
+        help="of a running service; its own settings hold, and nothing is recorded",
     )
     parser.add_argument("--key", default="", help="generation key, where keys are configured")
-    parser.add_argument("--rate", default="1,2,4", help="requests a second, comma-separated (default: %(default)s)")
-    parser.add_argument("--duration", type=float, default=30.0, help="seconds of arrivals, by rate and arm")
-    parser.add_argument("--turns", type=int, default=2, help="parts that an arm's duration is cut into")
+    parser.add_argument(
+        "--rate", default="1,2,4", help="requests a second, comma-separated (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--duration", type=float, default=30.0, help="seconds of arrivals, by rate and arm"
+    )
+    parser.add_argument(
+        "--turns", type=int, default=2, help="parts that an arm's duration is cut into"
+    )
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument(
-        "--chat", action=argparse.BooleanOptionalAction, help="chat completions (default: with --prompts)"
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="chat completions (default: with --prompts)",
     )
-    parser.add_argument("--ttft-slo", type=float, default=1.0, help="seconds to the first token that are good")
-    parser.add_argument("--itl-slo", type=float, default=0.1, help="seconds between tokens, on average, that are good")
+    parser.add_argument(
+        "--ttft-slo", type=float, default=1.0, help="seconds to the first token that are good"
+    )
+    parser.add_argument(
+        "--itl-slo",
+        type=float,
+        default=0.1,
+        help="seconds between tokens, on average, that are good",
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     started = time.monotonic()
     try:
-        traffic = Traffic(args, rig.read_prompts(args.prompts, args.prompt_count), store=not args.url)
+        traffic = Traffic(
+            args, rig.read_prompts(args.prompts, args.prompt_count), store=not args.url
+        )
         with ExitStack() as services:
-            arms = _measure(args, traffic, args.url or services.enter_context(_service(args, services)).url)
+            arms = _measure(
+                args, traffic, args.url or services.enter_context(_service(args, services)).url
+            )
     except (SlipstreamError, ValueError) as error:
         sys.exit(f"bench serve: {error}")
     figures = _figures(args, arms)
-    print(json.dumps({**figures, "chat": traffic.chat, "seconds": round(time.monotonic() - started)}))
+    print(
+        json.dumps({**figures, "chat": traffic.chat, "seconds": round(time.monotonic() - started)})
+    )
 
 
 def _service(args: argparse.Namespace, services: ExitStack) -> Stack:
@@ -228,13 +267,23 @@ def _service(args: argparse.Namespace, services: ExitStack) -> Stack:
 
 def _measure(args: argparse.Namespace, traffic: Traffic, url: str) -> dict[tuple[float, str], Arm]:
     for arm in ARMS:
-        asyncio.run(replay(url, args.key, [traffic.call(arm, 0.0, i % args.prompt_count) for i in range(WARM_UP)]))
+        asyncio.run(
+            replay(
+                url,
+                args.key,
+                [traffic.call(arm, 0.0, i % args.prompt_count) for i in range(WARM_UP)],
+            )
+        )
     found = {(rate, arm): Arm() for rate in _rates(args) for arm in ARMS}
-    print(f"{'rate':>5} {'turn':>4} {'arm':12} {'requests':>8} {'errors':>6} {'TTFT':>9} {'ITL':>8} {'tokens/s':>8}")
+    print(
+        f"{'rate':>5} {'turn':>4} {'arm':12} {'requests':>8} {'errors':>6} {'TTFT':>9} {'ITL':>8} {'tokens/s':>8}"
+    )
     for rate, turn, arm in _turns(_rates(args), args.turns):
         calls = traffic.poisson(arm, rate, args.duration / args.turns, args.seed + turn)
         part = asyncio.run(replay(url, args.key, calls))
-        part.seconds = max(part.seconds, args.duration / args.turns)  # also the quiet after the last one counts
+        part.seconds = max(
+            part.seconds, args.duration / args.turns
+        )  # also the quiet after the last one counts
         found[rate, arm].seconds += part.seconds
         _line(f"{rate:5g} {turn + 1:4d} {arm:12}", part.figures(args))
         found[rate, arm].replies += part.replies
@@ -245,7 +294,10 @@ def _turns(rates: Sequence[float], turns: int) -> Iterator[tuple[float, int, str
     """Rate, turn and arm; who goes first alternates."""
     for number, rate in enumerate(rates):
         for turn in range(turns):
-            yield from ((rate, turn, arm) for arm in (list(ARMS) if (number + turn) % 2 == 0 else reversed(list(ARMS))))
+            yield from (
+                (rate, turn, arm)
+                for arm in (list(ARMS) if (number + turn) % 2 == 0 else reversed(list(ARMS)))
+            )
 
 
 def _rates(args: argparse.Namespace) -> list[float]:
@@ -263,16 +315,25 @@ def _line(head: str, figures: Mapping[str, float]) -> None:
 def _figures(args: argparse.Namespace, arms: Mapping[tuple[float, str], Arm]) -> dict[str, Any]:
     """Everything by rate and arm, after a table of it; ratios are speculative ÷ plain."""
     found = {key: arm.figures(args) for key, arm in arms.items()}
-    heads = [f"{f'{name} ms ' + ', '.join(f'p{p}' for p in PERCENTILES):>24}" for name in ("TTFT", "ITL")]
+    heads = [
+        f"{f'{name} ms ' + ', '.join(f'p{p}' for p in PERCENTILES):>24}" for name in ("TTFT", "ITL")
+    ]
     print(f"\n{'rate':>5} {'arm':12} {heads[0]} {heads[1]} {'tokens/s':>8} {'goodput':>8}")
     for (rate, arm), each in found.items():
-        spreads = [" ".join(f"{each[f'{name}_p{p}']:7.1f}" for p in PERCENTILES) for name in ("ttft_ms", "itl_ms")]
+        spreads = [
+            " ".join(f"{each[f'{name}_p{p}']:7.1f}" for p in PERCENTILES)
+            for name in ("ttft_ms", "itl_ms")
+        ]
         print(
             f"{rate:5g} {arm:12} {spreads[0]:>24} {spreads[1]:>24} {each['tokens_per_s']:8.0f} {each['goodput']:8.0%}"
         )
-    for error in sorted({reply.error for arm in arms.values() for reply in arm.replies if reply.error})[:5]:
+    for error in sorted(
+        {reply.error for arm in arms.values() for reply in arm.replies if reply.error}
+    )[:5]:
         print(f"failed: {error}")
-    ratio = lambda rate, name: round(found[rate, "speculative"][name] / max(1e-9, found[rate, "plain"][name]), 3)
+    ratio = lambda rate, name: round(
+        found[rate, "speculative"][name] / max(1e-9, found[rate, "plain"][name]), 3
+    )
     rates = _rates(args)
     return {
         "rates": {f"{rate:g}": {arm: found[rate, arm] for arm in ARMS} for rate in rates},
@@ -286,4 +347,6 @@ def _figures(args: argparse.Namespace, arms: Mapping[tuple[float, str], Arm]) ->
 
 def _percentiles(name: str, seconds: Sequence[float]) -> dict[str, float]:
     values = np.percentile(seconds or [0.0], PERCENTILES) * 1000
-    return {f"{name}_p{p}": round(float(value), 2) for p, value in zip(PERCENTILES, values, strict=True)}
+    return {
+        f"{name}_p{p}": round(float(value), 2) for p, value in zip(PERCENTILES, values, strict=True)
+    }

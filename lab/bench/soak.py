@@ -31,7 +31,10 @@ from online.buffer import Bounds
 from online.messages import MAX_GAMMA, Query
 from online.settings import Settings
 
-LONG, SHARED = 0.08, 0.25  # shares of prompts that run up to the context's limit, and that begin alike
+LONG, SHARED = (
+    0.08,
+    0.25,
+)  # shares of prompts that run up to the context's limit, and that begin alike
 HEADS = 3  # beginnings that are shared
 CANCELLED = 0.05
 RECORDED = 0.7
@@ -64,7 +67,9 @@ class Mix:
     def _prompt(self) -> list[int]:
         kind = self._rng.random()
         if kind < LONG:
-            return self.run_on(self._rng.choice([self._room, self._rng.randint(self._room // 2, self._room)]))
+            return self.run_on(
+                self._rng.choice([self._room, self._rng.randint(self._room // 2, self._room)])
+            )
         head = self._rng.choice(self._heads) if kind < LONG + SHARED else []
         return (head + self._rng.choice(self._prompts))[: self._room]
 
@@ -102,7 +107,9 @@ class Soak:
             swapping = pool.submit(swaps, engine, folders, lambda made: self._due.get())
             try:
                 at_once = args.slots + args.slots // 2
-                for stream in keep_busy(engine, self._mix.queries(args.requests), at_once, self._cancel):
+                for stream in keep_busy(
+                    engine, self._mix.queries(args.requests), at_once, self._cancel
+                ):
                     self._ended(stream)
             finally:
                 self._due.put(False)
@@ -127,27 +134,40 @@ class Soak:
 
     def _say(self, ended: int) -> None:
         spent = time.monotonic() - self._started
-        states = ", ".join(f"{count} {reason or 'unanswered'}" for reason, count in sorted(self.reasons.items()))
+        states = ", ".join(
+            f"{count} {reason or 'unanswered'}" for reason, count in sorted(self.reasons.items())
+        )
         speed = f"{self.tokens / spent:.0f} tokens/s, {self.rss_mib[-1]:.0f} MiB"
         print(f"[{spent:5.0f} s] {ended} of {self._args.requests}: {speed}; {states}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m lab bench soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m lab bench soak",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     rig.add_arguments(parser)
     parser.add_argument("--requests", type=int, default=2000)
-    parser.add_argument("--slots", type=int, default=16, help="half as many again are in flight, and wait")
+    parser.add_argument(
+        "--slots", type=int, default=16, help="half as many again are in flight, and wait"
+    )
     parser.add_argument("--max-tokens", type=int, default=64, help="of the longest answers")
-    parser.add_argument("--max-context", type=int, default=0, help="tokens (default: the service's, or the model's)")
+    parser.add_argument(
+        "--max-context", type=int, default=0, help="tokens (default: the service's, or the model's)"
+    )
     parser.add_argument("--swap-every", type=int, default=100, help="requests between two swaps")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     started, pair = time.monotonic(), rig.pair_of(args)
-    room = min(args.max_context or Settings().max_context, context_limit(pair.files.target)) - args.max_tokens
+    room = (
+        min(args.max_context or Settings().max_context, context_limit(pair.files.target))
+        - args.max_tokens
+    )
     mix = Mix(pair.prompts, room, args.max_tokens, args.seed)
-    sized = replace(pair, prompts=[mix.run_on(room)])  # a rig's contexts are as long as its longest prompt needs
+    sized = replace(
+        pair, prompts=[mix.run_on(room)]
+    )  # a rig's contexts are as long as its longest prompt needs
     with (
         tempfile.TemporaryDirectory() as folder,
         rig.rig(sized, pair.files.draft, args.slots, max_tokens=args.max_tokens) as serving,
@@ -156,14 +176,19 @@ def main() -> None:
         soak = Soak(args, serving, mix)
         soak.run(draft_folders(pair.files, Path(folder)))
         leaked = _leaked(serving, pair.prompts[0])
-        faults = serving.metrics.registry.get_sample_value("slipstream_engine_faults_total", {"part": "draft"})
+        faults = serving.metrics.registry.get_sample_value(
+            "slipstream_engine_faults_total", {"part": "draft"}
+        )
         figures = _figures(soak, leaked, int(faults or 0))
     print(json.dumps({**figures, "seconds": round(time.monotonic() - started)}))
 
 
 def _figures(soak: Soak, leaked: int, draft_faults: int) -> dict[str, object]:
     reasons, quarter = soak.reasons, max(1, len(soak.rss_mib) // 4)
-    second, last = (float(np.median(part)) for part in (soak.rss_mib[quarter : 2 * quarter], soak.rss_mib[-quarter:]))
+    second, last = (
+        float(np.median(part))
+        for part in (soak.rss_mib[quarter : 2 * quarter], soak.rss_mib[-quarter:])
+    )
     return {
         "requests": reasons.total(),
         "answered": reasons["stop"] + reasons["length"],
@@ -192,7 +217,16 @@ def _together(serving: rig.Rig, prompt: list[int], slots: int) -> int:
     """Of as many requests as there are slots: the number answered, or that of those that ran together if it is less."""
     engine, running = serving.engine, [0]
     queries = (
-        Query(f"after {i}", rig.ROUTE, tuple(prompt), 32, temperature=0.0, gamma=0, ignore_eos=True, store=False)
+        Query(
+            f"after {i}",
+            rig.ROUTE,
+            tuple(prompt),
+            32,
+            temperature=0.0,
+            gamma=0,
+            ignore_eos=True,
+            store=False,
+        )
         for i in range(slots)
     )
     streams = list(keep_busy(engine, queries, slots, lambda stream: running.append(engine.running)))

@@ -75,7 +75,10 @@ class Exercise:
 
     def _due(self, made: int) -> bool:
         """Steps run between two swaps, or the second one would only undo the first."""
-        wanted, deadline = len(self._clock.spans) + self._args.steps_between, time.monotonic() + STEPS_LIMIT_S
+        wanted, deadline = (
+            len(self._clock.spans) + self._args.steps_between,
+            time.monotonic() + STEPS_LIMIT_S,
+        )
         while made < self._args.swaps and len(self._clock.spans) < wanted:
             if time.monotonic() > deadline:
                 raise TimeoutError("the engine has stopped stepping")
@@ -91,26 +94,41 @@ class Exercise:
 
     def _query(self, i: int, gamma: int) -> Query:
         prompt = tuple(self._prompts[i % len(self._prompts)])
-        return Query(str(i), rig.ROUTE, prompt, self._args.max_tokens, float(i % 2), seed=i, gamma=gamma)
+        return Query(
+            str(i), rig.ROUTE, prompt, self._args.max_tokens, float(i % 2), seed=i, gamma=gamma
+        )
 
     def _compare(self, streams: Sequence[Stream]) -> tuple[int, int]:
         """How many greedy answers γ = 0 gives otherwise, and how many were compared."""
         greedy = [s for s in streams if s.query.temperature == 0 and s.reason in ("stop", "length")]
         queries = [self._query(int(s.query.id), gamma=0) for s in greedy]
         plain = self._serving.complete(queries, self._args.streams)
-        return sum(s.ids != answer.ids for s, answer in zip(greedy, plain, strict=True)), len(greedy)
+        return sum(s.ids != answer.ids for s, answer in zip(greedy, plain, strict=True)), len(
+            greedy
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m lab bench swap", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m lab bench swap",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     rig.add_arguments(parser)
     parser.add_argument("--swaps", type=int, default=100)
     parser.add_argument("--streams", type=int, default=8, help="queries always in flight")
-    parser.add_argument("--max-tokens", type=int, default=64, help="of an answer that does not end before")
-    parser.add_argument("--gamma", type=int, default=4, help="drafted tokens a step: fixed, so that every draft drafts")
-    parser.add_argument("--steps-between", type=int, default=5, help="steps between two swaps, at least")
+    parser.add_argument(
+        "--max-tokens", type=int, default=64, help="of an answer that does not end before"
+    )
+    parser.add_argument(
+        "--gamma",
+        type=int,
+        default=4,
+        help="drafted tokens a step: fixed, so that every draft drafts",
+    )
+    parser.add_argument(
+        "--steps-between", type=int, default=5, help="steps between two swaps, at least"
+    )
     args = parser.parse_args()
     started, pair = time.monotonic(), rig.pair_of(args)
     with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +143,9 @@ def main() -> None:
     print(json.dumps({**figures, "seconds": round(time.monotonic() - started)}))
 
 
-def _exercise(args: argparse.Namespace, pair: rig.Pair, folders: Sequence[Path], *, compare: bool) -> Outcome:
+def _exercise(
+    args: argparse.Namespace, pair: rig.Pair, folders: Sequence[Path], *, compare: bool
+) -> Outcome:
     with rig.rig(pair, pair.files.draft, args.streams, max_tokens=args.max_tokens) as serving:
         outcome = Exercise(args, pair, serving).run(folders, compare=compare)
     print(f"{pair.dtype}: {len(outcome.streams)} requests, {len(outcome.swaps)} swaps", flush=True)
@@ -136,7 +156,10 @@ def _figures(timed: Outcome, exact: Outcome) -> dict[str, float]:
     streams = timed.streams if timed is exact else timed.streams + exact.streams
     spans_S2 = np.array(timed.spans)
     taken = 1000 * (spans_S2[:, 1] - spans_S2[:, 0])
-    median, pauses = float(np.median(taken)), np.array([1000 * swap.pause_s for swap in timed.swaps])
+    median, pauses = (
+        float(np.median(taken)),
+        np.array([1000 * swap.pause_s for swap in timed.swaps]),
+    )
     staging = taken[beside(spans_S2, timed.swaps)]
     around, others = gaps(spans_S2[:, 1], timed.swaps)
     return {
@@ -149,7 +172,9 @@ def _figures(timed: Outcome, exact: Outcome) -> dict[str, float]:
         "pause_ms_p50": round(float(np.percentile(pauses, 50)), 3),
         "pause_ms_p99": round(float(np.percentile(pauses, 99)), 3),
         "median_step_ms": round(median, 3),
-        "median_step_ms_while_staging": round(float(np.median(staging if len(staging) else taken)), 3),
+        "median_step_ms_while_staging": round(
+            float(np.median(staging if len(staging) else taken)), 3
+        ),
         "longest_pause_steps": round(float(pauses.max()) / median, 3),
         "longest_gap_steps": round(1000 * max(around, default=0.0) / median, 3),
         "median_gap_steps": round(1000 * float(np.median(around or [0.0])) / median, 3),
@@ -160,7 +185,11 @@ def _figures(timed: Outcome, exact: Outcome) -> dict[str, float]:
 def gaps(ends: Floats, swaps: Sequence[Swap]) -> tuple[list[float], list[float]]:
     """Times between the ends of two steps: those that contain a swap, and the others."""
     between = np.diff(ends)
-    with_swap = {int(i) - 1 for i in np.searchsorted(ends, [swap.began_s for swap in swaps]) if 0 < i < len(ends)}
+    with_swap = {
+        int(i) - 1
+        for i in np.searchsorted(ends, [swap.began_s for swap in swaps])
+        if 0 < i < len(ends)
+    }
     sides: tuple[list[float], list[float]] = ([], [])
     for i, seconds in enumerate(between):
         sides[i not in with_swap].append(float(seconds))
@@ -179,7 +208,10 @@ def _table(figures: dict[str, float]) -> None:
     for title, keys in (
         ("requests, of them dropped", ("requests", "dropped")),
         ("requests that more than one draft served", ("requests_across_swaps",)),
-        ("greedy answers compared with γ = 0, different", ("compared_answers", "different_answers")),
+        (
+            "greedy answers compared with γ = 0, different",
+            ("compared_answers", "different_answers"),
+        ),
         ("pause, ms: median, 99th percentile", ("pause_ms_p50", "pause_ms_p99")),
         ("step, ms: median, while staging", ("median_step_ms", "median_step_ms_while_staging")),
         ("longest pause, in steps", ("longest_pause_steps",)),

@@ -65,7 +65,14 @@ class Tap:
         args = self._args
         queries = [
             Query(
-                f"q{i}", rig.ROUTE, tuple(p), args.max_tokens, args.temperature, seed=i, gamma=args.gamma, store=store
+                f"q{i}",
+                rig.ROUTE,
+                tuple(p),
+                args.max_tokens,
+                args.temperature,
+                seed=i,
+                gamma=args.gamma,
+                store=store,
             )
             for i, p in enumerate(prompts)
         ]
@@ -77,7 +84,9 @@ class Tap:
             self.recorded_tokens += tokens
             self.recorded_requests += len(answers)
         self._settle()
-        steps, drafted = (sum(getattr(a.stats, name) for a in answers) for name in ("steps", "drafted"))
+        steps, drafted = (
+            sum(getattr(a.stats, name) for a in answers) for name in ("steps", "drafted")
+        )
         return Run(tokens, ended - started, steps, drafted, time.perf_counter() - ended)
 
     def _settle(self) -> None:
@@ -97,21 +106,33 @@ class Tap:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m lab bench tap", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m lab bench tap",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     rig.add_arguments(parser)
     parser.add_argument("--repetitions", type=int, default=12)
     parser.add_argument(
-        "--concurrency", default="1,8", help="queries in flight, comma-separated (default: %(default)s)"
+        "--concurrency",
+        default="1,8",
+        help="queries in flight, comma-separated (default: %(default)s)",
     )
-    parser.add_argument("--rounds", type=int, default=6, help="prompts of a repetition by query in flight")
-    parser.add_argument("--max-tokens", type=int, default=64, help="of an answer that does not end before")
+    parser.add_argument(
+        "--rounds", type=int, default=6, help="prompts of a repetition by query in flight"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=64, help="of an answer that does not end before"
+    )
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--gamma", type=int, help="drafted tokens a step (default: what the engine finds fastest)")
+    parser.add_argument(
+        "--gamma", type=int, help="drafted tokens a step (default: what the engine finds fastest)"
+    )
     args = parser.parse_args()
     started, concurrencies = time.monotonic(), [int(n) for n in args.concurrency.split(",")]
     pair = rig.pair_of(args)
-    with rig.rig(pair, pair.files.draft, max(concurrencies), max_tokens=args.max_tokens, kept_contexts=0) as serving:
+    with rig.rig(
+        pair, pair.files.draft, max(concurrencies), max_tokens=args.max_tokens, kept_contexts=0
+    ) as serving:
         tap = Tap(args, pair, serving)
         found = {n: _measure(tap, n, args.repetitions) for n in concurrencies}
         figures = {
@@ -131,7 +152,10 @@ def _measure(tap: Tap, at_once: int, repetitions: int) -> list[Compared]:
         pairs.append(tap.compare(at_once, repetition))
         one = pairs[-1]
         speeds = f"{one.recorded.speed:6.0f} tokens/s recorded, {one.plain.speed:6.0f} not"
-        print(f"{at_once:3d} at once, {repetition + 1} of {repetitions}: {speeds}, ratio {one.ratio:.3f}", flush=True)
+        print(
+            f"{at_once:3d} at once, {repetition + 1} of {repetitions}: {speeds}, ratio {one.ratio:.3f}",
+            flush=True,
+        )
     return pairs
 
 
@@ -144,10 +168,14 @@ def _ratios(found: dict[int, list[Compared]]) -> dict[str, object]:
     for at_once, pairs in found.items():
         key, sides = str(at_once), ([p.recorded for p in pairs], [p.plain for p in pairs])
         ratio = median_ratio(np.array([pair.ratio for pair in pairs]))
-        ratios[key], *intervals[key] = (round(value, 4) for value in (ratio.value, ratio.low, ratio.high))
+        ratios[key], *intervals[key] = (
+            round(value, 4) for value in (ratio.value, ratio.low, ratio.high)
+        )
         lags[key] = round(1000 * float(np.median([run.lag_s for run in sides[0]])), 1)
         recorded, plain = (float(np.median([run.speed for run in side])) for side in sides)
-        gammas = ", ".join(f"{sum(r.drafted for r in side) / sum(r.steps for r in side):.2f}" for side in sides)
+        gammas = ", ".join(
+            f"{sum(r.drafted for r in side) / sum(r.steps for r in side):.2f}" for side in sides
+        )
         low, high = intervals[key]
         print(
             f"{key:>7} {recorded:9.0f} {plain:9.0f} {ratios[key]:6.3f} {f'{low:.3f} to {high:.3f}':>14} "

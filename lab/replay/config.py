@@ -36,7 +36,9 @@ class Segment(BaseModel):
             return dict(self.mix)
         share = query / self.queries
         old, new = (_normal(mix) for mix in (before.mix, self.mix))
-        return {name: (1 - share) * old.get(name, 0) + share * new.get(name, 0) for name in old | new}
+        return {
+            name: (1 - share) * old.get(name, 0) + share * new.get(name, 0) for name in old | new
+        }
 
     @property
     def main(self) -> str:
@@ -77,12 +79,22 @@ class Replay(BaseModel):
     max_tokens: Annotated[int, Field(ge=2)] = 128
     longest_prompt: Annotated[int, Field(ge=1)] = 700
     greedy_share: Annotated[float, Field(ge=0, le=1)] = 0.5
-    gamma: Annotated[int, Field(ge=1)] = 4  # of all traffic and exams, so that τ means the same everywhere
-    held_out: Annotated[int, Field(ge=8)] = 100  # queries of a domain, each asked sampled and greedy
-    look_every: Annotated[int, Field(ge=1)] = 50  # queries between two looks for work, as the service's clock does
-    wall_queries: Annotated[int, Field(ge=0)] = 16  # of a turn that compares tokens per second, at least; 0: no such
+    gamma: Annotated[int, Field(ge=1)] = (
+        4  # of all traffic and exams, so that τ means the same everywhere
+    )
+    held_out: Annotated[int, Field(ge=8)] = (
+        100  # queries of a domain, each asked sampled and greedy
+    )
+    look_every: Annotated[int, Field(ge=1)] = (
+        50  # queries between two looks for work, as the service's clock does
+    )
+    wall_queries: Annotated[int, Field(ge=0)] = (
+        16  # of a turn that compares tokens per second, at least; 0: no such
+    )
     wall_turns: Annotated[int, Field(ge=2)] = 5
-    drafters: list[DrafterName] = ["auto"]  # timed there beside the chain, as the engine would have them
+    drafters: list[DrafterName] = [
+        "auto"
+    ]  # timed there beside the chain, as the engine would have them
 
     @model_validator(mode="after")
     def _known_domains(self) -> Self:
@@ -142,7 +154,9 @@ def preset(name: str, data: Path | None, queries: int, **more: Any) -> Replay:
         domains = packages(2 if name == "embedded" else 4)
     else:
         domains = {
-            domain: Domain(traffic=f"{data}/train/{domain}.jsonl", held_out=f"{data}/stream/{domain}.jsonl")
+            domain: Domain(
+                traffic=f"{data}/train/{domain}.jsonl", held_out=f"{data}/stream/{domain}.jsonl"
+            )
             for domain in DOMAINS
         }
     if name == "recurring":
@@ -156,11 +170,17 @@ def segments(name: str, domains: list[str], queries: int) -> list[Segment]:
         return [Segment(queries=queries * len(domains), mix=dict.fromkeys(domains, 1.0))]
     if name == "recurring":
         return [Segment(queries=queries, mix={domain: 1.0}) for domain in domains * 2]
-    if name == "gradual":  # half of the first domain alone, then from each to the next, half of the last one alone
+    if (
+        name == "gradual"
+    ):  # half of the first domain alone, then from each to the next, half of the last one alone
         first, *others = domains
         half = max(1, queries // 2)
         fades = [Segment(queries=queries, mix={domain: 1.0}, fade=True) for domain in others]
-        return [Segment(queries=half, mix={first: 1.0}), *fades, Segment(queries=half, mix={domains[-1]: 1.0})]
+        return [
+            Segment(queries=half, mix={first: 1.0}),
+            *fades,
+            Segment(queries=half, mix={domains[-1]: 1.0}),
+        ]
     return [Segment(queries=queries, mix={domain: 1.0}) for domain in domains]
 
 
@@ -171,7 +191,10 @@ def packages(count: int) -> dict[str, Domain]:
         if corpus.is_held_out_package(file.package):
             sizes[file.package] = sizes.get(file.package, 0) + file.path.stat().st_size
     largest = sorted(sizes, key=lambda package: -sizes[package])[:count]
-    return {package.lower(): Domain(traffic=f"package:{package}", held_out=f"package:{package}") for package in largest}
+    return {
+        package.lower(): Domain(traffic=f"package:{package}", held_out=f"package:{package}")
+        for package in largest
+    }
 
 
 def _normal(mix: dict[str, float]) -> dict[str, float]:

@@ -45,17 +45,25 @@ def _domain(config: Replay, domain: str, end: int, logs: Logs) -> dict[str, Any]
             f"{name}acceptance_after": new[2].sum() / new[3].sum(),
         }
     figures["tau_ratio_by_seed"] = [
-        compared({seed: log}, {seed: log}, domain, end, config.held_out, 0)[0] for seed, log in logs.items()
+        compared({seed: log}, {seed: log}, domain, end, config.held_out, 0)[0]
+        for seed, log in logs.items()
     ]
     walls = [event for log in logs.values() for event in log.of("wall", domain=domain, at=end)]
     for at_once in [key for key in walls[0] if key.isdigit()] if walls else ():
         suffix = "" if at_once == "1" else f"_{at_once}"
         for pair, name in WALLS.items():
             each = np.array([wall[at_once]["ratios"][pair] for wall in walls])
-            figures[f"{name}{suffix}"], figures[f"{name}{suffix}_low"] = np.median(each[:, :2], axis=0).tolist()
-        told = [wall[at_once].get("drafters", {}) for wall in walls]  # others have been timed with other seeds, or none
+            figures[f"{name}{suffix}"], figures[f"{name}{suffix}_low"] = np.median(
+                each[:, :2], axis=0
+            ).tolist()
+        told = [
+            wall[at_once].get("drafters", {}) for wall in walls
+        ]  # others have been timed with other seeds, or none
         figures[f"drafters{suffix}"] = {
-            name: {key: np.median([one[name][key] for one in told], axis=0).tolist() for key in told[0][name]}
+            name: {
+                key: np.median([one[name][key] for one in told], axis=0).tolist()
+                for key in told[0][name]
+            }
             for name in told[0]
             if all(name in one for one in told)
         }
@@ -68,14 +76,20 @@ def _domain(config: Replay, domain: str, end: int, logs: Logs) -> dict[str, Any]
     medians = [_median(visit) for visit in by_visit]
     figures["queries_to_recover"] = medians[0] if medians else None
     figures["queries_to_recover_again"] = medians[1:]
-    figures["seeds_not_recovered"] = sum(math.isinf(queries) for queries in by_visit[0]) if by_visit else 0
-    figures["forgetting"] = _median([share for log in logs.values() for share in _forgetting(config, domain, log)])
+    figures["seeds_not_recovered"] = (
+        sum(math.isinf(queries) for queries in by_visit[0]) if by_visit else 0
+    )
+    figures["forgetting"] = _median(
+        [share for log in logs.values() for share in _forgetting(config, domain, log)]
+    )
     return figures
 
 
 def _exam(logs: Logs, domain: str, at: int, held_out: int) -> Floats:
     """[sampled and greedy, seeds × queries, (tokens, forwards, Σ overlap, compared)]."""
-    rows = np.array([log.of("exam", domain=domain, at=at)[0]["rows"] for log in logs.values()], float)
+    rows = np.array(
+        [log.of("exam", domain=domain, at=at)[0]["rows"] for log in logs.values()], float
+    )
     return rows.reshape(len(logs), 2, held_out, 4).swapaxes(0, 1)
 
 
@@ -88,7 +102,10 @@ def _by_query(rows: Floats) -> Floats:
 def _curve(log: Log, domain: str, upto: int) -> list[tuple[int, float]]:
     """(queries, expected τ on held-out queries) after every swap, from the first draft's on."""
     first = log.of("first")[0]["domains"][domain]["tau"]
-    return [(0, first), *((e["at"], e["domains"][domain]["tau"]) for e in log.of("swap") if e["at"] <= upto)]
+    return [
+        (0, first),
+        *((e["at"], e["domains"][domain]["tau"]) for e in log.of("swap") if e["at"] <= upto),
+    ]
 
 
 def recoveries(config: Replay, domain: str, log: Log) -> list[float]:
@@ -118,7 +135,9 @@ def _forgetting(config: Replay, domain: str, log: Log) -> Iterator[float]:
     for i, part in enumerate(parts[:-1]):
         if domain not in part.domains or domain in parts[i + 1].domains:
             continue
-        following = next((later.start for later in parts[i + 1 :] if domain in later.domains), parts[-1].end)
+        following = next(
+            (later.start for later in parts[i + 1 :] if domain in later.domains), parts[-1].end
+        )
         held = _curve(log, domain, part.end)[-1][1]
         later = [tau for at, tau in _curve(log, domain, following) if at > part.end]
         yield 1 - min(later, default=held) / held

@@ -58,7 +58,9 @@ def figures(config: Replay, arms: Mapping[str, Logs]) -> dict[str, Any]:
         }
         for name in others
     }
-    found["train_s_by_tenth"] = cost(config, arms[first])  # of one seed, on average; what follows is of all
+    found["train_s_by_tenth"] = cost(
+        config, arms[first]
+    )  # of one seed, on average; what follows is of all
     cycles = [event for log in arms[first].values() for event in log.of("cycle")]
     found["cycles"], found["train_s"] = len(cycles), sum(event["train_s"] for event in cycles)
     found["swaps"] = sum(event["state"] == "promoted" for event in cycles)
@@ -68,7 +70,11 @@ def figures(config: Replay, arms: Mapping[str, Logs]) -> dict[str, Any]:
 def rows(domains: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     found = []
     for name, f in domains.items():
-        walls = [key for key in f if key.startswith("wall_ratio_") and key.removeprefix("wall_ratio_").isdigit()]
+        walls = [
+            key
+            for key in f
+            if key.startswith("wall_ratio_") and key.removeprefix("wall_ratio_").isdigit()
+        ]
         values = (
             name,
             f["tau_before"],
@@ -123,7 +129,8 @@ def table(domains: Mapping[str, Mapping[str, Any]]) -> str:
 def _table(columns: Columns, lines: Sequence[Sequence[str]]) -> str:
     names, widths = [name for name, _, _ in columns], [width for _, width, _ in columns]
     return "\n".join(
-        "  ".join(f"{text:>{width}}" for text, width in zip(line, widths, strict=True)) for line in [names, *lines]
+        "  ".join(f"{text:>{width}}" for text, width in zip(line, widths, strict=True))
+        for line in [names, *lines]
     )
 
 
@@ -139,11 +146,25 @@ def draw(config: Replay, arms: Mapping[str, Logs], path: Path) -> Path:
     labels = {"tau": "expected tokens per step, τ", "acceptance": "acceptance Σ min(p, q)"}
     for panel, (what, label) in zip(panels, labels.items(), strict=False):
         at, mean, _ = live(first, f"frozen_{what}")
-        panel.plot(at, _smooth(mean), color=FIRST, linestyle=":", linewidth=1.6, label="first draft, frozen")
+        panel.plot(
+            at,
+            _smooth(mean),
+            color=FIRST,
+            linestyle=":",
+            linewidth=1.6,
+            label="first draft, frozen",
+        )
         for (name, logs), colour in zip(arms.items(), COLOURS, strict=False):
             at, mean, each = live(logs, f"live_{what}")
             panel.plot(at, _smooth(mean), color=colour, linewidth=1.8, label=name)
-            panel.fill_between(at, _smooth(each.min(0)), _smooth(each.max(0)), color=colour, alpha=0.15, linewidth=0)
+            panel.fill_between(
+                at,
+                _smooth(each.min(0)),
+                _smooth(each.max(0)),
+                color=colour,
+                alpha=0.15,
+                linewidth=0,
+            )
         panel.set_ylabel(label)
     panels[0].axhline(1, color="#444444", linewidth=0.8, label="no speculation")
     log = next(iter(first.values()))
@@ -165,18 +186,32 @@ def draw(config: Replay, arms: Mapping[str, Logs], path: Path) -> Path:
         panel.set_ylim(low, high + 0.18 * (high - low))
     for part in stretches(config):
         name = " → ".join(part.domains) if part.fade or len(part.domains) == 1 else "mixed"
-        panels[0].annotate(name, ((part.start + part.end) / 2, 1.01), xycoords=("data", "axes fraction"), ha="center")
-    figure.suptitle(f"seeds: {len(config.seeds)}; dashed: a draft is swapped in (first seed)", fontsize=10)
+        panels[0].annotate(
+            name,
+            ((part.start + part.end) / 2, 1.01),
+            xycoords=("data", "axes fraction"),
+            ha="center",
+        )
+    figure.suptitle(
+        f"seeds: {len(config.seeds)}; dashed: a draft is swapped in (first seed)", fontsize=10
+    )
     figure.savefig(path, dpi=120)
     return path
 
 
-def write_html(config: Replay, found: Mapping[str, Any], chart: Path, path: Path, title: str) -> Path:
+def write_html(
+    config: Replay, found: Mapping[str, Any], chart: Path, path: Path, title: str
+) -> Path:
     """One file, with nothing to fetch."""
     parts = [f"<h1>{html.escape(title)}</h1>", _html_tables(found["domains"])]
-    parts += [f"<h2>{html.escape(name)}</h2>{_html_tables(domains)}" for name, domains in found["arms"].items()]
+    parts += [
+        f"<h2>{html.escape(name)}</h2>{_html_tables(domains)}"
+        for name, domains in found["arms"].items()
+    ]
     image = base64.b64encode(chart.read_bytes()).decode()
-    parts.append(f'<p><img alt="along the stream" style="max-width:100%" src="data:image/png;base64,{image}"></p>')
+    parts.append(
+        f'<p><img alt="along the stream" style="max-width:100%" src="data:image/png;base64,{image}"></p>'
+    )
     for name, part in (("Figures", dict(found)), ("Configuration", config.model_dump())):
         told = html.escape(json.dumps(part, indent=1))
         parts.append(f"<details><summary>{name}</summary><pre>{told}</pre></details>")
@@ -192,7 +227,10 @@ def _html_tables(domains: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _html_table(columns: Columns, lines: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name, _, _ in columns)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in line) + "</tr>" for line in lines)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in line) + "</tr>"
+        for line in lines
+    )
     return f"<table><tr>{head}</tr>{body}</table>"
 
 

@@ -48,7 +48,11 @@ class Log:
         return event
 
     def of(self, kind: str, **like: Any) -> list[Event]:
-        return [e for e in self.events if e["kind"] == kind and all(e.get(key) == value for key, value in like.items())]
+        return [
+            e
+            for e in self.events
+            if e["kind"] == kind and all(e.get(key) == value for key, value in like.items())
+        ]
 
     @property
     def served(self) -> int:
@@ -56,7 +60,9 @@ class Log:
 
 
 class ArmRun:
-    def __init__(self, config: Replay, arm: Arm, seed: int, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: Replay, arm: Arm, seed: int, folder: Path, say: Callable[[str], None]
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._config, self._seed, self._folder, self._say = config, seed, folder, say
         given = {
@@ -71,10 +77,17 @@ class ArmRun:
         self.log = Log(folder / "log.jsonl")
         tokenizer = load_tokenizer(ModelFiles.of(self._settings))
         self._stream = Stream(
-            config.domains, config.segments, tokenizer, config.longest_prompt, config.greedy_share, seed
+            config.domains,
+            config.segments,
+            tokenizer,
+            config.longest_prompt,
+            config.greedy_share,
+            seed,
         )
         self._exams = {
-            name: exam(name, domain.held_out, tokenizer, config.longest_prompt, config.held_out, seed)
+            name: exam(
+                name, domain.held_out, tokenizer, config.longest_prompt, config.held_out, seed
+            )
             for name, domain in config.domains.items()
         }
 
@@ -94,9 +107,13 @@ class ArmRun:
                 end = at + segment.queries
                 skipped = min(max(self.log.served - at, 0), segment.queries)
                 list(islice(asked, skipped))
-                for chunk in _chunks(islice(asked, segment.queries - skipped), self._config.look_every):
+                for chunk in _chunks(
+                    islice(asked, segment.queries - skipped), self._config.look_every
+                ):
                     self._serve(service, chunk)
-                for domain in next(part.domains for part in stretches(self._config) if part.end == end):
+                for domain in next(
+                    part.domains for part in stretches(self._config) if part.end == end
+                ):
                     self._close(service, domain, end)
                 at = end
         self.log.add("end", at)
@@ -108,7 +125,9 @@ class ArmRun:
         Apart from the rest and after it: whatever else the machine does meanwhile would be measured with it.
         """
         exams = [event for event in self.log.of("exam") if event["at"]]
-        left = [exam for exam in exams if not self.log.of("wall", domain=exam["domain"], at=exam["at"])]
+        left = [
+            exam for exam in exams if not self.log.of("wall", domain=exam["domain"], at=exam["at"])
+        ]
         if not left or not self._config.wall_queries:
             return self.log
         with alone(self._folder), serve(self._config, self._settings, self._folder) as service:
@@ -142,7 +161,9 @@ class ArmRun:
             for what, values in zip(("tau", "acceptance"), judged, strict=True)
         }
         domains = [one.domain for one in chunk]
-        self.log.add("served", at, version=version.id, seconds=seconds, rows=rows, domains=domains, **told)
+        self.log.add(
+            "served", at, version=version.id, seconds=seconds, rows=rows, domains=domains, **told
+        )
         tau = sum(row[0] for row in rows) / sum(row[1] for row in rows)
         self._tell(at, f"{chunk[-1].domain:10} version {version.id:3d}  τ {tau:.2f}")
         self._learn(service, at)
@@ -159,12 +180,22 @@ class ArmRun:
                 continue
             told = cycle.report.get("gate", cycle.report).get("reason", "")
             train_s = cycle.report.get("train_s", 0.0)
-            self.log.add("cycle", at, id=cycle.id, route=cycle.route, state=cycle.state, train_s=train_s, reason=told)
+            self.log.add(
+                "cycle",
+                at,
+                id=cycle.id,
+                route=cycle.route,
+                state=cycle.state,
+                train_s=train_s,
+                reason=told,
+            )
             self._tell(at, f"cycle {cycle.id} of {cycle.route} {cycle.state}: {told}")
         versions = service.versions()
         if versions != [*self.log.of("first"), *self.log.of("swap")][-1]["versions"]:
             newest = max(versions.values())
-            self.log.add("swap", at, version=newest, versions=versions, domains=self._curves(service))
+            self.log.add(
+                "swap", at, version=newest, versions=versions, domains=self._curves(service)
+            )
 
     def _close(self, service: Service, domain: str, at: int) -> None:
         """A domain's segment has ended: its held-out queries are decoded."""
@@ -172,7 +203,9 @@ class ArmRun:
             self._examine(service, domain, at, LIVE, store=False)
 
     def _examine(self, service: Service, domain: str, at: int, route: str, store: bool) -> None:
-        answers = service.answer(self._exams[domain], route=route, gamma=self._config.gamma, store=store)
+        answers = service.answer(
+            self._exams[domain], route=route, gamma=self._config.gamma, store=store
+        )
         rows = [_row(answer) for answer in answers]
         self.log.add("exam", at, domain=domain, rows=rows, versions=service.versions())
         tokens, steps = sum(len(a.ids) for a in answers), sum(a.stats.steps for a in answers)
@@ -180,13 +213,18 @@ class ArmRun:
 
     def _held_out(self, service: Service) -> dict[str, list[Signal]]:
         """The exams' answers under the first draft: what later drafts are judged by without decoding."""
-        signals = {signal.request_id: signal for signal in service.newest(FROZEN)}  # a stopped exam was asked again
+        signals = {
+            signal.request_id: signal for signal in service.newest(FROZEN)
+        }  # a stopped exam was asked again
         found = {
-            domain: [signals[one.name] for one in asked if one.name in signals] for domain, asked in self._exams.items()
+            domain: [signals[one.name] for one in asked if one.name in signals]
+            for domain, asked in self._exams.items()
         }
         for domain, held_out in found.items():
             if len(held_out) < 0.9 * len(self._exams[domain]):  # an empty answer leaves no signal
-                raise ValueError(f"{self._folder}: only {len(held_out)} of {domain}'s held-out answers are left")
+                raise ValueError(
+                    f"{self._folder}: only {len(held_out)} of {domain}'s held-out answers are left"
+                )
         return found
 
     def _tell(self, at: int, what: str) -> None:

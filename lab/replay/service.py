@@ -35,13 +35,21 @@ from trainer.cycle import Workshop, run
 from trainer.demand import look
 from trainer.marks import Marks, evaluate
 
-LIVE, FROZEN = "live", "frozen"  # the route that learns, and one that keeps the first draft, for exams
+LIVE, FROZEN = (
+    "live",
+    "frozen",
+)  # the route that learns, and one that keeps the first draft, for exams
 SETTLE_S = 30.0
 
 
 class Service:
     def __init__(
-        self, shop: Workshop, serving: rig.Rig, swapper: Swapper, config: Replay, clusters: Clusters | None
+        self,
+        shop: Workshop,
+        serving: rig.Rig,
+        swapper: Swapper,
+        config: Replay,
+        clusters: Clusters | None,
     ) -> None:
         self.shop, self._serving, self._swapper, self._config = shop, serving, swapper, config
         self._clusters = clusters
@@ -58,14 +66,20 @@ class Service:
 
     def versions(self) -> dict[str, int]:
         """The active version of every route that learns."""
-        return {route: version.id for route, version in self.registry.active_versions().items() if route != FROZEN}
+        return {
+            route: version.id
+            for route, version in self.registry.active_versions().items()
+            if route != FROZEN
+        }
 
     def put(self, versions: Mapping[str, int]) -> None:
         """Makes these the active versions again."""
         active = self.versions()
         for route, version in versions.items():
             if active[route] != version:
-                self.registry.activate(route, version, "manual", "replay", "drafts of an earlier time are measured")
+                self.registry.activate(
+                    route, version, "manual", "replay", "drafts of an earlier time are measured"
+                )
         self._swapper.sync()
 
     @property
@@ -160,19 +174,29 @@ class Service:
 
     def _sorted(self, route: str, prompt_ids: Sequence[int], *, learn: bool) -> str:
         """The live route's prompts go to their clusters, where there are any."""
-        return self._clusters.route(prompt_ids, learn=learn) if self._clusters and route == LIVE else route
+        return (
+            self._clusters.route(prompt_ids, learn=learn)
+            if self._clusters and route == LIVE
+            else route
+        )
 
     def finished(self) -> list[Cycle]:
         """Every cycle that has ended, newest first."""
-        return [cycle for cycle in self.shop.ledger.cycles(limit=10**6) if cycle.state not in UNFINISHED]
+        return [
+            cycle for cycle in self.shop.ledger.cycles(limit=10**6) if cycle.state not in UNFINISHED
+        ]
 
     def newest(self, route: str, count: int = 10**6) -> list[Signal]:
         """The route's last signals, oldest first."""
-        return [decode(entry.record) for entry in self.shop.buffer.before(route, LATEST, count)][::-1]
+        return [decode(entry.record) for entry in self.shop.buffer.before(route, LATEST, count)][
+            ::-1
+        ]
 
     def _written(self, route: str) -> float:
         registry = self._serving.metrics.registry
-        return registry.get_sample_value("slipstream_signals_written_total", {"route": route}) or 0.0
+        return (
+            registry.get_sample_value("slipstream_signals_written_total", {"route": route}) or 0.0
+        )
 
     def _settle(self, route: str, count: float) -> None:
         """Signals are written after clients have their answers: without waiting no two replays would be alike."""
@@ -184,13 +208,23 @@ class Service:
 @contextmanager
 def serve(config: Replay, settings: Settings, folder: Path) -> Iterator[Service]:
     """A service that keeps all it knows in `folder`, and finds it again there."""
-    server, url = start_server(folder / "redis", max_bytes=settings.redis_bytes(2 + settings.learnt_routes))
+    server, url = start_server(
+        folder / "redis", max_bytes=settings.redis_bytes(2 + settings.learnt_routes)
+    )
     try:
-        settings = settings.model_copy(update={"data_dir": folder, "redis_url": url, "routes": (LIVE,)})
+        settings = settings.model_copy(
+            update={"data_dir": folder, "redis_url": url, "routes": (LIVE,)}
+        )
         upgrade(settings.sql_url)
         shop = Workshop.of(settings)
         files = ModelFiles.of(settings)
-        pair = rig.Pair(files, [[0] * config.longest_prompt], config.dtype, settings.device, torch.get_num_threads())
+        pair = rig.Pair(
+            files,
+            [[0] * config.longest_prompt],
+            config.dtype,
+            settings.device,
+            torch.get_num_threads(),
+        )
         own = {"gamma": config.gamma, "max_tokens": config.max_tokens, "kept_contexts": 0}
         routes, clusters = (LIVE, FROZEN), settings.cluster_routes
         with rig.rig(
@@ -205,8 +239,12 @@ def serve(config: Replay, settings: Settings, folder: Path) -> Iterator[Service]
         ) as serving:
             engine = serving.engine
             drafts = {route: engine.batch.drafts[route] for route in settings.served_routes}
-            installer = Installer(engine.between_steps, shop.artifacts, lambda: fingerprint(engine.batch.target))  # type: ignore[arg-type]
-            swapper = follower(settings, connect(settings.sql_url), engine, drafts, installer, serving.metrics)
+            installer = Installer(
+                engine.between_steps, shop.artifacts, lambda: fingerprint(engine.batch.target)
+            )  # type: ignore[arg-type]
+            swapper = follower(
+                settings, connect(settings.sql_url), engine, drafts, installer, serving.metrics
+            )
             swapper.sync()
             sorting = Clusters.of(settings)
             try:

@@ -43,17 +43,23 @@ def _hub_prompts(name: str, split: str = "train", field: str = "prompt") -> list
     try:
         import datasets
     except ImportError as error:
-        raise ValueError(f"hub:{name} needs the `datasets` package: pip install datasets") from error
+        raise ValueError(
+            f"hub:{name} needs the `datasets` package: pip install datasets"
+        ) from error
     rows = datasets.load_dataset(name, split=split)
     if field not in rows.column_names:
-        raise ValueError(f"hub:{name}:{split} has no field {field!r}; it has {', '.join(rows.column_names)}")
+        raise ValueError(
+            f"hub:{name}:{split} has no field {field!r}; it has {', '.join(rows.column_names)}"
+        )
     return [str(text) for text in rows[field]]
 
 
 class Source:
     """One domain's prompts as token ids, in an order of the seed's own, begun anew when all are used."""
 
-    def __init__(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, longest: int, seed: int) -> None:
+    def __init__(
+        self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, longest: int, seed: int
+    ) -> None:
         self._texts, self._tokenizer, self._longest = list(texts), tokenizer, longest
         random.Random(seed).shuffle(self._texts)
         del self._texts[POOL:]
@@ -79,7 +85,12 @@ class Stream:
         seed: int,
     ) -> None:
         self._domains, self._segments = domains, segments
-        self._tokenizer, self._longest, self._greedy_share, self._seed = tokenizer, longest, greedy_share, seed
+        self._tokenizer, self._longest, self._greedy_share, self._seed = (
+            tokenizer,
+            longest,
+            greedy_share,
+            seed,
+        )
 
     def __iter__(self) -> Iterator[Asked]:
         rng, sources, before, number = random.Random(self._seed), self._sources(), None, 0
@@ -89,19 +100,32 @@ class Stream:
                 domain = rng.choices(list(weights), list(weights.values()))[0]
                 temperature = 0.0 if rng.random() < self._greedy_share else 1.0
                 seed = self._seed * 1_000_003 + number
-                yield Asked(f"{domain}-{self._seed}-{number}", domain, sources[domain].take(), temperature, seed)
+                yield Asked(
+                    f"{domain}-{self._seed}-{number}",
+                    domain,
+                    sources[domain].take(),
+                    temperature,
+                    seed,
+                )
                 number += 1
             before = segment
 
     def _sources(self) -> dict[str, Source]:
         return {
-            name: Source(prompts(domain.traffic, held_out=False), self._tokenizer, self._longest, self._seed)
+            name: Source(
+                prompts(domain.traffic, held_out=False), self._tokenizer, self._longest, self._seed
+            )
             for name, domain in self._domains.items()
         }
 
 
 def exam(
-    domain: str, source: str, tokenizer: PreTrainedTokenizerBase, longest: int, count: int, seed: int
+    domain: str,
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int,
+    count: int,
+    seed: int,
 ) -> list[Asked]:
     """Held-out queries of a domain, each once sampled and once greedy."""
     texts = prompts(source, held_out=True)

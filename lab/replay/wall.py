@@ -34,7 +34,12 @@ class Contestant(Turns):
     def turn(self, service: Service, asked: Sequence[Asked], at_once: int) -> None:
         started = time.perf_counter()
         answers = service.answer(
-            asked, route=self.route, gamma=self.gamma, drafter=self.drafter, store=False, at_once=at_once
+            asked,
+            route=self.route,
+            gamma=self.gamma,
+            drafter=self.drafter,
+            store=False,
+            at_once=at_once,
         )
         self.add(answers, time.perf_counter() - started)
 
@@ -43,7 +48,11 @@ def compare_speeds(service: Service, asked: Sequence[Asked], config: Replay) -> 
     """By sequences at once: tokens/s, the γ of each, ratios [value, low, high] of every pair, and what drafters do."""
     found = {}
     # Sampled and greedy ones alike in every turn.
-    mixed = [one for pair in zip(asked[: len(asked) // 2], asked[len(asked) // 2 :], strict=True) for one in pair]
+    mixed = [
+        one
+        for pair in zip(asked[: len(asked) // 2], asked[len(asked) // 2 :], strict=True)
+        for one in pair
+    ]
     for at_once in sorted({1, config.at_once}):
         count = min(in_turn(config.wall_queries, at_once), len(mixed))
         tried = [dealt(mixed, max(1, count // 2), turn) for turn in range(ROUNDS)]
@@ -51,7 +60,9 @@ def compare_speeds(service: Service, asked: Sequence[Asked], config: Replay) -> 
             name: Contestant(route=route, gamma=_best_gamma(service, route, tried, at_once))
             for name, route in (("frozen", FROZEN), ("live", LIVE))
         }
-        others = {name: Contestant(route=LIVE, gamma=None, drafter=name) for name in config.drafters}
+        others = {
+            name: Contestant(route=LIVE, gamma=None, drafter=name) for name in config.drafters
+        }
         everyone = [*usual.values(), *others.values()]
         for turn in range(config.wall_turns):
             queries = dealt(mixed, count, turn)
@@ -59,7 +70,9 @@ def compare_speeds(service: Service, asked: Sequence[Asked], config: Replay) -> 
                 one.turn(service, queries, at_once)
         found[str(at_once)] = {
             "gamma": {name: one.gamma for name, one in usual.items()},
-            "tokens_per_s": {name: round(float(np.median(one.speeds)), 1) for name, one in usual.items()},
+            "tokens_per_s": {
+                name: round(float(np.median(one.speeds)), 1) for name, one in usual.items()
+            },
             "ratios": {f"{a}_{b}": usual[a].over(usual[b]) for a, b in PAIRS},
             "drafters": {
                 name: one.told(usual["live"], usual["plain"])
@@ -69,7 +82,9 @@ def compare_speeds(service: Service, asked: Sequence[Asked], config: Replay) -> 
     return found
 
 
-def _best_gamma(service: Service, route: str, rounds: Sequence[Sequence[Asked]], at_once: int) -> int:
+def _best_gamma(
+    service: Service, route: str, rounds: Sequence[Sequence[Asked]], at_once: int
+) -> int:
     tried = {gamma: Contestant(route=route, gamma=gamma) for gamma in GAMMAS}
     for asked in rounds:
         for one in tried.values():

@@ -48,12 +48,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lab warm-up", description=__doc__)
     add_arguments(parser, prompt_count=1000)
     parser.add_argument(
-        "--layers", type=int, help=f"without --draft: so many of the target's own layers (default: {LAYERS})"
+        "--layers",
+        type=int,
+        help=f"without --draft: so many of the target's own layers (default: {LAYERS})",
     )
-    parser.add_argument("--unprompted", action="store_true", help="the target writes --prompt-count queries itself")
+    parser.add_argument(
+        "--unprompted", action="store_true", help="the target writes --prompt-count queries itself"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the draft")
     parser.add_argument(
-        "--register", metavar="ROUTE", help="make it version 1 of this route, in SLIPSTREAM_DATABASE_URL"
+        "--register",
+        metavar="ROUTE",
+        help="make it version 1 of this route, in SLIPSTREAM_DATABASE_URL",
     )
     usual = Recipe()
     parser.add_argument("--divergence", choices=DIVERGENCES, default=usual.divergence)
@@ -84,21 +90,35 @@ def _run(args: argparse.Namespace, folder: Path) -> None:
     say(f"{len(lessons)} answers to learn from, {len(exam)} to judge by")
 
     module, before = loaded(args.draft), loaded(args.draft)
-    recipe = Recipe(divergence=args.divergence, epochs=args.epochs, learning_rate=args.learning_rate)
+    recipe = Recipe(
+        divergence=args.divergence, epochs=args.epochs, learning_rate=args.learning_rate
+    )
     if isinstance(initial, dict):  # some layers of a target know nothing that is worth rehearsing
         recipe = replace(recipe, rehearsal=0)
     distilled = learn("learning", module, lessons, recipe)
     save(module, args.out, stored_dtype(args.draft), pair.tokenizer)
     report = judge(before, loaded(args.out), exam, gamma=EXAM_GAMMA, pad_id=pad_id(module))
-    made = {"initial": initial, "answers": len(lessons), "steps": distilled.steps, "positions": distilled.positions}
-    figures = {**made, "answer_tokens": emitted(lessons), "train_s": round(distilled.seconds, 1), "out": str(args.out)}
+    made = {
+        "initial": initial,
+        "answers": len(lessons),
+        "steps": distilled.steps,
+        "positions": distilled.positions,
+    }
+    figures = {
+        **made,
+        "answer_tokens": emitted(lessons),
+        "train_s": round(distilled.seconds, 1),
+        "out": str(args.out),
+    }
     if registry:
         publish = lambda into: shutil.copytree(args.out, into, dirs_exist_ok=True)
         about = {**recipe.as_dict(), **made}
         artifacts = ArtifactStore(settings.artifacts_path)
         version = register(registry, artifacts, args.register, publish, about, report.as_dict())
         figures.update(route=args.register, version=version.id)
-        say(f"version {version.id} of route {args.register!r}; serve it with SLIPSTREAM_DRAFT={args.out}")
+        say(
+            f"version {version.id} of route {args.register!r}; serve it with SLIPSTREAM_DRAFT={args.out}"
+        )
     _table(report)
     print(json.dumps({**figures, **_marks(report)}))
 
@@ -116,7 +136,9 @@ def _begin(args: argparse.Namespace, folder: Path) -> object:
 def _table(report: GateReport) -> None:
     print(f"\n{'':10} {'tokens a step':>14} {'acceptance':>11}")
     print(f"{'before':10} {report.active_tokens_per_step:14.3f} {report.active_acceptance:11.3f}")
-    print(f"{'after':10} {report.candidate_tokens_per_step:14.3f} {report.candidate_acceptance:11.3f}")
+    print(
+        f"{'after':10} {report.candidate_tokens_per_step:14.3f} {report.candidate_acceptance:11.3f}"
+    )
     print(f"held-out requests, γ = {report.gamma}: {report.reason}\n")
 
 

@@ -48,14 +48,24 @@ def main() -> None:
     )
     rig.add_arguments(parser)
     parser.set_defaults(prompt_count=100)
-    parser.add_argument("--sources", default="random,disagree,own", help="what is compared; the first is the reference")
+    parser.add_argument(
+        "--sources",
+        default="random,disagree,own",
+        help="what is compared; the first is the reference",
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--budget", type=int, default=2500, help="target tokens a round, of every run")
+    parser.add_argument(
+        "--budget", type=int, default=2500, help="target tokens a round, of every run"
+    )
     parser.add_argument("--asked", type=int, default=96, help="prompts a round, at most")
-    parser.add_argument("--max-tokens", type=int, default=72, help="of an answer (default: %(default)s)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=72, help="of an answer (default: %(default)s)"
+    )
     parser.add_argument("--epochs", type=int, default=2, help="over what was answered in a round")
-    parser.add_argument("--children", type=int, default=4, help="of which the most disputed one lives on")
+    parser.add_argument(
+        "--children", type=int, default=4, help="of which the most disputed one lives on"
+    )
     parser.add_argument("--out", type=Path, help="folder for a draft of every source and seed")
     args = parser.parse_args()
     if unknown := set(args.sources.split(",")) - set(SOURCES):
@@ -72,7 +82,12 @@ def main() -> None:
     for number in range(args.rounds):
         _round(args, pair, runs, number)
     for run in runs if args.out else ():
-        save(copy.deepcopy(run.students[0]), args.out / run.name, stored_dtype(pair.files.draft), pair.tokenizer)
+        save(
+            copy.deepcopy(run.students[0]),
+            args.out / run.name,
+            stored_dtype(pair.files.draft),
+            pair.tokenizer,
+        )
     marks = {run.name: examine(run.students[0], exam) for run in runs}
     print(json.dumps(_report(args, runs, before, marks, len(exam))))
 
@@ -92,12 +107,22 @@ def _round(args: argparse.Namespace, pair: rig.Pair, runs: Sequence[Run], number
     """Every run asks, all are answered together, every run learns."""
     frame, vocab_size = frame_of(pair.tokenizer), runs[0].students[0].config.vocab_size
     asked = [
-        prompts(run.source, args.asked, run.students, frame, args.children, vocab_size, 1000 * run.seed + number)
+        prompts(
+            run.source,
+            args.asked,
+            run.students,
+            frame,
+            args.children,
+            vocab_size,
+            1000 * run.seed + number,
+        )
         for run in runs
     ]
     every = [prompt for own in asked for prompt in own]
     # Sampled: a target that writes its own queries would always write the same one.
-    answered = answers(pair, every, args.max_tokens, "", seed=len(every) * number, temperatures=SAMPLED)
+    answered = answers(
+        pair, every, args.max_tokens, "", seed=len(every) * number, temperatures=SAMPLED
+    )
     for i, run in enumerate(runs):
         own = [s for s in answered if int(s.request_id) // args.asked == i]
         taught = within(own, args.budget)
@@ -121,25 +146,37 @@ def within(signals: Sequence[Signal], budget: int) -> list[Signal]:
 
 
 def _report(
-    args: argparse.Namespace, runs: Sequence[Run], before: Marks, marks: dict[str, Marks], requests: int
+    args: argparse.Namespace,
+    runs: Sequence[Run],
+    before: Marks,
+    marks: dict[str, Marks],
+    requests: int,
 ) -> dict[str, object]:
     sources = args.sources.split(",")
     mean = {s: Marks.mean([marks[run.name] for run in runs if run.source == s]) for s in sources}
-    print(f"\n{'':10} {'target tokens':>13} {'tokens a step':>14} {'acceptance':>11} {'KL':>6}  per seed")
+    print(
+        f"\n{'':10} {'target tokens':>13} {'tokens a step':>14} {'acceptance':>11} {'KL':>6}  per seed"
+    )
     print(f"{'before':10} {0:13} {before.row}")
     for source, own in mean.items():
         tokens = [run.tokens for run in runs if run.source == source]
-        seeds = [round(float(marks[run.name].tokens_R.mean()), 3) for run in runs if run.source == source]
+        seeds = [
+            round(float(marks[run.name].tokens_R.mean()), 3) for run in runs if run.source == source
+        ]
         print(f"{source:10} {sum(tokens) // len(tokens):13} {own.row}  {seeds}")
     against: dict[str, Difference] = {
-        source: difference(mean[source].tokens_R, mean[sources[0]].tokens_R) for source in sources[1:]
+        source: difference(mean[source].tokens_R, mean[sources[0]].tokens_R)
+        for source in sources[1:]
     }
     for source, found in against.items():
         print(f"{source} over {sources[0]}: {found} tokens a step")
     return {
         "requests": requests,
         "seeds": args.seeds,
-        "tokens_per_step": {"before": before.step, **{source: own.step for source, own in mean.items()}},
+        "tokens_per_step": {
+            "before": before.step,
+            **{source: own.step for source, own in mean.items()},
+        },
         "target_tokens": {run.name: run.tokens for run in runs},
         f"over_{sources[0]}": {source: found.figures for source, found in against.items()},
     }

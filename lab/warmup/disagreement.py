@@ -41,18 +41,27 @@ class Frame:
 def disagreement(students: Sequence[nn.Module], ids_RT: Tensor, first: int) -> Tensor:
     """Mean Jensen–Shannon divergence of the two students' predictions of the tokens from `first` on, per row [R]."""
     one, other = (
-        student(input_ids=ids_RT[:, :-1], use_cache=False).logits[:, first - 1 :].float().log_softmax(-1)
+        student(input_ids=ids_RT[:, :-1], use_cache=False)
+        .logits[:, first - 1 :]
+        .float()
+        .log_softmax(-1)
         for student in students
     )
     return jensen_shannon(one.exp(), other, beta=0.5).mean(-1)
 
 
 @torch.no_grad()
-def continued(student: nn.Module, ids_RT: Tensor, tokens: int, never: Tensor, generator: torch.Generator) -> Tensor:
+def continued(
+    student: nn.Module, ids_RT: Tensor, tokens: int, never: Tensor, generator: torch.Generator
+) -> Tensor:
     """Rows with `tokens` more, sampled from the student, none of them one of `never`."""
     new_RT, cache = ids_RT, DynamicCache()
     for _ in range(tokens):
-        logits_RV = student(input_ids=new_RT, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        logits_RV = (
+            student(input_ids=new_RT, cache=cache, use_cache=True, logits_to_keep=1)
+            .logits[:, -1]
+            .float()
+        )
         p_RV = logits_RV.index_fill(-1, never, float("-inf")).softmax(-1)
         new_RT = torch.multinomial(p_RV, 1, generator=generator)
         ids_RT = torch.cat([ids_RT, new_RT], -1)
@@ -60,7 +69,12 @@ def continued(student: nn.Module, ids_RT: Tensor, tokens: int, never: Tensor, ge
 
 
 def grown(
-    students: Sequence[nn.Module], frame: Frame, families: int, growth: Growth, vocab_size: int, seed: int
+    students: Sequence[nn.Module],
+    frame: Frame,
+    families: int,
+    growth: Growth,
+    vocab_size: int,
+    seed: int,
 ) -> Tensor:
     """One query of every family, from the head on [F, T]. The same seed and students grow the same ones."""
     generator = torch.Generator().manual_seed(seed)
@@ -72,12 +86,16 @@ def grown(
         if growth.sampled:
             ids_RT = _dealt(students, ids_RT, growth.piece_tokens, never_N, generator)
         else:
-            pick_RT = torch.randint(len(allowed_N), (len(ids_RT), growth.piece_tokens), generator=generator)
+            pick_RT = torch.randint(
+                len(allowed_N), (len(ids_RT), growth.piece_tokens), generator=generator
+            )
             ids_RT = torch.cat([ids_RT, allowed_N[pick_RT]], -1)
         if growth.children == 1:
             ids_FT = ids_RT
             continue
-        asked_RT = torch.cat([ids_RT, torch.tensor(frame.tail, dtype=torch.long).repeat(len(ids_RT), 1)], -1)
+        asked_RT = torch.cat(
+            [ids_RT, torch.tensor(frame.tail, dtype=torch.long).repeat(len(ids_RT), 1)], -1
+        )
         answered_RT = _dealt(students, asked_RT, growth.answer_tokens, never_N, generator)
         score_R = disagreement(students, answered_RT, first=asked_RT.shape[1])
         best_F = score_R.view(families, growth.children).argmax(-1)
@@ -86,7 +104,11 @@ def grown(
 
 
 def _dealt(
-    students: Sequence[nn.Module], ids_RT: Tensor, tokens: int, never_N: Tensor, generator: torch.Generator
+    students: Sequence[nn.Module],
+    ids_RT: Tensor,
+    tokens: int,
+    never_N: Tensor,
+    generator: torch.Generator,
 ) -> Tensor:
     """Rows with `tokens` more, sampled from the students in turn."""
     turn_R = torch.arange(len(ids_RT)) % len(students)

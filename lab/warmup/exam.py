@@ -37,13 +37,17 @@ class Marks:
     @property
     def row(self) -> str:
         """Of a table: tokens a step, acceptance, KL."""
-        return f"{self.tokens_R.mean():14.3f} {self.acceptance_R.mean():11.3f} {self.kl_R.mean():6.2f}"
+        return (
+            f"{self.tokens_R.mean():14.3f} {self.acceptance_R.mean():11.3f} {self.kl_R.mean():6.2f}"
+        )
 
     @classmethod
     def mean(cls, several: Sequence["Marks"]) -> "Marks":
         """Of drafts that differ in their seed only."""
         fields = ("tokens_R", "acceptance_R", "kl_R")
-        return cls(*(np.mean([getattr(marks, field) for marks in several], axis=0) for field in fields))
+        return cls(
+            *(np.mean([getattr(marks, field) for marks in several], axis=0) for field in fields)
+        )
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,9 @@ class Difference:
 
 
 def difference(ours_R: Floats, theirs_R: Floats) -> Difference:
-    return Difference(float((ours_R - theirs_R).mean()), *bootstrap_interval(ours_R - theirs_R, seed=0))
+    return Difference(
+        float((ours_R - theirs_R).mean()), *bootstrap_interval(ours_R - theirs_R, seed=0)
+    )
 
 
 @torch.inference_mode()
@@ -74,9 +80,16 @@ def examine(module: nn.Module, signals: Sequence[Signal]) -> Marks:
         batch = collate(lessons, pad_id(module), next(module.parameters()).device)
         logits_NV = draft_logits(module, batch)
         kept_N = acceptance(logits_NV, batch).double().cpu().numpy()
-        kl_N = forward_kl(batch.truth.classes_NC, draft_classes(logits_NV, batch.truth.ids_NK)).double().cpu().numpy()
+        kl_N = (
+            forward_kl(batch.truth.classes_NC, draft_classes(logits_NV, batch.truth.ids_NK))
+            .double()
+            .cpu()
+            .numpy()
+        )
         row_N = batch.row_N.cpu().numpy()
         for row in range(len(lessons)):
             own = row_N == row
-            marks.append((tokens_per_step(kept_N[own], EXAM_GAMMA), kept_N[own].mean(), kl_N[own].mean()))
+            marks.append(
+                (tokens_per_step(kept_N[own], EXAM_GAMMA), kept_N[own].mean(), kl_N[own].mean())
+            )
     return Marks(*np.array(marks).T)

@@ -34,7 +34,9 @@ def projector(draft: nn.Module, target: nn.Module, seed: int) -> nn.Linear:
 def features(module: nn.Module, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """What the head reads [B, T, width]."""
     body: nn.Module = module.base_model  # type: ignore[assignment]
-    hidden: Tensor = body(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+    hidden: Tensor = body(
+        input_ids=ids_BT, attention_mask=mask_BT, use_cache=False
+    ).last_hidden_state
     return hidden
 
 
@@ -54,9 +56,13 @@ def match_features(
     bridge = projector(draft, target, recipe.seed)
     groups = list(epochs([[Lesson.of(signal) for signal in signals]], recipe))
     optimizer = torch.optim.AdamW(
-        [*draft.parameters(), *bridge.parameters()], lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+        [*draft.parameters(), *bridge.parameters()],
+        lr=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step, recipe.warmup_steps, len(groups)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: factor(step, recipe.warmup_steps, len(groups))
+    )
     told: list[float] = []
     draft.train()
     for group in groups:

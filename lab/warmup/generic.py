@@ -44,12 +44,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lab g2sd", description=__doc__)
     add_arguments(parser, prompt_count=200)
     parser.add_argument(
-        "--generic", type=Path, required=True, help="prompts of all domains; as many as --prompts are used"
+        "--generic",
+        type=Path,
+        required=True,
+        help="prompts of all domains; as many as --prompts are used",
     )
-    parser.add_argument("--layers", type=int, help="begin with so many of the target's layers instead of the draft")
+    parser.add_argument(
+        "--layers", type=int, help="begin with so many of the target's layers instead of the draft"
+    )
     parser.add_argument("--epochs", type=int, default=4, help="of each stage")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="folder for the draft of both stages, of the first seed")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the draft of both stages, of the first seed"
+    )
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
@@ -63,8 +70,12 @@ def main() -> None:
 def _run(args: argparse.Namespace) -> dict[str, object]:
     pair = rig.pair_of(args)
     specific, exam = taught_and_held_out(args, pair)
-    generic = answers(pair, tokenized(pair, args.generic, len(pair.prompts)), args.max_tokens, "generic")
-    count = min(len(specific), len(generic))  # as many of each, or the ways would not take as many steps
+    generic = answers(
+        pair, tokenized(pair, args.generic, len(pair.prompts)), args.max_tokens, "generic"
+    )
+    count = min(
+        len(specific), len(generic)
+    )  # as many of each, or the ways would not take as many steps
     say(f"{count} answers of each kind to learn from, {len(exam)} to judge by")
     stages = Stages(loaded(pair.files.target), generic[:count], specific[:count])
     marks: dict[str, list[Marks]] = {way: [] for way in WAYS}
@@ -78,13 +89,17 @@ def _run(args: argparse.Namespace) -> dict[str, object]:
             if args.out and seed == 0 and way == WAYS[-1]:
                 save(module, args.out, stored_dtype(pair.files.draft), pair.tokenizer)
     before = examine(loaded(pair.files.draft), exam)
-    return _report(before, marks, seconds, 2 * steps([specific[:count]], Recipe(epochs=args.epochs)))
+    return _report(
+        before, marks, seconds, 2 * steps([specific[:count]], Recipe(epochs=args.epochs))
+    )
 
 
 class Stages:
     """The ways to spend two stages."""
 
-    def __init__(self, target: nn.Module, generic: Sequence[Signal], specific: Sequence[Signal]) -> None:
+    def __init__(
+        self, target: nn.Module, generic: Sequence[Signal], specific: Sequence[Signal]
+    ) -> None:
         self._target, self._generic, self._specific = target, generic, specific
 
     def teach(self, way: str, module: nn.Module, recipe: Recipe) -> None:
@@ -94,18 +109,26 @@ class Stages:
             learn(name, module, self._specific, replace(recipe, epochs=2 * recipe.epochs))
             return
         if way == "features, outputs":
-            progress: Callable[[], None] = Progress(f"{name}, features", steps([self._generic], recipe))
-            told = match_features(module, self._target, self._generic, recipe, pad_id(module), progress)
+            progress: Callable[[], None] = Progress(
+                f"{name}, features", steps([self._generic], recipe)
+            )
+            told = match_features(
+                module, self._target, self._generic, recipe, pad_id(module), progress
+            )
             say(f"{name}: features' loss {told[0]:.4f} to {told[-1]:.4f}")
         else:
             learn(f"{name}, generic", module, self._generic, recipe)
         learn(f"{name}, specific", module, self._specific, recipe)
 
 
-def _report(before: Marks, marks: dict[str, list[Marks]], seconds: dict[str, float], steps: int) -> dict[str, object]:
+def _report(
+    before: Marks, marks: dict[str, list[Marks]], seconds: dict[str, float], steps: int
+) -> dict[str, object]:
     mean = {way: Marks.mean(of_way) for way, of_way in marks.items()}
     against = {way: difference(mean[way].tokens_R, mean[WAYS[0]].tokens_R) for way in WAYS[1:]}
-    print(f"\n{'':20} {'tokens a step':>14} {'acceptance':>11} {'KL':>6} {'training s':>11}  per seed")
+    print(
+        f"\n{'':20} {'tokens a step':>14} {'acceptance':>11} {'KL':>6} {'training s':>11}  per seed"
+    )
     print(f"{'before':20} {before.row}")
     for way, own in mean.items():
         seeds = [round(float(one.tokens_R.mean()), 3) for one in marks[way]]

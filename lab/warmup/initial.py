@@ -41,8 +41,12 @@ def thinned(target: nn.Module, kept: list[int]) -> nn.Module:
     made: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     there = target.state_dict()
     tensors = {name: there.get(_source(name, kept)) for name in made.state_dict()}
-    if not any(LAYER.match(name) for name in tensors) or any(tensor is None for tensor in tensors.values()):
-        raise ValueError(f"{type(target).__name__}: its layers can't be told by the names of its tensors")
+    if not any(LAYER.match(name) for name in tensors) or any(
+        tensor is None for tensor in tensors.values()
+    ):
+        raise ValueError(
+            f"{type(target).__name__}: its layers can't be told by the names of its tensors"
+        )
     made.load_state_dict(tensors)
     return made.eval()
 

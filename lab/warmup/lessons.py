@@ -35,12 +35,19 @@ def add_arguments(parser: argparse.ArgumentParser, prompt_count: int) -> None:
     rig.add_arguments(parser)
     parser.set_defaults(prompt_count=prompt_count)
     parser.add_argument(
-        "--held-out", type=Path, help="prompts to judge by (default: one in five, or other files' code)"
+        "--held-out",
+        type=Path,
+        help="prompts to judge by (default: one in five, or other files' code)",
     )
     parser.add_argument(
-        "--held-out-count", type=int, default=100, help="prompts taken from there (default: %(default)s)"
+        "--held-out-count",
+        type=int,
+        default=100,
+        help="prompts taken from there (default: %(default)s)",
     )
-    parser.add_argument("--max-tokens", type=int, default=96, help="of an answer (default: %(default)s)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=96, help="of an answer (default: %(default)s)"
+    )
 
 
 def taught_and_held_out(
@@ -52,13 +59,19 @@ def taught_and_held_out(
     if args.prompts is None and not getattr(args, "unprompted", False):
         # Cuts of one file share much of their text: those to learn from are made of other files.
         judged = judged or prompts[: args.held_out_count]
-        texts = traffic.package_prompts(traffic.shifted_package(), len(prompts), held_out=False, seed=2)
+        texts = traffic.package_prompts(
+            traffic.shifted_package(), len(prompts), held_out=False, seed=2
+        )
         prompts = [rig.tokenize(pair.tokenizer, text) for text in texts]
-    signals = answers(pair, prompts + judged, args.max_tokens, temperatures=temperatures, gamma=gamma)
+    signals = answers(
+        pair, prompts + judged, args.max_tokens, temperatures=temperatures, gamma=gamma
+    )
     if not judged:
         return [s for s in signals if not held_out(s)], [s for s in signals if held_out(s)]
     learnt = {f"q{i}" for i in range(len(prompts))}
-    return [s for s in signals if s.request_id in learnt], [s for s in signals if s.request_id not in learnt]
+    return [s for s in signals if s.request_id in learnt], [
+        s for s in signals if s.request_id not in learnt
+    ]
 
 
 def tokenized(pair: rig.Pair, path: Path, count: int) -> Prompts:
@@ -81,21 +94,37 @@ def answers(
     """
     heat = itertools.cycle(temperatures)
     queries = [
-        Query(f"{name}{i}", rig.ROUTE, tuple(prompt), max_tokens, next(heat), seed=seed + i, gamma=gamma)
+        Query(
+            f"{name}{i}",
+            rig.ROUTE,
+            tuple(prompt),
+            max_tokens,
+            next(heat),
+            seed=seed + i,
+            gamma=gamma,
+        )
         for i, prompt in enumerate(prompts)
     ]
     started = time.monotonic()
-    with rig.rig(replace(pair, prompts=prompts), pair.files.draft, AT_ONCE, max_tokens=max_tokens) as serving:
+    with rig.rig(
+        replace(pair, prompts=prompts), pair.files.draft, AT_ONCE, max_tokens=max_tokens
+    ) as serving:
         for at in range(0, len(queries), 8 * AT_ONCE):
             serving.complete(queries[at : at + 8 * AT_ONCE])
             done = min(at + 8 * AT_ONCE, len(queries))
             say(f"answered {done} of {len(queries)}, {time.monotonic() - started:.0f} s")
-        serving.between_steps(lambda: None)  # The step that ended the last answers has handed them to the recorder.
+        serving.between_steps(
+            lambda: None
+        )  # The step that ended the last answers has handed them to the recorder.
         serving.recorder.stop(60)
         records = [entry.record for entry in serving.buffer.before(rig.ROUTE, LATEST, len(queries))]
         vocab_size = serving.engine.batch.target.vocab_size
-    torch.set_num_threads(pair.threads)  # The engine's thread has ended: its cores are free for what learns.
-    by_name = {signal.request_id: signal for signal in map(decode, records) if usable(signal, vocab_size)}
+    torch.set_num_threads(
+        pair.threads
+    )  # The engine's thread has ended: its cores are free for what learns.
+    by_name = {
+        signal.request_id: signal for signal in map(decode, records) if usable(signal, vocab_size)
+    }
     return [by_name[query.id] for query in queries if query.id in by_name]
 
 
@@ -117,13 +146,17 @@ def pad_id(module: nn.Module) -> int:
     return int(module.config.pad_token_id or 0)
 
 
-def save(module: nn.Module, folder: Path, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase) -> None:
+def save(
+    module: nn.Module, folder: Path, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """As the service publishes artifacts: one file, tensors under the live module's names."""
     module.to(dtype).save_pretrained(folder, max_shard_size="1TB", save_original_format=False)
     tokenizer.save_pretrained(folder)
 
 
-def from_target(target: str, layers: int, folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def from_target(
+    target: str, layers: int, folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
     """Writes a model of some of the target's layers into `folder`; says which."""
     whole = loaded(target)
     kept = spread(layers, whole.config.num_hidden_layers)
@@ -134,7 +167,9 @@ def from_target(target: str, layers: int, folder: Path, tokenizer: PreTrainedTok
 def learn(what: str, module: nn.Module, signals: Sequence[Signal], recipe: Recipe) -> Distilled:
     """Distils `module` in place, with a line at every tenth of it."""
     runs = 2 if recipe.selected_share < 1 else 1  # a reference learns first
-    return distill(module, [signals], recipe, pad_id(module), Progress(what, runs * steps([signals], recipe)))
+    return distill(
+        module, [signals], recipe, pad_id(module), Progress(what, runs * steps([signals], recipe))
+    )
 
 
 class Progress:
@@ -146,4 +181,6 @@ class Progress:
     def __call__(self) -> None:
         self._done += 1
         if self._done % max(1, self._total // 10) == 0:
-            say(f"{self._what}: step {self._done} of {self._total}, {time.monotonic() - self._started:.0f} s")
+            say(
+                f"{self._what}: step {self._done} of {self._total}, {time.monotonic() - self._started:.0f} s"
+            )

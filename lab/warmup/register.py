@@ -23,7 +23,9 @@ def opened(settings: Settings, route: str) -> Registry:
         Conflict: the route has a version.
     """
     if route not in settings.routes:
-        raise InvalidRequest(f"route {route!r} is not among SLIPSTREAM_ROUTES ({', '.join(settings.routes)})")
+        raise InvalidRequest(
+            f"route {route!r} is not among SLIPSTREAM_ROUTES ({', '.join(settings.routes)})"
+        )
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     upgrade(settings.sql_url)
     registry = Registry(connect(settings.sql_url))

@@ -44,12 +44,25 @@ CONTESTANTS = [(who, case) for who in ("teacher", "smaller") for case in (PLAIN,
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lab two-stage", description=__doc__)
     add_arguments(parser, prompt_count=400)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the smaller target/ and three drafts")
-    parser.add_argument("--layers", type=int, default=0, help="of the smaller target (default: half of the teacher's)")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the smaller target/ and three drafts"
+    )
+    parser.add_argument(
+        "--layers",
+        type=int,
+        default=0,
+        help="of the smaller target (default: half of the teacher's)",
+    )
     parser.add_argument("--epochs", type=int, default=Recipe().epochs)
-    parser.add_argument("--target-rate", type=float, default=1e-3, help="learning rate of the smaller target")
-    parser.add_argument("--repetitions", type=int, default=7, help="of the comparison of speeds; 0: none")
-    parser.add_argument("--alone", type=int, default=12, help="prompts of a turn, one after another")
+    parser.add_argument(
+        "--target-rate", type=float, default=1e-3, help="learning rate of the smaller target"
+    )
+    parser.add_argument(
+        "--repetitions", type=int, default=7, help="of the comparison of speeds; 0: none"
+    )
+    parser.add_argument(
+        "--alone", type=int, default=12, help="prompts of a turn, one after another"
+    )
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     pair = rig.pair_of(args)
@@ -58,9 +71,14 @@ def main() -> None:
     quality = _first_stage(args, pair, lessons, exam)
     recipe = Recipe(epochs=args.epochs)
     _draft("the teacher's draft", pair, lessons, recipe, args.out / "teachers-draft")
-    told = answers(smaller, [s.prompt_ids.tolist() for s in [*lessons, *exam]], args.max_tokens, "s")
+    told = answers(
+        smaller, [s.prompt_ids.tolist() for s in [*lessons, *exam]], args.max_tokens, "s"
+    )
     first = {f"s{i}" for i in range(len(lessons))}
-    own, own_exam = [s for s in told if s.request_id in first], [s for s in told if s.request_id not in first]
+    own, own_exam = (
+        [s for s in told if s.request_id in first],
+        [s for s in told if s.request_id not in first],
+    )
     _draft("its draft", smaller, own, recipe, args.out / "draft")
     half = replace(recipe, epochs=max(1, args.epochs // 2))
     _draft("one draft for both", pair, [*lessons, *own], half, args.out / "common-draft")
@@ -82,11 +100,15 @@ def _first_stage(
     say(f"the smaller target has layers {kept} of {teacher}; {len(lessons)} answers to learn from")
     module = loaded(folder)
     before = examine(module, exam)
-    recipe = Recipe(epochs=args.epochs, learning_rate=args.target_rate, rehearsal=0)  # it begins knowing nothing
+    recipe = Recipe(
+        epochs=args.epochs, learning_rate=args.target_rate, rehearsal=0
+    )  # it begins knowing nothing
     learn("the smaller target", module, lessons, recipe)
     save(module, folder, stored_dtype(pair.files.target), pair.tokenizer)
     after = examine(loaded(folder), exam)
-    print(f"\n{'smaller target':20} {'KL to the teacher':>18} {'Σ min(p, q), or same first choice':>34}")
+    print(
+        f"\n{'smaller target':20} {'KL to the teacher':>18} {'Σ min(p, q), or same first choice':>34}"
+    )
     for what, marks in (("its layers alone", before), ("distilled", after)):
         print(f"{what:20} {marks.kl_R.mean():18.3f} {marks.acceptance_R.mean():34.3f}")
     closer = difference(after.kl_R, before.kl_R)
@@ -106,9 +128,13 @@ def _first_stage(
 def _drafts(out: Path, exams: dict[str, list[Signal]]) -> dict[str, dict[str, object]]:
     """Prints what each target keeps of its own draft's tokens and of the common one's."""
     folders, found = {"teacher": "teachers-draft", "smaller": "draft"}, {}
-    print(f"\n{'':10} {'τ of its own draft':>18} {'acceptance':>10} {'of the common one':>18}  difference (95 %)")
+    print(
+        f"\n{'':10} {'τ of its own draft':>18} {'acceptance':>10} {'of the common one':>18}  difference (95 %)"
+    )
     for who, exam in exams.items():
-        own, common = (examine(loaded(out / folder), exam) for folder in (folders[who], "common-draft"))
+        own, common = (
+            examine(loaded(out / folder), exam) for folder in (folders[who], "common-draft")
+        )
         less = difference(common.tokens_R, own.tokens_R)
         acceptance = round(float(own.acceptance_R.mean()), 3)
         print(f"{who:10} {own.step:18} {acceptance:10} {common.step:18}  {less}", flush=True)
@@ -157,13 +183,17 @@ def _speeds(
 
 def speed_table(speeds: dict[tuple[str, str], list[Outcome]]) -> dict[str, list[float]]:
     """Prints who is how fast; each one's ratio to the plain teacher, with its interval."""
-    per_s = {key: np.array([o.tokens / o.seconds for o in outcomes]) for key, outcomes in speeds.items()}
+    per_s = {
+        key: np.array([o.tokens / o.seconds for o in outcomes]) for key, outcomes in speeds.items()
+    }
     ratios: dict[str, list[float]] = {}
     print(f"\n{'':26} {'tokens/s':>9} {'τ':>5} {'over the teacher, plain (95 %)':>31}")
     for (who, way), own in per_s.items():
         ratio = median_ratio(own / per_s["teacher", PLAIN.name])
         tau = sum(o.tokens for o in speeds[who, way]) / sum(o.steps for o in speeds[who, way])
-        ratios[f"{who}, {way}"] = [round(value, 3) for value in (ratio.value, ratio.low, ratio.high)]
+        ratios[f"{who}, {way}"] = [
+            round(value, 3) for value in (ratio.value, ratio.low, ratio.high)
+        ]
         spread = f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
         print(f"{who + ', ' + way:26} {np.median(own):9.0f} {tau:5.2f} {spread:>31}")
     return ratios

@@ -73,8 +73,12 @@ def upgrade() -> None:
         sa.Column("git_commit", sa.String(), nullable=False),
         sa.Column("created_by", sa.String(), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
-        sa.ForeignKeyConstraint(["cycle_id"], ["cycles.id"], name=op.f("fk_versions_cycle_id_cycles")),
-        sa.ForeignKeyConstraint(["parent_id"], ["versions.id"], name=op.f("fk_versions_parent_id_versions")),
+        sa.ForeignKeyConstraint(
+            ["cycle_id"], ["cycles.id"], name=op.f("fk_versions_cycle_id_cycles")
+        ),
+        sa.ForeignKeyConstraint(
+            ["parent_id"], ["versions.id"], name=op.f("fk_versions_parent_id_versions")
+        ),
         sa.ForeignKeyConstraint(["route"], ["routes.name"], name=op.f("fk_versions_route_routes")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_versions")),
         sa.UniqueConstraint("cycle_id", name=op.f("uq_versions_cycle_id")),
@@ -93,11 +97,18 @@ def upgrade() -> None:
         sa.Column("reason", sa.String(), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.CheckConstraint(
-            "kind IN ('initial', 'promotion', 'manual', 'rollback', 'auto_rollback')", name=op.f("ck_activations_kind")
+            "kind IN ('initial', 'promotion', 'manual', 'rollback', 'auto_rollback')",
+            name=op.f("ck_activations_kind"),
         ),
-        sa.ForeignKeyConstraint(["from_version"], ["versions.id"], name=op.f("fk_activations_from_version_versions")),
-        sa.ForeignKeyConstraint(["route"], ["routes.name"], name=op.f("fk_activations_route_routes")),
-        sa.ForeignKeyConstraint(["to_version"], ["versions.id"], name=op.f("fk_activations_to_version_versions")),
+        sa.ForeignKeyConstraint(
+            ["from_version"], ["versions.id"], name=op.f("fk_activations_from_version_versions")
+        ),
+        sa.ForeignKeyConstraint(
+            ["route"], ["routes.name"], name=op.f("fk_activations_route_routes")
+        ),
+        sa.ForeignKeyConstraint(
+            ["to_version"], ["versions.id"], name=op.f("fk_activations_to_version_versions")
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_activations")),
         sa.UniqueConstraint("route", "number", name=op.f("uq_activations_route_number")),
     )

@@ -24,10 +24,17 @@ def upgrade() -> None:
         sa.Column("reason", sa.String(), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("finished_at", sa.DateTime(timezone=True), nullable=True),
-        sa.CheckConstraint("state IN ('running', 'promoted', 'aborted', 'superseded')", name=op.f("ck_canaries_state")),
-        sa.ForeignKeyConstraint(["beside_version"], ["versions.id"], name=op.f("fk_canaries_beside_version_versions")),
+        sa.CheckConstraint(
+            "state IN ('running', 'promoted', 'aborted', 'superseded')",
+            name=op.f("ck_canaries_state"),
+        ),
+        sa.ForeignKeyConstraint(
+            ["beside_version"], ["versions.id"], name=op.f("fk_canaries_beside_version_versions")
+        ),
         sa.ForeignKeyConstraint(["route"], ["routes.name"], name=op.f("fk_canaries_route_routes")),
-        sa.ForeignKeyConstraint(["version"], ["versions.id"], name=op.f("fk_canaries_version_versions")),
+        sa.ForeignKeyConstraint(
+            ["version"], ["versions.id"], name=op.f("fk_canaries_version_versions")
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_canaries")),
     )
     op.create_index(

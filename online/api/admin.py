@@ -28,7 +28,9 @@ Limit = Annotated[int, Query(ge=1, le=1000)]
 
 class Reason(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
-    reason: Text = Field(min_length=1, max_length=2000, description="kept with the change, for whoever asks later")
+    reason: Text = Field(
+        min_length=1, max_length=2000, description="kept with the change, for whoever asks later"
+    )
 
 
 class ActivateBody(Reason):
@@ -61,7 +63,9 @@ class Admin:
             "load_error": loaded.error if loaded else "",
             "unfinished_cycle": row(unfinished) if unfinished else None,
             "canary": {**row(canary), "seen": self._seen(canary, loaded)} if canary else None,
-            "cluster_of": self.settings.default_route if route.name in self.settings.cluster_routes else None,
+            "cluster_of": self.settings.default_route
+            if route.name in self.settings.cluster_routes
+            else None,
             "cluster_requests": self.clusters.size(route.name) if self.clusters else None,
             "generic": active is not None and is_generic(active),
             "buffer": self._buffer(route.name),

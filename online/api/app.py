@@ -96,7 +96,9 @@ def _add_models(app: FastAPI, parts: ApiParts, authenticated: Callable[[Request]
     def one_model(name: str) -> dict[str, Any]:
         """The target, by its name."""
         if name != model["id"]:
-            raise NotFound(f"the model {name!r} does not exist here", param="model", code="model_not_found")
+            raise NotFound(
+                f"the model {name!r} does not exist here", param="model", code="model_not_found"
+            )
         return model
 
 
@@ -107,13 +109,18 @@ def _add_health(app: FastAPI, parts: ApiParts) -> None:
         alive = parts.engine.status().alive
         return JSONResponse({"status": "ok" if alive else "engine dead"}, 200 if alive else 503)
 
-    @app.get("/ready", tags=["service"], responses={503: {"description": "not yet, or the queue is full"}})
+    @app.get(
+        "/ready",
+        tags=["service"],
+        responses={503: {"description": "not yet, or the queue is full"}},
+    )
     def ready() -> Response:
         """200 when a request sent now would be taken."""
         status = parts.engine.status()
         taking = status.alive and status.waiting < parts.settings.max_waiting
         return JSONResponse(
-            {"ready": taking, "running": status.running, "waiting": status.waiting}, 200 if taking else 503
+            {"ready": taking, "running": status.running, "waiting": status.waiting},
+            200 if taking else 503,
         )
 
     @app.get("/version", tags=["service"])
@@ -160,7 +167,9 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        wrapped = InvalidRequest(str(error.detail), code=str(error.detail).lower().replace(" ", "_"))
+        wrapped = InvalidRequest(
+            str(error.detail), code=str(error.detail).lower().replace(" ", "_")
+        )
         return JSONResponse(wrapped.body(), error.status_code, error.headers)
 
     @app.exception_handler(ClientGone)
@@ -179,7 +188,9 @@ def _invalid(error: RequestValidationError) -> InvalidRequest:
     if first["type"] == "json_invalid":
         return InvalidRequest(f"the body is not JSON: {first['ctx']['error']}", code="invalid_json")
     if first["type"] == "extra_forbidden":
-        return InvalidRequest(f"unknown field: {'.'.join(path)}", param=".".join(path), code="unknown_field")
+        return InvalidRequest(
+            f"unknown field: {'.'.join(path)}", param=".".join(path), code="unknown_field"
+        )
     # Alternatives of a union name themselves in the path; the field is what the caller knows.
     param = path[0] if path else None
     return InvalidRequest(f"{'.'.join(path) or 'body'}: {first['msg']}", param=param)
@@ -212,7 +223,10 @@ class RequestEdges:
 
         async def identified(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", []), (b"x-request-id", request_id)]}
+                message = {
+                    **message,
+                    "headers": [*message.get("headers", []), (b"x-request-id", request_id)],
+                }
             await send(message)
 
         await self._app(scope, counted, identified)

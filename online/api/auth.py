@@ -33,11 +33,14 @@ def requires(entries: Sequence[str], kind: str) -> Callable[[Request], str]:
         scheme, key = get_authorization_scheme_param(request.headers.get("authorization"))
         if scheme.lower() != "bearer" or not key:
             raise Unauthorized(
-                f"this call needs {kind}: send it as `Authorization: Bearer KEY`", code="missing_api_key"
+                f"this call needs {kind}: send it as `Authorization: Bearer KEY`",
+                code="missing_api_key",
             )
         digest = hash_key(key)
         # Every entry is compared, so that the time taken does not tell which one matched.
-        matches = [name for name, known_digest in known if hmac.compare_digest(digest, known_digest)]
+        matches = [
+            name for name, known_digest in known if hmac.compare_digest(digest, known_digest)
+        ]
         if not matches:
             raise Unauthorized(f"this is not {kind} of this server")
         return matches[0]

@@ -44,16 +44,27 @@ class Generation:
 
 class Generator:
     def __init__(
-        self, settings: Settings, engine: EngineClient, codec: TextCodec, clusters: Clusters | None = None
+        self,
+        settings: Settings,
+        engine: EngineClient,
+        codec: TextCodec,
+        clusters: Clusters | None = None,
     ) -> None:
-        self._settings, self._engine, self._codec, self._clusters = settings, engine, codec, clusters
+        self._settings, self._engine, self._codec, self._clusters = (
+            settings,
+            engine,
+            codec,
+            clusters,
+        )
 
     # ── from bodies to queries ──
 
     def completion(self, body: CompletionBody, caller: str) -> Generation:
         prompts = self._prompts(body.prompt)
         asked = body.max_tokens or COMPLETION_TOKENS
-        return self._generation(body, prompts, asked, body.logprobs, caller, chat=False, param="prompt")
+        return self._generation(
+            body, prompts, asked, body.logprobs, caller, chat=False, param="prompt"
+        )
 
     def chat(self, body: ChatBody, caller: str) -> Generation:
         if body.top_logprobs and not body.logprobs:
@@ -63,19 +74,24 @@ class Generator:
         room = self._engine.status().max_context - len(prompt)
         asked = body.max_completion_tokens or body.max_tokens or max(1, room)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return self._generation(body, [prompt], asked, logprobs, caller, chat=True, param="messages")
+        return self._generation(
+            body, [prompt], asked, logprobs, caller, chat=True, param="messages"
+        )
 
     def _prompts(self, prompt: str | list[int] | list[str] | list[list[int]]) -> list[list[int]]:
         if isinstance(prompt, str):
             return [self._codec.encode(prompt)]
         if isinstance(prompt[0], int):
             return [self._checked_ids(prompt)]
-        return [self._codec.encode(p) if isinstance(p, str) else self._checked_ids(p) for p in prompt]
+        return [
+            self._codec.encode(p) if isinstance(p, str) else self._checked_ids(p) for p in prompt
+        ]
 
     def _checked_ids(self, ids: Sequence[Any]) -> list[int]:
         if max(ids) >= self._codec.vocab_size:
             raise InvalidRequest(
-                f"token id {max(ids)} is beyond the vocabulary of {self._codec.vocab_size}", param="prompt"
+                f"token id {max(ids)} is beyond the vocabulary of {self._codec.vocab_size}",
+                param="prompt",
             )
         return list(ids)
 
@@ -91,7 +107,11 @@ class Generator:
         param: str,
     ) -> Generation:
         if body.model is not None and body.model != self._codec.model_name:
-            raise NotFound(f"the model {body.model!r} does not exist here", param="model", code="model_not_found")
+            raise NotFound(
+                f"the model {body.model!r} does not exist here",
+                param="model",
+                code="model_not_found",
+            )
         limit = self._engine.status().max_context
         for prompt in prompts:
             if not prompt:
@@ -104,10 +124,15 @@ class Generator:
                 )
         request_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         envelope = shapes.Envelope(
-            request_id, chat, self._codec.model_name, f"fp_{self._engine.status().target_fingerprint}"
+            request_id,
+            chat,
+            self._codec.model_name,
+            f"fp_{self._engine.status().target_fingerprint}",
         )
         queries = self._queries(body, request_id, prompts, max_tokens, logprobs, caller)
-        return Generation(envelope, queries, body, sum(map(len, prompts)), self._most_drafted(queries[0]))
+        return Generation(
+            envelope, queries, body, sum(map(len, prompts)), self._most_drafted(queries[0])
+        )
 
     def _queries(
         self,
@@ -121,7 +146,10 @@ class Generator:
         seed = secrets.randbits(63) if body.seed is None else body.seed % 2**64
         lenience, asked = self._lenience(body), self._route(body.metadata)
         routes = [asked or self._cluster(prompt, body.store is not False) for prompt in prompts]
-        drafting = [(body.speculation or Drafting()).over(self._settings.drafting(route)) for route in routes]
+        drafting = [
+            (body.speculation or Drafting()).over(self._settings.drafting(route))
+            for route in routes
+        ]
         return [
             Query(
                 id=f"{request_id}-{index}#{copy}",
@@ -158,12 +186,17 @@ class Generator:
         route = (metadata or {}).get("route")
         if route is not None and route not in self._settings.routes:
             raise InvalidRequest(
-                f"no route named {route!r}; there are: {', '.join(self._settings.routes)}", param="metadata.route"
+                f"no route named {route!r}; there are: {', '.join(self._settings.routes)}",
+                param="metadata.route",
             )
         return route
 
     def _cluster(self, prompt: list[int], learn: bool) -> str:
-        return self._clusters.route(prompt, learn=learn) if self._clusters else self._settings.default_route
+        return (
+            self._clusters.route(prompt, learn=learn)
+            if self._clusters
+            else self._settings.default_route
+        )
 
     def _lenience(self, body: GenerationBody) -> Lenience | None:
         asked = body.speculation.lenience if body.speculation else None
@@ -190,11 +223,15 @@ class Generator:
             # Submitted before the response starts, so that an overload is a 429 and not a broken stream.
             running = job.running()
             await running.__aenter__()
-            return StreamingResponse(self._stream(generation, job, running), media_type="text/event-stream")
+            return StreamingResponse(
+                self._stream(generation, job, running), media_type="text/event-stream"
+            )
         async with job.running():
             answers = await unless_gone(request, _collect(job, len(generation.queries)))
         choices = [
-            shapes.full_choice(i, a, generation.envelope.chat, self._codec, **generation.choice_style)
+            shapes.full_choice(
+                i, a, generation.envelope.chat, self._codec, **generation.choice_style
+            )
             for i, a in enumerate(answers)
         ]
         body = generation.envelope.wrap(
@@ -215,7 +252,9 @@ class Generator:
                     yield _event(envelope.wrap([shapes.opening_choice(index)], chunk=True))
             async for index, delta in job.deltas():
                 answers[index].add(delta)
-                choice = shapes.chunk_choice(index, delta, envelope.chat, self._codec, **generation.choice_style)
+                choice = shapes.chunk_choice(
+                    index, delta, envelope.chat, self._codec, **generation.choice_style
+                )
                 more = {}
                 if options and options.include_usage:
                     running_usage = shapes.usage(generation.prompt_tokens, answers)
@@ -223,7 +262,11 @@ class Generator:
                 yield _event(envelope.wrap([choice], chunk=True, **more))
             if body.include_usage:
                 closing = shapes.usage(generation.prompt_tokens, answers)
-                yield _event(envelope.wrap([], chunk=True, usage=closing, metrics=generation.metrics(answers)))
+                yield _event(
+                    envelope.wrap(
+                        [], chunk=True, usage=closing, metrics=generation.metrics(answers)
+                    )
+                )
         except SlipstreamError as error:
             yield _event(error.body())
         finally:
@@ -239,7 +282,9 @@ def router(generator: Generator, authenticated: Callable[[Request], str]) -> API
     @routes.post("/completions", response_model=None)
     async def completions(body: CompletionBody, request: Request, name: str = caller) -> Response:
         """OpenAI's completions. `metadata.route` chooses the route; `store: false` leaves no signal."""
-        return await generator.answer(request, await run_in_threadpool(generator.completion, body, name))
+        return await generator.answer(
+            request, await run_in_threadpool(generator.completion, body, name)
+        )
 
     @routes.post("/chat/completions", response_model=None)
     async def chat_completions(body: ChatBody, request: Request, name: str = caller) -> Response:

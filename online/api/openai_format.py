@@ -40,12 +40,18 @@ class Envelope:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def wrap(self, choices: list[Json], *, chunk: bool, **more: Any) -> Json:
-        kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
+        kind = (
+            ("chat.completion.chunk" if chunk else "chat.completion")
+            if self.chat
+            else "text_completion"
+        )
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
         return {**head, "choices": choices, "system_fingerprint": self.fingerprint, **more}
 
 
-def full_choice(index: int, answer: Answer, chat: bool, codec: TextCodec, with_logprobs: bool, with_ids: bool) -> Json:
+def full_choice(
+    index: int, answer: Answer, chat: bool, codec: TextCodec, with_logprobs: bool, with_ids: bool
+) -> Json:
     logprobs = _logprobs(answer.logprobs, chat, codec) if with_logprobs else None
     choice: Json = {"index": index, "logprobs": logprobs, "finish_reason": answer.finish_reason}
     if chat:
@@ -57,7 +63,9 @@ def full_choice(index: int, answer: Answer, chat: bool, codec: TextCodec, with_l
     return choice
 
 
-def chunk_choice(index: int, delta: Delta, chat: bool, codec: TextCodec, with_logprobs: bool, with_ids: bool) -> Json:
+def chunk_choice(
+    index: int, delta: Delta, chat: bool, codec: TextCodec, with_logprobs: bool, with_ids: bool
+) -> Json:
     logprobs = _logprobs(delta.logprobs, chat, codec) if with_logprobs else None
     choice: Json = {"index": index, "logprobs": logprobs, "finish_reason": delta.finish_reason}
     if chat:
@@ -71,7 +79,12 @@ def chunk_choice(index: int, delta: Delta, chat: bool, codec: TextCodec, with_lo
 
 def opening_choice(index: int) -> Json:
     """The first chunk of a chat choice, which names the speaker."""
-    return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+    return {
+        "index": index,
+        "delta": {"role": "assistant", "content": ""},
+        "logprobs": None,
+        "finish_reason": None,
+    }
 
 
 def usage(prompt_tokens: int, answers: Sequence[Answer]) -> Json:
@@ -95,7 +108,10 @@ def speculation_metrics(answers: Sequence[Answer], gamma: int, query: Query) -> 
     As in vLLM they describe one sequence, so there are none for several; but whether exactness was given up is told.
     """
     lenience = query.lenience
-    rule = {"lossless": lenience is None or lenience.lossless, "lenience": lenience and asdict(lenience)}
+    rule = {
+        "lossless": lenience is None or lenience.lossless,
+        "lenience": lenience and asdict(lenience),
+    }
     if len(answers) != 1:
         return None if rule["lossless"] else {"speculative_decoding": rule}
     stats = answers[0].stats

@@ -36,12 +36,15 @@ class LenienceOptions(BaseModel):
     function: LenienceFunction = Field(
         description="of the target's p: lin: p / epsilon, sq: p / epsilon², exp: p^epsilon"
     )
-    epsilon: float = Field(gt=0, le=1, description="1: exact; no smaller than the server's lenience_floor")
+    epsilon: float = Field(
+        gt=0, le=1, description="1: exact; no smaller than the server's lenience_floor"
+    )
 
 
 class Speculation(Drafting):
     lenience: LenienceOptions | None = Field(
-        None, description="lossy: drafted tokens are kept more often than the target's distribution allows; null: exact"
+        None,
+        description="lossy: drafted tokens are kept more often than the target's distribution allows; null: exact",
     )
 
 
@@ -61,7 +64,9 @@ class GenerationBody(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     store: bool | None = Field(None, description="false: the request leaves no signal")
-    metadata: dict[Text, Text] | None = Field(None, max_length=16, description='"route" chooses the route')
+    metadata: dict[Text, Text] | None = Field(
+        None, max_length=16, description='"route" chooses the route'
+    )
     user: Text | None = None
     speculation: Speculation | None = None
     return_token_ids: bool | None = None
@@ -114,7 +119,9 @@ class CompletionBody(GenerationBody):
         Text
         | Annotated[list[TokenId], Field(min_length=1)]
         | Annotated[list[Text], Field(min_length=1, max_length=64)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=64)]
+        | Annotated[
+            list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=64)
+        ]
     )
     max_tokens: int | None = Field(None, ge=1)
     logprobs: int | None = Field(None, ge=0, le=20)
@@ -144,7 +151,11 @@ class Message(BaseModel):
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return (
+            self.content
+            if isinstance(self.content, str)
+            else "".join(part.text for part in self.content)
+        )
 
 
 class ChatBody(GenerationBody):

@@ -25,7 +25,9 @@ def make(request: pytest.FixtureRequest, redis_urls: dict[str, str]) -> Make:
         missing(request.param)
     client = redis.Redis.from_url(redis_urls[request.param])
     client.flushall()
-    return lambda signals=1000, bytes=2**20, retention_s=3600: RedisBuffer(client, Bounds(signals, bytes, retention_s))
+    return lambda signals=1000, bytes=2**20, retention_s=3600: RedisBuffer(
+        client, Bounds(signals, bytes, retention_s)
+    )
 
 
 def records(entries: list[buffers.Entry]) -> list[bytes]:
@@ -155,7 +157,11 @@ def test_routes_do_not_see_each_other(make: Make) -> None:
     buffer = make()
     buffer.append("a", b"a")
     buffer.append("b", b"bb")
-    assert (buffer.depth("a"), buffer.depth("b"), buffer.depth("c")) == (Depth(1, 1), Depth(1, 2), Depth(0, 0))
+    assert (buffer.depth("a"), buffer.depth("b"), buffer.depth("c")) == (
+        Depth(1, 1),
+        Depth(1, 2),
+        Depth(0, 0),
+    )
     assert records(buffer.claim("a", 10)) == [b"a"]
     assert buffer.claim("c", 10) == []
 

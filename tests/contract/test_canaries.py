@@ -54,15 +54,26 @@ def test_a_candidate_goes_on_trial_before_it_is_promoted(
     """Its cycle has ended, the active version stays, and the audit says who began the trial and why."""
     cycle = conclude(ledger, registry)
     canary = canaries.running()["default"]
-    assert (cycle.state, cycle.report["version"], active(registry).id) == ("canary", canary.version, 1)
-    assert (canary.beside_version, canary.share, canary.state, canary.finished_at) == (1, 0.2, "running", None)
+    assert (cycle.state, cycle.report["version"], active(registry).id) == (
+        "canary",
+        canary.version,
+        1,
+    )
+    assert (canary.beside_version, canary.share, canary.state, canary.finished_at) == (
+        1,
+        0.2,
+        "running",
+        None,
+    )
     begun = registry.audit()[0]
     assert (begun.actor, begun.action, begun.reason) == ("trainer", "canary:start", "better")
     with pytest.raises(NotFound):
         canaries.require("other")
 
 
-def test_no_cycle_starts_while_a_canary_runs(ledger: CycleLedger, canary: Canary, canaries: CanaryLedger) -> None:
+def test_no_cycle_starts_while_a_canary_runs(
+    ledger: CycleLedger, canary: Canary, canaries: CanaryLedger
+) -> None:
     """Its candidate could not be promoted over the one on trial; afterwards cycles start again."""
     with pytest.raises(Conflict) as refused:
         ledger.request("default", "op")
@@ -105,7 +116,9 @@ def test_promotion_is_an_activation_with_the_tests_figures(
     assert canaries.counts() == {("default", "promoted"): 1}
 
 
-def test_an_aborted_canary_changes_nothing_else(registry: Registry, canary: Canary, canaries: CanaryLedger) -> None:
+def test_an_aborted_canary_changes_nothing_else(
+    registry: Registry, canary: Canary, canaries: CanaryLedger
+) -> None:
     """The version is kept with its gate report; another one may go on trial."""
     canaries.finish(canary, "aborted", "canary", "difference −0.2")
     assert active(registry).id == 1
@@ -113,7 +126,9 @@ def test_an_aborted_canary_changes_nothing_else(registry: Registry, canary: Cana
     assert canaries.canaries()[0].state == "aborted"
 
 
-def test_of_two_decisions_the_first_one_stands(registry: Registry, canary: Canary, canaries: CanaryLedger) -> None:
+def test_of_two_decisions_the_first_one_stands(
+    registry: Registry, canary: Canary, canaries: CanaryLedger
+) -> None:
     """Several decoders test on their own: one writes, the others are told, whatever they found."""
     outcomes = ("promoted", "aborted") * 4
     results = at_once(8, lambda i: canaries.finish(canary, outcomes[i], f"decoder-{i}", "sure"))
@@ -142,14 +157,20 @@ def test_any_other_activation_supersedes_a_canary(
     else:
         registry.rollback("default", "rollback", "alice", "back")
     ended = canaries.canaries()[0]
-    assert (ended.state, ended.actor, ended.reason) == ("superseded", "alice", "version 1 was activated: back")
+    assert (ended.state, ended.actor, ended.reason) == (
+        "superseded",
+        "alice",
+        "version 1 was activated: back",
+    )
     assert "canary:superseded" in {a.action for a in registry.audit(3)}
     with pytest.raises(Conflict):
         canaries.finish(canary, "promoted", "canary", "late")
     assert active(registry).id == 1
 
 
-def test_a_frozen_routes_canary_is_held(registry: Registry, canary: Canary, canaries: CanaryLedger) -> None:
+def test_a_frozen_routes_canary_is_held(
+    registry: Registry, canary: Canary, canaries: CanaryLedger
+) -> None:
     """Nothing moves by itself; an operator may still decide."""
     registry.set_frozen("default", True, "alice", "release week")
     for outcome in ("promoted", "aborted"):

@@ -25,7 +25,11 @@ def test_services_and_their_commands(compose: dict[str, Any]) -> None:
     """Redis, PostgreSQL, a one-shot migration, decoder, trainer, beat; each of ours is a `slipstream` command."""
     services = compose["services"]
     assert set(services) == {"redis", "postgres"} | OURS
-    assert {services[name]["command"] for name in OURS} == {"migrate", "decoder", "worker", "beat"} <= set(COMMANDS)
+    assert (
+        {services[name]["command"] for name in OURS}
+        == {"migrate", "decoder", "worker", "beat"}
+        <= set(COMMANDS)
+    )
     assert services["migrate"]["restart"] == "no"
     assert all("healthcheck" in service for name, service in services.items() if name != "migrate")
 
@@ -46,7 +50,11 @@ def test_values_are_accepted_by_the_settings(compose: dict[str, Any]) -> None:
     """With the file's own defaults filled in and keys given."""
     for name in OURS:
         variables = compose["services"][name]["environment"]
-        given = {v.removeprefix("SLIPSTREAM_").lower(): _filled(str(x)) for v, x in variables.items() if v != "HF_HOME"}
+        given = {
+            v.removeprefix("SLIPSTREAM_").lower(): _filled(str(x))
+            for v, x in variables.items()
+            if v != "HF_HOME"
+        }
         Settings(**given)  # type: ignore[arg-type]
 
 
@@ -60,12 +68,16 @@ def _filled(value: str) -> str:
 
 def test_secrets_are_not_in_the_file(compose: dict[str, Any]) -> None:
     """Passwords and keys come from the environment, and starting without them is refused."""
-    assert compose["services"]["postgres"]["environment"]["POSTGRES_PASSWORD"].startswith("${POSTGRES_PASSWORD:?")
+    assert compose["services"]["postgres"]["environment"]["POSTGRES_PASSWORD"].startswith(
+        "${POSTGRES_PASSWORD:?"
+    )
     for name in ("SLIPSTREAM_GENERATION_KEYS", "SLIPSTREAM_ADMIN_KEYS"):
         assert compose["services"]["decoder"]["environment"][name].startswith(f"${{{name}:?")
 
 
-def test_only_the_decoder_reserves_a_gpu_and_the_override_takes_it_back(compose: dict[str, Any]) -> None:
+def test_only_the_decoder_reserves_a_gpu_and_the_override_takes_it_back(
+    compose: dict[str, Any],
+) -> None:
     """The CPU file touches nothing else."""
     assert [n for n, s in compose["services"].items() if "deploy" in s] == ["decoder"]
     text = (ROOT / "docker-compose.cpu.yml").read_text()
@@ -77,10 +89,14 @@ def test_only_the_decoder_reserves_a_gpu_and_the_override_takes_it_back(compose:
 def test_docker_compose_reads_it(override: bool, tmp_path: Path) -> None:
     """Where the client is installed."""
     docker = shutil.which("docker")
-    if docker is None or subprocess.run([docker, "compose", "version"], capture_output=True).returncode:
+    if (
+        docker is None
+        or subprocess.run([docker, "compose", "version"], capture_output=True).returncode
+    ):
         pytest.skip("docker compose is not installed")
     (tmp_path / "env").write_text(
-        "POSTGRES_PASSWORD=x\n" + "".join(f"SLIPSTREAM_{k}_KEYS=a:{'0' * 64}\n" for k in ("GENERATION", "ADMIN"))
+        "POSTGRES_PASSWORD=x\n"
+        + "".join(f"SLIPSTREAM_{k}_KEYS=a:{'0' * 64}\n" for k in ("GENERATION", "ADMIN"))
     )
     files = ["-f", "docker-compose.yml", *(["-f", "docker-compose.cpu.yml"] if override else [])]
     command = [docker, "compose", "--env-file", str(tmp_path / "env"), *files, "config"]
@@ -88,4 +104,7 @@ def test_docker_compose_reads_it(override: bool, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     decoder = yaml.safe_load(done.stdout)["services"]["decoder"]
     assert decoder["environment"]["SLIPSTREAM_DEVICE"] == ("cpu" if override else "cuda")
-    assert bool(decoder.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices")) != override
+    assert (
+        bool(decoder.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices"))
+        != override
+    )

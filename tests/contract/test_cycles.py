@@ -41,7 +41,9 @@ def active(registry: Registry) -> Version:
     return found
 
 
-def conclude(ledger: CycleLedger, registry: Registry, lease: Lease, promote: bool = True, sha: str = "b" * 64) -> Cycle:
+def conclude(
+    ledger: CycleLedger, registry: Registry, lease: Lease, promote: bool = True, sha: str = "b" * 64
+) -> Cycle:
     made = candidate(sha)
     made.gate["reason"] = "better"
     return ledger.conclude(lease, active(registry), made, promote, {"train_s": 1})
@@ -58,11 +60,15 @@ def test_a_second_start_returns_the_running_cycle(ledger: CycleLedger) -> None:
 def test_delivered_twice_it_is_worked_once(ledger: CycleLedger) -> None:
     """Of eight workers that take the same cycle, one gets it."""
     cycle, _ = ledger.request("default", "test")
-    leases = [lease for lease in at_once(8, lambda i: ledger.take(cycle.id, 30)) if lease is not None]
+    leases = [
+        lease for lease in at_once(8, lambda i: ledger.take(cycle.id, 30)) if lease is not None
+    ]
     assert leases == [Lease(cycle.id, 1)]
 
 
-def test_a_silent_worker_is_replaced_and_can_no_longer_write(ledger: CycleLedger, registry: Registry) -> None:
+def test_a_silent_worker_is_replaced_and_can_no_longer_write(
+    ledger: CycleLedger, registry: Registry
+) -> None:
     """After the lease has run out, the old fence is void in every call."""
     old = leased(ledger)
     assert ledger.take(old.cycle_id, LEASE_S) is None
@@ -91,7 +97,9 @@ def test_a_heartbeat_keeps_the_lease(ledger: CycleLedger) -> None:
     assert ledger.take(lease.cycle_id, LEASE_S) is None
 
 
-def test_concluding_registers_and_promotes_in_one_step(ledger: CycleLedger, registry: Registry) -> None:
+def test_concluding_registers_and_promotes_in_one_step(
+    ledger: CycleLedger, registry: Registry
+) -> None:
     """The version knows its parent and cycle; the activation is the trainer's."""
     parent, lease = active(registry), leased(ledger)
     cycle = conclude(ledger, registry, lease)
@@ -104,7 +112,9 @@ def test_concluding_registers_and_promotes_in_one_step(ledger: CycleLedger, regi
         conclude(ledger, registry, lease)
 
 
-def test_a_refused_candidate_is_kept_and_not_activated(ledger: CycleLedger, registry: Registry) -> None:
+def test_a_refused_candidate_is_kept_and_not_activated(
+    ledger: CycleLedger, registry: Registry
+) -> None:
     """With its report, for whoever wants to know why."""
     before = active(registry).id
     assert conclude(ledger, registry, leased(ledger), promote=False).state == "rejected"
@@ -112,7 +122,9 @@ def test_a_refused_candidate_is_kept_and_not_activated(ledger: CycleLedger, regi
     assert len(registry.versions("default")) == 2
 
 
-def test_refused_candidates_are_named_when_they_are_old(ledger: CycleLedger, registry: Registry) -> None:
+def test_refused_candidates_are_named_when_they_are_old(
+    ledger: CycleLedger, registry: Registry
+) -> None:
     """Not those that were promoted, activated by hand, or are the same weights as one that was."""
     for promote, sha in ((False, "c"), (True, "d"), (False, "d"), (False, "e")):
         conclude(ledger, registry, leased(ledger), promote=promote, sha=sha * 64)
@@ -130,7 +142,9 @@ def test_a_frozen_route_holds_its_candidate(ledger: CycleLedger, registry: Regis
     assert (cycle.state, cycle.error) == ("held", "the route is frozen")
 
 
-def test_a_candidate_compared_with_another_version_is_held(ledger: CycleLedger, registry: Registry) -> None:
+def test_a_candidate_compared_with_another_version_is_held(
+    ledger: CycleLedger, registry: Registry
+) -> None:
     """An operator activated something while it trained: its gate report says nothing about that."""
     parent, lease = active(registry), leased(ledger)
     other = registry.version(conclude(ledger, registry, lease).report["version"])
@@ -141,7 +155,9 @@ def test_a_candidate_compared_with_another_version_is_held(ledger: CycleLedger, 
     assert (cycle.state, active(registry).id) == ("held", other.id)
 
 
-def test_the_same_signals_never_conclude_two_cycles(ledger: CycleLedger, registry: Registry) -> None:
+def test_the_same_signals_never_conclude_two_cycles(
+    ledger: CycleLedger, registry: Registry
+) -> None:
     """The watermark tells, and the table insists."""
     lease = leased(ledger)
     ledger.set_window(lease, "9-0", "10-0")
@@ -168,7 +184,10 @@ def test_a_cycle_is_given_up_after_its_attempts(ledger: CycleLedger) -> None:
     assert ledger.give_up(lease.cycle_id, LEASE_S, 2)
     assert not ledger.give_up(lease.cycle_id, LEASE_S, 2)
     failed = ledger.cycle(lease.cycle_id)
-    assert (failed.state, failed.error) == ("failed", "given up after 2 attempts; the last one: out of memory")
+    assert (failed.state, failed.error) == (
+        "failed",
+        "given up after 2 attempts; the last one: out of memory",
+    )
     assert ledger.watermark("default") == "5-0"
     with pytest.raises(LeaseLost):
         ledger.heartbeat(second)

@@ -35,7 +35,9 @@ def test_a_table_that_is_made_anew_keeps_its_rows_and_its_rules(database_url: st
     values = "'default', '{}', 'test', 0, 0, '2026-01-01', '{{}}', '', '2026-01-01'"
     with engine.begin() as connection:
         connection.execute(text("INSERT INTO routes VALUES ('default', false, '2026-01-01')"))
-        connection.execute(text(f"INSERT INTO cycles ({columns}) VALUES ({values.format('promoted')})"))
+        connection.execute(
+            text(f"INSERT INTO cycles ({columns}) VALUES ({values.format('promoted')})")
+        )
         connection.execute(
             text(
                 'INSERT INTO versions (route, cycle_id, sha256, recipe, "window", gate, git_commit, created_by, '
@@ -44,11 +46,17 @@ def test_a_table_that_is_made_anew_keeps_its_rows_and_its_rules(database_url: st
         )
     upgrade(database_url)
     with engine.begin() as connection:
-        connection.execute(text(f"INSERT INTO cycles ({columns}) VALUES ({values.format('canary')})"))
-        connection.execute(text(f"INSERT INTO cycles ({columns}) VALUES ({values.format('queued')})"))
+        connection.execute(
+            text(f"INSERT INTO cycles ({columns}) VALUES ({values.format('canary')})")
+        )
+        connection.execute(
+            text(f"INSERT INTO cycles ({columns}) VALUES ({values.format('queued')})")
+        )
     for state in ("queued", "nonsense"):  # single flight, and the states that there are
         with pytest.raises(IntegrityError), engine.begin() as connection:
-            connection.execute(text(f"INSERT INTO cycles ({columns}) VALUES ({values.format(state)})"))
+            connection.execute(
+                text(f"INSERT INTO cycles ({columns}) VALUES ({values.format(state)})")
+            )
     engine.dispose()
     command.downgrade(config(database_url), "0001")
     with engine.begin() as connection:

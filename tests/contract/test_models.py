@@ -59,13 +59,17 @@ def module(family: str, seed: int = 0) -> PreTrainedModel:
     )
     config._attn_implementation = "sdpa"
     made = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    for parameter in made.parameters():  # norms of 1 and biases of 0 would hide that they are not applied
+    for (
+        parameter
+    ) in made.parameters():  # norms of 1 and biases of 0 would hide that they are not applied
         if parameter.ndim == 1:
             parameter.add_(torch.randn(parameter.shape) * 0.3)
     return made  # type: ignore[no-any-return]
 
 
-def served_model(family: str, seed: int = 0) -> tuple[ServedModel, Callable[[list[int]], torch.Tensor]]:
+def served_model(
+    family: str, seed: int = 0
+) -> tuple[ServedModel, Callable[[list[int]], torch.Tensor]]:
     made = module(family, seed)
     served = copy.deepcopy(made).to(DEVICE)
 
@@ -91,7 +95,9 @@ def tabular_model() -> tuple[TableModel, Callable[[list[int]], torch.Tensor]]:
     def whole(context: list[int]) -> torch.Tensor:
         import numpy as np
 
-        return torch.from_numpy(np.array([table.logits(context[: i + 1]) for i in range(len(context))]))
+        return torch.from_numpy(
+            np.array([table.logits(context[: i + 1]) for i in range(len(context))])
+        )
 
     return table, whole
 
@@ -116,7 +122,9 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.allclose(found.float().cpu(), expected.float(), atol=1e-5, rtol=1e-4)
 
 
-def feed(model: LanguageModel, rows: object, ids: list[list[int]], starts: list[int]) -> torch.Tensor:
+def feed(
+    model: LanguageModel, rows: object, ids: list[list[int]], starts: list[int]
+) -> torch.Tensor:
     """As the engine calls it: padded, with the longest context that anyone reads."""
     longest = max(map(len, ids))
     padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in ids])
@@ -225,7 +233,9 @@ def test_nodes_of_a_tree_see_their_own_ancestors_only(make: Make, cut: int | Non
     contexts, rows = [[5, 6, 7, 8], [9, 10], []], slice(0, 3)
     trees = [TREES["a bush"], TREES["twigs first"], TREES["a bush"]]
     feed(model, slice(0, 2), contexts[:2], [0, 0])
-    tokens = torch.tensor([[20, 21, 22, 23, 24, 25], [30, 31, 32, 33, 34, 35], [40, 41, 42, 43, 44, 45]])
+    tokens = torch.tensor(
+        [[20, 21, 22, 23, 24, 25], [30, 31, 32, 33, 34, 35], [40, 41, 42, 43, 44, 45]]
+    )
     starts, size = torch.tensor([4, 2, 0]), tokens.shape[1]
     parts = [(0, size)] if cut is None else [(0, cut), (cut, size)]
     logits = []
@@ -290,7 +300,9 @@ def test_weights_carry_the_names_of_a_hugging_face_file(family: str, tmp_path: P
     """What a swap reads is what `save_pretrained` writes."""
     model, _ = served_model(family)
     module(family).save_pretrained(tmp_path)
-    assert model.weights().keys() == safetensors.torch.load_file(tmp_path / "model.safetensors").keys()
+    assert (
+        model.weights().keys() == safetensors.torch.load_file(tmp_path / "model.safetensors").keys()
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])

@@ -32,10 +32,17 @@ def agree(found: list[torch.Tensor], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 5, 80])
 def test_norms_and_gates(dtype: torch.dtype, tokens: int) -> None:
-    x, y, weight = torch.randn(tokens, 48), torch.randn(tokens, 48).to(dtype), torch.randn(48).to(dtype)
+    x, y, weight = (
+        torch.randn(tokens, 48),
+        torch.randn(tokens, 48).to(dtype),
+        torch.randn(48).to(dtype),
+    )
     gate_up = (20 * torch.randn(tokens, 2 * 40)).to(dtype)
     streams = [x.clone(), x.clone()]
-    normed = [ops.add_norm(s, y, weight, 1e-6).clone() for ops, s in zip(both(dtype), streams, strict=True)]
+    normed = [
+        ops.add_norm(s, y, weight, 1e-6).clone()
+        for ops, s in zip(both(dtype), streams, strict=True)
+    ]
     assert torch.equal(*streams), "the residual stream is float32 in both"
     agree(normed, dtype)
     agree([ops.add_norm(x, None, weight, 1e-6).clone() for ops in both(dtype)], dtype)
@@ -45,9 +52,13 @@ def test_norms_and_gates(dtype: torch.dtype, tokens: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normed", [False, True], ids=["bare", "head norms"])
 @pytest.mark.parametrize(("rows", "tokens"), [(slice(0, 1), 1), (slice(1, 4), 3), ([0, 2, 3], 2)])
-def test_turned_heads_and_their_places(dtype: torch.dtype, normed: bool, rows: Rows, tokens: int) -> None:
+def test_turned_heads_and_their_places(
+    dtype: torch.dtype, normed: bool, rows: Rows, tokens: int
+) -> None:
     count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
-    starts = torch.tensor([4, CAPACITY - 1, 9][:count])  # the second one's tokens point past the end
+    starts = torch.tensor(
+        [4, CAPACITY - 1, 9][:count]
+    )  # the second one's tokens point past the end
     qkv = torch.randn(count * tokens, (HEADS + 2 * KV_HEADS) * SIZE).to(dtype)
     q_norm, k_norm = (torch.randn(SIZE).to(dtype) if normed else None for _ in "qk")
     seen: list[list[torch.Tensor]] = []
@@ -58,7 +69,9 @@ def test_turned_heads_and_their_places(dtype: torch.dtype, normed: bool, rows: R
         q = ops.turn(qkv.clone(), HEADS, place, Norms(q_norm, k_norm, 1e-6), cache, 0).clone()
         # What lies in a slot's last cell is nobody's, and may be any of the tokens that pointed past the end.
         seen.append([q, cache.keys[0][:, :-1], cache.values[0][:, :-1]])
-        if count * tokens > 1:  # a lone one sees all of a context that ends with it, and needs to be told nothing
+        if (
+            count * tokens > 1
+        ):  # a lone one sees all of a context that ends with it, and needs to be told nothing
             assert place.bias_B1QU is not None
             seen[-1].append(place.bias_B1QU)
     for pair in zip(*seen, strict=True):
@@ -72,7 +85,10 @@ def test_places_of_the_nodes_of_trees(rows: Rows, first: int) -> None:
     shapes = [Shape((0, 0, 1, 1)), Shape((0, 1, 2, 0)), Shape((0, 0, 0, 3))]
     visible_BTC = torch.stack([shape.visible for shape in shapes])[:, first:]
     nodes = Nodes(visible_BTC.sum(-1) - 1, visible_BTC)
-    starts, tokens = torch.tensor([4, 0, CAPACITY - 3]), 5 - first  # the last one's nodes point past the end
+    starts, tokens = (
+        torch.tensor([4, 0, CAPACITY - 3]),
+        5 - first,
+    )  # the last one's nodes point past the end
     torch_ops, fused = both(torch.float32)
     biases = [ops.place(rows, starts, tokens, 12, nodes).bias_B1QU for ops in (torch_ops, fused)]
     assert torch.equal(*biases)

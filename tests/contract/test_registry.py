@@ -21,13 +21,17 @@ def registry(database: Engine) -> Registry:
 
 
 def candidate(sha256: str = "a" * 64) -> Candidate:
-    return Candidate(sha256, {"divergence": "forward_kl"}, {"first": "1-0"}, {"gain": 0.1}, "c0ffee")
+    return Candidate(
+        sha256, {"divergence": "forward_kl"}, {"first": "1-0"}, {"gain": 0.1}, "c0ffee"
+    )
 
 
 def version(database: Engine, route: str = "default", sha256: str = "b" * 64) -> int:
     """A registered version that nobody has activated."""
     with transaction(database, writes=True) as session:
-        return add_version(session, route, candidate(sha256), "test", parent_id=None, cycle_id=None).id
+        return add_version(
+            session, route, candidate(sha256), "test", parent_id=None, cycle_id=None
+        ).id
 
 
 def at_once(count: int, call: Callable[[int], object]) -> list[object]:
@@ -58,7 +62,11 @@ def test_activations_tell_who_when_and_why(registry: Registry, database: Engine)
     second = version(database)
     made = registry.activate("default", second, "manual", "alice", "canary looked good")
     assert (made.number, made.from_version, made.to_version) == (2, first.id, second)
-    assert (made.actor, made.reason, made.created_at.tzinfo is not None) == ("alice", "canary looked good", True)
+    assert (made.actor, made.reason, made.created_at.tzinfo is not None) == (
+        "alice",
+        "canary looked good",
+        True,
+    )
     assert registry.active("default").id == second  # type: ignore[union-attr]
     assert {r: v.id for r, v in registry.active_versions().items()} == {"default": second}
     audit = registry.audit()[0]
@@ -81,7 +89,9 @@ def test_rollback_goes_back_and_says_when_it_cannot(registry: Registry, database
     assert refused.value.code == "nothing_to_roll_back"
 
 
-def test_an_automatic_rollback_yields_to_whoever_came_first(registry: Registry, database: Engine) -> None:
+def test_an_automatic_rollback_yields_to_whoever_came_first(
+    registry: Registry, database: Engine
+) -> None:
     """The guard saw version 2 fail, but version 3 is active by now."""
     registry.register_first("default", candidate(), "decoder")
     second, third = version(database), version(database, sha256="c" * 64)
@@ -130,10 +140,15 @@ def test_freezing_is_audited(registry: Registry) -> None:
     assert registry.set_frozen("default", True, "alice", "release week").frozen
     assert registry.route("default").frozen
     assert not registry.set_frozen("default", False, "alice", "over").frozen
-    assert [(a.action, a.reason) for a in registry.audit()] == [("unfreeze", "over"), ("freeze", "release week")]
+    assert [(a.action, a.reason) for a in registry.audit()] == [
+        ("unfreeze", "over"),
+        ("freeze", "release week"),
+    ]
 
 
-def test_text_that_a_database_cannot_hold_is_a_clear_error(registry: Registry, database: Engine) -> None:
+def test_text_that_a_database_cannot_hold_is_a_clear_error(
+    registry: Registry, database: Engine
+) -> None:
     """PostgreSQL refuses NUL; SQLite keeps it. Neither is a 500."""
     registry.register_first("default", candidate(), "decoder")
     if database.dialect.name == "sqlite":

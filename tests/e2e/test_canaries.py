@@ -13,7 +13,9 @@ from tests.tiny import TinyPair
 
 
 def canaries(served: Served) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = served.http.get("/admin/canaries?route=default").json()["canaries"]
+    found: list[dict[str, Any]] = served.http.get("/admin/canaries?route=default").json()[
+        "canaries"
+    ]
     return found
 
 
@@ -29,7 +31,9 @@ def drafting(served: Served) -> None:
 
 def test_a_spoilt_candidate_is_aborted_and_hurts_nobody_else(own: Served, pair: TinyPair) -> None:
     """Outputs stay the target's; the requests of the active draft accept what they did; then all are its own again."""
-    expected = {prompt: own.complete(prompt, max_tokens=40)["choices"][0]["text"] for prompt in PROMPTS}
+    expected = {
+        prompt: own.complete(prompt, max_tokens=40)["choices"][0]["text"] for prompt in PROMPTS
+    }
     with load(own) as answers:
         until(lambda: len(answers) >= 24)
         before = mean_rate(answers[:24])
@@ -49,7 +53,9 @@ def test_a_spoilt_candidate_is_aborted_and_hurts_nobody_else(own: Served, pair: 
     assert own.http.get("/health").status_code == 200
 
 
-def test_a_better_candidate_is_promoted_by_itself(pair: TinyPair, redis_url: str, tmp_path: Path) -> None:
+def test_a_better_candidate_is_promoted_by_itself(
+    pair: TinyPair, redis_url: str, tmp_path: Path
+) -> None:
     """An ordinary promotion with the test's figures as its reason; no answer is lost or changed on the way."""
     with serve(tiny_settings(pair, tmp_path, redis_url, draft=str(pair.spoilt))) as served:
         with load(served) as answers:
@@ -58,7 +64,12 @@ def test_a_better_candidate_is_promoted_by_itself(pair: TinyPair, redis_url: str
             mark = len(answers)
             until(lambda: len(answers) >= mark + 20)
         newest = served.registry.activations("default")[0]
-        assert (newest.kind, newest.actor, newest.from_version, newest.to_version) == ("promotion", "canary", 1, good)
+        assert (newest.kind, newest.actor, newest.from_version, newest.to_version) == (
+            "promotion",
+            "canary",
+            1,
+            good,
+        )
         assert "above −0.03" in newest.reason
         assert canaries(served)[0]["state"] == "promoted"
         assert all(versions(a) == {good} for a in answers[-8:])
@@ -105,21 +116,33 @@ def test_an_operator_may_decide(own: Served, pair: TinyPair, outcome: str) -> No
     seen = until(lambda: s if (s := own.route()["canary"]["seen"])["canary"]["requests"] else None)
     assert (seen["canary"]["version"], seen["active"]["version"]) == (version, 1)
     assert 0 < seen["canary"]["acceptance"] <= 1
-    assert 'slipstream_canary_acceptance{arm="canary",route="default"}' in own.http.get("/metrics").text
+    assert (
+        'slipstream_canary_acceptance{arm="canary",route="default"}'
+        in own.http.get("/metrics").text
+    )
     answer = own.post(f"/admin/routes/default/canary/{outcome}", reason="I have seen enough")
     state = "promoted" if outcome == "promote" else "aborted"
     assert answer.status_code == 200, answer.text
     canary = answer.json()["canary"]
     assert canary == ended(own)
-    assert (canary["state"], canary["actor"], canary["reason"]) == (state, "local", "I have seen enough")
+    assert (canary["state"], canary["actor"], canary["reason"]) == (
+        state,
+        "local",
+        "I have seen enough",
+    )
     assert f"canary:{state}" in {a.action for a in own.registry.audit(3)}
     own.running(version if outcome == "promote" else 1)
     again = own.post(f"/admin/routes/default/canary/{outcome}", reason="again")
     assert (again.status_code, again.json()["error"]["code"]) == (404, "no_canary")
-    assert f'slipstream_canaries{{route="default",state="{state}"}} 1.0' in own.http.get("/metrics").text
+    assert (
+        f'slipstream_canaries{{route="default",state="{state}"}} 1.0'
+        in own.http.get("/metrics").text
+    )
 
 
-def test_a_canary_that_cannot_be_loaded_is_aborted_with_the_reason(own: Served, pair: TinyPair, tmp_path: Path) -> None:
+def test_a_canary_that_cannot_be_loaded_is_aborted_with_the_reason(
+    own: Served, pair: TinyPair, tmp_path: Path
+) -> None:
     """Its weights have another shape: nothing reaches the device, no client sees anything."""
     folder = tmp_path / "odd"
     folder.mkdir()
@@ -141,7 +164,9 @@ def test_a_decoder_without_room_says_so(pair: TinyPair, redis_url: str, tmp_path
         assert "no room" in ended(served)["reason"]
 
 
-def test_two_decoders_of_a_route_end_a_canary_once(pair: TinyPair, redis_url: str, tmp_path: Path) -> None:
+def test_two_decoders_of_a_route_end_a_canary_once(
+    pair: TinyPair, redis_url: str, tmp_path: Path
+) -> None:
     """Each tests what it serves; the one that is later finds it ended, and both go on with the same version."""
     settings = tiny_settings(pair, tmp_path, redis_url)
     with serve(settings) as one, serve(settings) as other:

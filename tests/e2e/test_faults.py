@@ -13,7 +13,13 @@ from tests.e2e.conftest import Served, serve, tiny_settings
 from tests.loop.conftest import until
 from tests.tiny import TinyPair
 
-LONG = {"prompt": "x", "max_tokens": 250, "ignore_eos": True, "temperature": 1, "speculation": {"gamma": 0}}
+LONG = {
+    "prompt": "x",
+    "max_tokens": 250,
+    "ignore_eos": True,
+    "temperature": 1,
+    "speculation": {"gamma": 0},
+}
 
 
 def running(served: Served) -> int:
@@ -37,7 +43,9 @@ def test_a_client_that_leaves_frees_its_slots(own: Served, stream: bool) -> None
     assert own.complete()["usage"]["completion_tokens"] > 0
 
 
-def test_a_full_queue_is_429_streamed_or_not(pair: TinyPair, redis_url: str, tmp_path: Path) -> None:
+def test_a_full_queue_is_429_streamed_or_not(
+    pair: TinyPair, redis_url: str, tmp_path: Path
+) -> None:
     """Also where the response would be a stream: the status is known before it starts."""
     with serve(tiny_settings(pair, tmp_path, redis_url, slots=1, max_waiting=1)) as served:
         for stream in (False, True):
@@ -63,7 +71,8 @@ def test_redis_may_go_and_come_back_under_load(pair: TinyPair, tmp_path: Path) -
         assert served.http.get("/admin/routes/default").json()["buffer"]["error"]
         assert served.http.get("/metrics").status_code == 200
         assert (
-            'slipstream_signals_dropped_total{reason="redis_down",route="default"}' in served.http.get("/metrics").text
+            'slipstream_signals_dropped_total{reason="redis_down",route="default"}'
+            in served.http.get("/metrics").text
         )
         cycle = served.post("/admin/routes/default/cycles", reason="while it is down")
         assert (cycle.status_code, cycle.json()["error"]["code"]) == (503, "queue_unavailable")
@@ -125,6 +134,12 @@ def test_a_signal_tells_clients_apart_and_names_none(own: Served) -> None:
     """Without keys OpenAI's `user` says who asks; the buffer has a pseudonym, and nothing for those who do not say."""
     for user in ("alice", "alice", None):
         own.complete("hello", user=user)
-    entries = until(lambda: e if len(e := own.buffer.before("default", "99999999999999-0", 9)) == 3 else None, 10)
-    assert sorted(decode(entry.record).client for entry in entries) == ["", *[pseudonym("alice")] * 2]
+    entries = until(
+        lambda: e if len(e := own.buffer.before("default", "99999999999999-0", 9)) == 3 else None,
+        10,
+    )
+    assert sorted(decode(entry.record).client for entry in entries) == [
+        "",
+        *[pseudonym("alice")] * 2,
+    ]
     assert not any(b"alice" in entry.record for entry in entries)

@@ -18,8 +18,12 @@ def test_no_generated_request_breaks_the_service(shared: Served) -> None:
 
 
 def _fuzz(operation: schemathesis.APIOperation, served: Served) -> None:
-    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-    @given(case=operation.as_strategy() | operation.as_strategy(schemathesis.GenerationMode.NEGATIVE))
+    @settings(
+        max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), database=None
+    )
+    @given(
+        case=operation.as_strategy() | operation.as_strategy(schemathesis.GenerationMode.NEGATIVE)
+    )
     def run(case: schemathesis.Case) -> None:
         if isinstance(case.body, dict) and isinstance(case.body.get("max_tokens"), int):
             case.body["max_tokens"] = min(case.body["max_tokens"], 8)

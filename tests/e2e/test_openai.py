@@ -24,7 +24,9 @@ def test_models(client: OpenAI) -> None:
 
 def test_a_completion_tells_its_usage_and_acceptance(client: OpenAI) -> None:
     """Prediction tokens in usage, vLLM's and our figures in metrics."""
-    made = client.completions.create(model="tiny", prompt="def f(", max_tokens=30, temperature=0, extra_body=GAMMA)
+    made = client.completions.create(
+        model="tiny", prompt="def f(", max_tokens=30, temperature=0, extra_body=GAMMA
+    )
     usage, metrics = made.usage, made.model_extra["metrics"]["speculative_decoding"]  # type: ignore[index]
     assert usage is not None
     assert usage.completion_tokens_details is not None
@@ -33,7 +35,9 @@ def test_a_completion_tells_its_usage_and_acceptance(client: OpenAI) -> None:
     rejected = usage.completion_tokens_details.rejected_prediction_tokens
     assert accepted == metrics["num_accepted_draft_tokens"]
     assert accepted + rejected == metrics["num_draft_tokens"]  # type: ignore[operator]
-    assert metrics["tokens_per_target_forward"] == usage.completion_tokens / metrics["num_spec_steps"]
+    assert (
+        metrics["tokens_per_target_forward"] == usage.completion_tokens / metrics["num_spec_steps"]
+    )
     assert 0 < metrics["acceptance_rate"] <= 1
     versions = metrics["draft_versions"]
     assert (versions[0]["start"], versions[-1]["end"]) == (0, usage.completion_tokens)
@@ -44,7 +48,9 @@ def test_chat_streams_what_it_answers_whole(client: OpenAI) -> None:
     """The pieces of a stream are the whole answer; usage and metrics come last when asked for."""
     asked = {"model": "tiny", "messages": MESSAGES, "max_tokens": 30, "temperature": 0}
     whole = client.chat.completions.create(**asked)  # type: ignore[call-overload]
-    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))  # type: ignore[call-overload]
+    chunks = list(
+        client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    )  # type: ignore[call-overload]
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == whole.choices[0].message.content
     assert chunks[0].choices[0].delta.role == "assistant"
@@ -65,12 +71,22 @@ def test_a_second_turn_takes_the_first_answer_back(client: OpenAI) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"audio": None, "function_call": None, "reasoning_content": None}, {"annotations": [], "tool_calls": []}]
+    "fields",
+    [
+        {"audio": None, "function_call": None, "reasoning_content": None},
+        {"annotations": [], "tool_calls": []},
+    ],
 )
 def test_empty_fields_of_a_message_are_accepted(shared: Served, fields: dict[str, object]) -> None:
     """Other clients' messages carry more of them."""
-    messages = [*MESSAGES, {"role": "assistant", "content": "x", **fields}, {"role": "user", "content": "?"}]
-    answered = shared.http.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 4})
+    messages = [
+        *MESSAGES,
+        {"role": "assistant", "content": "x", **fields},
+        {"role": "user", "content": "?"},
+    ]
+    answered = shared.http.post(
+        "/v1/chat/completions", json={"messages": messages, "max_tokens": 4}
+    )
     assert answered.status_code == 200, answered.text
 
 
@@ -79,7 +95,13 @@ def test_n_answers_differ_and_a_seed_repeats_them(client: OpenAI) -> None:
 
     def sampled(seed: int) -> list[str]:
         made = client.completions.create(
-            model="tiny", prompt="x = ", n=3, seed=seed, max_tokens=12, temperature=1, extra_body=GAMMA
+            model="tiny",
+            prompt="x = ",
+            n=3,
+            seed=seed,
+            max_tokens=12,
+            temperature=1,
+            extra_body=GAMMA,
         )
         return [choice.text for choice in sorted(made.choices, key=lambda c: c.index)]
 
@@ -91,7 +113,10 @@ def test_several_prompts_are_several_choices(client: OpenAI) -> None:
     """As text or as token ids; each answers its own prompt."""
     texts = ["a = 1", "b = 2"]
     both = client.completions.create(model="tiny", prompt=texts, max_tokens=8, temperature=0)
-    apart = [client.completions.create(model="tiny", prompt=t, max_tokens=8, temperature=0) for t in texts]
+    apart = [
+        client.completions.create(model="tiny", prompt=t, max_tokens=8, temperature=0)
+        for t in texts
+    ]
     assert [c.text for c in both.choices] == [a.choices[0].text for a in apart]
     ids = client.completions.create(model="tiny", prompt=[[40, 50], [60]], max_tokens=4)
     assert (len(ids.choices), ids.usage.prompt_tokens if ids.usage else 0) == (2, 3)
@@ -99,24 +124,41 @@ def test_several_prompts_are_several_choices(client: OpenAI) -> None:
 
 def test_a_stop_string_ends_the_answer_before_itself(client: OpenAI) -> None:
     """Streamed or not, nothing of the stop string is seen."""
-    whole = client.completions.create(model="tiny", prompt="def f(", max_tokens=40, temperature=0).choices[0].text
+    whole = (
+        client.completions.create(model="tiny", prompt="def f(", max_tokens=40, temperature=0)
+        .choices[0]
+        .text
+    )
     stop = whole[6:9]
-    asked = {"model": "tiny", "prompt": "def f(", "max_tokens": 40, "temperature": 0, "stop": [stop]}
+    asked = {
+        "model": "tiny",
+        "prompt": "def f(",
+        "max_tokens": 40,
+        "temperature": 0,
+        "stop": [stop],
+    }
     cut = client.completions.create(**asked)  # type: ignore[call-overload]
-    assert (cut.choices[0].text, cut.choices[0].finish_reason) == (whole[: whole.index(stop)], "stop")
+    assert (cut.choices[0].text, cut.choices[0].finish_reason) == (
+        whole[: whole.index(stop)],
+        "stop",
+    )
     streamed = "".join(c.choices[0].text for c in client.completions.create(**asked, stream=True))  # type: ignore[call-overload]
     assert streamed == cut.choices[0].text
 
 
 def test_logprobs_have_openais_shapes(client: OpenAI) -> None:
     """Completions' parallel lists, chat's list of entries; log-probabilities of the target."""
-    made = client.completions.create(model="tiny", prompt="def f(", max_tokens=6, temperature=0, logprobs=2)
+    made = client.completions.create(
+        model="tiny", prompt="def f(", max_tokens=6, temperature=0, logprobs=2
+    )
     logprobs = made.choices[0].logprobs
     assert logprobs is not None
     assert logprobs.tokens is not None
     assert "".join(logprobs.tokens) == made.choices[0].text
     assert [max(top.values()) for top in logprobs.top_logprobs or []] == logprobs.token_logprobs
-    assert logprobs.text_offset == [sum(map(len, logprobs.tokens[:i])) for i in range(len(logprobs.tokens))]
+    assert logprobs.text_offset == [
+        sum(map(len, logprobs.tokens[:i])) for i in range(len(logprobs.tokens))
+    ]
     chat = client.chat.completions.create(
         model="tiny",
         messages=MESSAGES,  # type: ignore[arg-type]
@@ -136,7 +178,11 @@ def test_gamma_can_be_chosen_per_request_and_changes_no_token(client: OpenAI) ->
     texts = []
     for gamma in (0, 1, 6):
         made = client.completions.create(
-            model="tiny", prompt="def f(", max_tokens=30, temperature=0, extra_body={"speculation": {"gamma": gamma}}
+            model="tiny",
+            prompt="def f(",
+            max_tokens=30,
+            temperature=0,
+            extra_body={"speculation": {"gamma": gamma}},
         )
         texts.append(made.choices[0].text)
         metrics = made.model_extra["metrics"]["speculative_decoding"]  # type: ignore[index]
@@ -184,8 +230,16 @@ def test_an_unknown_model_is_404(client: OpenAI) -> None:
 
 def test_unreadable_bodies_are_400(shared: Served) -> None:
     """Not JSON, no object, lone surrogates, NaN, nested beyond reason."""
-    for body in (b"{", b"[]", b'{"prompt": "\\ud800"}', b'{"prompt": "x", "temperature": NaN}', b"[" * 100_000):
-        answer = shared.http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    for body in (
+        b"{",
+        b"[]",
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "x", "temperature": NaN}',
+        b"[" * 100_000,
+    ):
+        answer = shared.http.post(
+            "/v1/completions", content=body, headers={"content-type": "application/json"}
+        )
         assert answer.status_code == 400, (body[:40], answer.text)
         assert answer.json()["error"]["message"]
 
@@ -199,7 +253,9 @@ def test_a_huge_body_is_refused_unread(shared: Served) -> None:
 
 def test_request_ids_are_echoed_or_made(shared: Served) -> None:
     """On errors too."""
-    assert shared.http.get("/health", headers={"X-Request-Id": "abc"}).headers["x-request-id"] == "abc"
+    assert (
+        shared.http.get("/health", headers={"X-Request-Id": "abc"}).headers["x-request-id"] == "abc"
+    )
     assert len(shared.http.get("/nowhere").headers["x-request-id"]) == 32
 
 

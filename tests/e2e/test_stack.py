@@ -23,7 +23,14 @@ from tests.tiny import TinyPair
 @contextmanager
 def up(folder: Path, **variables: object) -> Iterator[tuple["subprocess.Popen[str]", str]]:
     """`slipstream up` in an empty folder, on embedded defaults but for what is given; the process and its URL."""
-    given = {"DATA_DIR": folder, "PORT": 0, "POLL_S": 0.2, "TICK_S": 0.5, "MAX_CONTEXT": 256, **variables}
+    given = {
+        "DATA_DIR": folder,
+        "PORT": 0,
+        "POLL_S": 0.2,
+        "TICK_S": 0.5,
+        "MAX_CONTEXT": 256,
+        **variables,
+    }
     settings = {f"SLIPSTREAM_{name.upper()}": str(value) for name, value in given.items()}
     process = subprocess.Popen(
         [sys.executable, "-m", "online.cli", "up"],
@@ -45,7 +52,10 @@ def up(folder: Path, **variables: object) -> Iterator[tuple["subprocess.Popen[st
 
 
 def logs(folder: Path) -> str:
-    return "\n".join(f"── {log.name}\n{log.read_text()[-2000:]}" for log in sorted((folder / "logs").glob("*.log")))
+    return "\n".join(
+        f"── {log.name}\n{log.read_text()[-2000:]}"
+        for log in sorted((folder / "logs").glob("*.log"))
+    )
 
 
 def family(process: "subprocess.Popen[str]") -> list[psutil.Process]:
@@ -60,7 +70,10 @@ def gone(processes: list[psutil.Process]) -> bool:
 def test_ending_it_leaves_no_child(pair: TinyPair, tmp_path: Path, how: signal.Signals) -> None:
     """Ctrl-C, `kill`, even `kill -9`: Redis, decoder, worker and beat are gone with it."""
     with up(tmp_path, target=pair.target, draft=pair.draft) as (process, url):
-        assert httpx.post(f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 4}).status_code == 200
+        assert (
+            httpx.post(f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 4}).status_code
+            == 200
+        )
         children = family(process)
         assert len(children) >= 4
         process.send_signal(how)
@@ -72,29 +85,53 @@ def test_ending_it_leaves_no_child(pair: TinyPair, tmp_path: Path, how: signal.S
 def test_the_loop_closes_and_survives_a_killed_worker(pair: TinyPair, tmp_path: Path) -> None:
     """Traffic in, kill -9 of the worker in the middle of a cycle, a better draft out; another run finds it again."""
     variables = {"target": pair.target, "draft": pair.spoilt, "cycle_min_signals": 80, "lease_s": 2}
-    variables |= {"recipe": '{"learning_rate": 3e-3, "epochs": 200}'}  # long enough to be killed in the middle
+    variables |= {
+        "recipe": '{"learning_rate": 3e-3, "epochs": 200}'
+    }  # long enough to be killed in the middle
     variables["canary_share"] = 0  # nobody asks while it learns, so no canary would be decided
-    with up(tmp_path, **variables) as (process, url), httpx.Client(base_url=url, timeout=60) as http:
+    with (
+        up(tmp_path, **variables) as (process, url),
+        httpx.Client(base_url=url, timeout=60) as http,
+    ):
 
         def ask(i: int) -> float:
             body = {"prompt": f"{i} def f{i % 7}(", "max_tokens": 40, "seed": i, "temperature": 1.0}
-            return float(http.post("/v1/completions", json=body).raise_for_status().json()["usage"]["total_tokens"])
+            return float(
+                http.post("/v1/completions", json=body)
+                .raise_for_status()
+                .json()["usage"]["total_tokens"]
+            )
 
         for i in range(80):
             ask(i)
         cycle = until(
-            lambda: c[0] if (c := http.get("/admin/cycles").json()["cycles"]) and c[0]["window_last"] else None
+            lambda: (
+                c[0]
+                if (c := http.get("/admin/cycles").json()["cycles"]) and c[0]["window_last"]
+                else None
+            )
         )
-        worker = next(p for p in family(process) if "trainer.tasks" in p.cmdline() and "worker" in p.cmdline())
+        worker = next(
+            p for p in family(process) if "trainer.tasks" in p.cmdline() and "worker" in p.cmdline()
+        )
         worker.kill()
-        route = until(lambda: r if (r := http.get("/admin/routes/default").json())["loaded_version"] > 1 else None, 120)
+        route = until(
+            lambda: (
+                r if (r := http.get("/admin/routes/default").json())["loaded_version"] > 1 else None
+            ),
+            120,
+        )
         assert route["loaded_version"] == route["active_version"] == 2
         done = http.get("/admin/cycles").json()["cycles"][-1]
-        assert (done["id"], done["state"], done["attempts"]) == (cycle["id"], "promoted", 2), logs(tmp_path)
+        assert (done["id"], done["state"], done["attempts"]) == (cycle["id"], "promoted", 2), logs(
+            tmp_path
+        )
         process.send_signal(signal.SIGINT)
         process.wait(30)
     with up(tmp_path, **variables) as (_, url):
-        loaded = until(lambda: httpx.get(f"{url}/admin/routes/default").json().get("loaded_version"))
+        loaded = until(
+            lambda: httpx.get(f"{url}/admin/routes/default").json().get("loaded_version")
+        )
         assert loaded == 2, "a restart serves what was active"
 
 
@@ -118,9 +155,19 @@ def test_a_decoder_that_dies_ends_the_stack_with_a_word(pair: TinyPair, tmp_path
 )
 def test_bad_settings_are_named(tmp_path: Path, variable: str, value: str, said: str) -> None:
     """By their variable; a key that someone pasted unhashed is not repeated."""
-    env = {**os.environ, "SLIPSTREAM_DATA_DIR": str(tmp_path), "SLIPSTREAM_PORT": "0", variable: value}
+    env = {
+        **os.environ,
+        "SLIPSTREAM_DATA_DIR": str(tmp_path),
+        "SLIPSTREAM_PORT": "0",
+        variable: value,
+    }
     done = subprocess.run(
-        [sys.executable, "-m", "online.cli", "up"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=90
+        [sys.executable, "-m", "online.cli", "up"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=90,
     )
     assert done.returncode != 0
     assert said in done.stderr
@@ -131,7 +178,15 @@ def test_bad_settings_are_named(tmp_path: Path, variable: str, value: str, said:
 def test_the_demo_ends_with_its_figures(tmp_path: Path) -> None:
     """A short one, on the embedded pair: no failed request, greedy answers unchanged, a chart on disk."""
     env = {**os.environ, "SLIPSTREAM_DATA_DIR": str(tmp_path), "SLIPSTREAM_CYCLE_MIN_SIGNALS": "40"}
-    command = [sys.executable, "-m", "lab", "demo", "--requests=60", "--held-out=8", "--max-tokens=24"]
+    command = [
+        sys.executable,
+        "-m",
+        "lab",
+        "demo",
+        "--requests=60",
+        "--held-out=8",
+        "--max-tokens=24",
+    ]
     started = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr + logs(tmp_path / "demo")

@@ -49,7 +49,9 @@ def versions(answer: dict[str, Any]) -> set[int]:
 def test_a_spoilt_draft_costs_acceptance_and_nothing_else(own: Served, pair: TinyPair) -> None:
     """Activate the spoilt one: same greedy output, less acceptance. Activate the good one: acceptance returns."""
     own.post("/admin/routes/default/freeze", reason="no automatic rollback here")
-    expected = {prompt: own.complete(prompt, max_tokens=40)["choices"][0]["text"] for prompt in PROMPTS}
+    expected = {
+        prompt: own.complete(prompt, max_tokens=40)["choices"][0]["text"] for prompt in PROMPTS
+    }
     target = own.http.get("/admin/routes").json()["target_fingerprint"]
     spoilt = own.register(pair.spoilt)
     with load(own) as answers:
@@ -63,7 +65,10 @@ def test_a_spoilt_draft_costs_acceptance_and_nothing_else(own: Served, pair: Tin
                 own.activate(version)
             marks.append(len(answers))
             until(lambda v=version, at=marks[-1]: len(served_by(v, at)) >= 12)  # type: ignore[misc]
-        first, bad, good = (mean_rate(served_by(v, at)[:12]) for v, at in zip((1, spoilt, 1), marks[1:], strict=True))
+        first, bad, good = (
+            mean_rate(served_by(v, at)[:12])
+            for v, at in zip((1, spoilt, 1), marks[1:], strict=True)
+        )
     assert bad < first / 2
     assert good > 0.9 * first
     assert all(a["choices"][0]["text"] == expected[a["prompt"]] for a in answers)
@@ -71,7 +76,9 @@ def test_a_spoilt_draft_costs_acceptance_and_nothing_else(own: Served, pair: Tin
     assert own.http.get("/health").status_code == 200
 
 
-def test_a_forced_spoilt_draft_is_rolled_back_by_live_acceptance(own: Served, pair: TinyPair) -> None:
+def test_a_forced_spoilt_draft_is_rolled_back_by_live_acceptance(
+    own: Served, pair: TinyPair
+) -> None:
     """Nobody calls anything: the guard sees the fall and goes back, and says why."""
     spoilt = own.register(pair.spoilt)
     with load(own) as answers:
@@ -79,11 +86,18 @@ def test_a_forced_spoilt_draft_is_rolled_back_by_live_acceptance(own: Served, pa
         own.activate(spoilt, reason="forced")
         own.running(1)
     newest = own.registry.activations("default")[0]
-    assert (newest.kind, newest.actor, newest.from_version, newest.to_version) == ("auto_rollback", "guard", spoilt, 1)
+    assert (newest.kind, newest.actor, newest.from_version, newest.to_version) == (
+        "auto_rollback",
+        "guard",
+        spoilt,
+        1,
+    )
     assert "is below version 1's" in newest.reason
 
 
-def test_a_frozen_route_is_left_alone_and_the_finding_is_audited(own: Served, pair: TinyPair) -> None:
+def test_a_frozen_route_is_left_alone_and_the_finding_is_audited(
+    own: Served, pair: TinyPair
+) -> None:
     """Freezing means that nothing moves by itself."""
     spoilt = own.register(pair.spoilt)
     own.post("/admin/routes/default/freeze", reason="experiment")

@@ -24,7 +24,9 @@ LATEST = "99999999999999-0"
 
 @contextmanager
 def worker(settings: Settings) -> Iterator[None]:
-    process = subprocess.Popen(worker_command(), cwd=ROOT, env=environment(settings), start_new_session=True)
+    process = subprocess.Popen(
+        worker_command(), cwd=ROOT, env=environment(settings), start_new_session=True
+    )
     try:
         yield
     finally:
@@ -53,7 +55,10 @@ def both(pair: TinyPair, redis_url: str, tmp_path: Path) -> Iterator[list[Served
 
 
 def texts(served: Served, gamma: int) -> list[str]:
-    return [served.complete(p, speculation={"gamma": gamma}, store=False)["choices"][0]["text"] for p in FIXED]
+    return [
+        served.complete(p, speculation={"gamma": gamma}, store=False)["choices"][0]["text"]
+        for p in FIXED
+    ]
 
 
 def test_one_draft_serves_two_targets_and_learns_from_both(both: list[Served]) -> None:
@@ -62,7 +67,12 @@ def test_one_draft_serves_two_targets_and_learns_from_both(both: list[Served]) -
     assert before[0] != before[1]
     assert {served.route()["loaded_version"] for served in both} == {1}, "one first draft for both"
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: both[i % 2].complete(PROMPTS[i // 2], temperature=i // 2 % 2), range(2 * len(PROMPTS))))
+        list(
+            pool.map(
+                lambda i: both[i % 2].complete(PROMPTS[i // 2], temperature=i // 2 % 2),
+                range(2 * len(PROMPTS)),
+            )
+        )
     buffer = both[0].buffer
     until(lambda: buffer.depth("default").signals >= 2 * len(PROMPTS), 10)
     signals = [decode(entry.record) for entry in buffer.before("default", LATEST, 1000)]
@@ -73,13 +83,19 @@ def test_one_draft_serves_two_targets_and_learns_from_both(both: list[Served]) -
     with worker(both[0].settings):
         both[0].post("/admin/routes/default/cycles", reason="enough")
         cycle = until(
-            lambda: c if (c := both[0].http.get("/admin/cycles").json()["cycles"][0])["finished_at"] else None
+            lambda: (
+                c
+                if (c := both[0].http.get("/admin/cycles").json()["cycles"][0])["finished_at"]
+                else None
+            )
         )
     assert cycle["state"] == "promoted", cycle
     made = both[0].registry.active("default")
     assert made is not None
     assert made.parent_id == 1
-    assert made.window["signals"] == made.window["trained_on"] + made.gate["requests"] == len(signals)
+    assert (
+        made.window["signals"] == made.window["trained_on"] + made.gate["requests"] == len(signals)
+    )
     for served, plain in zip(both, before, strict=True):
         served.running(made.id)
         assert texts(served, 4) == texts(served, 0) == plain

@@ -23,9 +23,12 @@ PROMPTS = [(40, 50, 60), (70,), tuple(range(80, 120))]
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize(
-    ("shape", "way"), [*(("chain", way) for way in CHAINS), *(("two, then two", way) for way in WAYS)]
+    ("shape", "way"),
+    [*(("chain", way) for way in CHAINS), *(("two, then two", way) for way in WAYS)],
 )
-def test_what_is_emitted_has_the_targets_distribution(shape: str, way: str, setting: tuple[float, int, float]) -> None:
+def test_what_is_emitted_has_the_targets_distribution(
+    shape: str, way: str, setting: tuple[float, int, float]
+) -> None:
     assert distance(on(DEVICE, judge), Case.of(SHAPES[shape], way, setting, torch.float32)) <= LIMIT
 
 
@@ -39,7 +42,9 @@ def tiny(pair: TinyPair) -> Iterator[Bench]:
 def test_a_swap_needs_no_new_capture(pair: TinyPair, tiny: Bench, drafter: str) -> None:
     """What was captured goes on with the new weights: the draft is kept less, the answers are the target's."""
     draft = tiny.engine.batch.drafts["default"]
-    asked = [query(prompt, f"q{i}", drafter=drafter, max_tokens=60) for i, prompt in enumerate(PROMPTS)]
+    asked = [
+        query(prompt, f"q{i}", drafter=drafter, max_tokens=60) for i, prompt in enumerate(PROMPTS)
+    ]
     before = tiny.run(*asked)
     captured = _captured(draft.model)
     assert captured
@@ -49,7 +54,9 @@ def test_a_swap_needs_no_new_capture(pair: TinyPair, tiny: Bench, drafter: str) 
     assert sum(one.stats.accepted for one in after) < sum(one.stats.accepted for one in before) / 2
     assert captured.items() <= _captured(draft.model).items(), "a shape was captured anew"
     for found in (before, after):
-        assert [one.ids for one in found] == [target_alone(pair, one.prompt_ids, 60) for one in asked]
+        assert [one.ids for one in found] == [
+            target_alone(pair, one.prompt_ids, 60) for one in asked
+        ]
 
 
 def _captured(model: object) -> dict[object, object]:

@@ -62,7 +62,9 @@ class Loop:
             end_group(process)
 
     def _start(self, command: list[str], settings: Settings) -> "subprocess.Popen[bytes]":
-        return subprocess.Popen(command, cwd=ROOT, env=environment(settings), start_new_session=True)
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment(settings), start_new_session=True
+        )
 
     def feed(self, lessons: Iterable[Signal | bytes], route: str = "default") -> None:
         for lesson in lessons:
@@ -78,7 +80,9 @@ class Loop:
 
     def finished(self, cycle_id: int, timeout_s: float = 90) -> Cycle:
         """The cycle, once it has ended."""
-        return until(lambda: c if (c := self.ledger.cycle(cycle_id)).finished_at else None, timeout_s)
+        return until(
+            lambda: c if (c := self.ledger.cycle(cycle_id)).finished_at else None, timeout_s
+        )
 
     def training(self, cycle_id: int) -> int:
         """The pid of the cycle's process, once it has claimed its window."""
@@ -108,7 +112,9 @@ def kill(pid: int) -> None:
 
 
 @pytest.fixture
-def loop(database: object, database_url: str, redis_url: str, pair: TinyPair, tmp_path: Path) -> Loop:
+def loop(
+    database: object, database_url: str, redis_url: str, pair: TinyPair, tmp_path: Path
+) -> Loop:
     """A route whose first draft knows nothing, on SQLite and on PostgreSQL."""
     return make_loop(database_url, redis_url, pair, tmp_path)
 

@@ -54,7 +54,9 @@ def newer_generic(loop: Loop, weights: Path) -> Version:
     return active(loop, "default")
 
 
-def test_it_descends_from_the_generic_draft_that_is_active_now(clustered: Loop, pair: TinyPair) -> None:
+def test_it_descends_from_the_generic_draft_that_is_active_now(
+    clustered: Loop, pair: TinyPair
+) -> None:
     """And not from the one there was when the cluster began; promoted at once, for there is no room to try it in."""
     generic = newer_generic(clustered, pair.spoilt)
     clustered.feed(taught(pair.target, 150), CLUSTER)
@@ -63,7 +65,10 @@ def test_it_descends_from_the_generic_draft_that_is_active_now(clustered: Loop, 
     own = active(clustered, CLUSTER)
     assert (own.route, own.parent_id, own.cycle_id) == (CLUSTER, generic.id, cycle.id)
     assert active(clustered, "default").id == generic.id
-    assert [each.kind for each in clustered.registry.activations(CLUSTER)] == ["promotion", "initial"]
+    assert [each.kind for each in clustered.registry.activations(CLUSTER)] == [
+        "promotion",
+        "initial",
+    ]
 
 
 def test_it_has_to_beat_the_generic_draft(clustered: Loop, pair: TinyPair) -> None:
@@ -76,7 +81,9 @@ def test_it_has_to_beat_the_generic_draft(clustered: Loop, pair: TinyPair) -> No
     assert serving.id == active(clustered, "default").id
 
 
-def test_it_waits_where_the_generic_draft_has_changed_meanwhile(clustered: Loop, pair: TinyPair) -> None:
+def test_it_waits_where_the_generic_draft_has_changed_meanwhile(
+    clustered: Loop, pair: TinyPair
+) -> None:
     """It was compared with one that nobody has any more."""
     compared = clustered.registry.serving(CLUSTER)
     assert compared is not None
@@ -87,7 +94,9 @@ def test_it_waits_where_the_generic_draft_has_changed_meanwhile(clustered: Loop,
     assert (cycle.state, cycle.error) == ("held", f"the active version is no longer {compared.id}")
 
 
-def test_rollback_goes_to_the_generic_draft_and_the_next_one_descends_from_it(clustered: Loop, pair: TinyPair) -> None:
+def test_rollback_goes_to_the_generic_draft_and_the_next_one_descends_from_it(
+    clustered: Loop, pair: TinyPair
+) -> None:
     """Whichever that is by then."""
     clustered.feed(taught(pair.target, 150), CLUSTER)
     assert learn(clustered).state == "promoted"

@@ -49,7 +49,9 @@ def test_a_cycle_learns_registers_and_activates(loop: Loop, lessons: list[Signal
     assert loop.buffer.claim("default", 1) == []
 
 
-def test_a_candidate_goes_on_trial_and_beat_rests_until_its_end(sqlite_loop: Loop, lessons: list[Signal]) -> None:
+def test_a_candidate_goes_on_trial_and_beat_rests_until_its_end(
+    sqlite_loop: Loop, lessons: list[Signal]
+) -> None:
     """With a canary share nothing is active at once; what comes meanwhile waits for the next cycle."""
     canaries = CanaryLedger(connect(sqlite_loop.settings.sql_url))
     sqlite_loop.settings = sqlite_loop.settings.model_copy(update={"canary_share": 0.25})
@@ -57,13 +59,19 @@ def test_a_candidate_goes_on_trial_and_beat_rests_until_its_end(sqlite_loop: Loo
         sqlite_loop.feed(lessons[:120])
         cycle = sqlite_loop.finished(until(lambda: sqlite_loop.ledger.cycles("default"))[0].id)
         canary = canaries.require("default")
-        assert (cycle.state, canary.version, canary.share) == ("canary", cycle.report["version"], 0.25)
+        assert (cycle.state, canary.version, canary.share) == (
+            "canary",
+            cycle.report["version"],
+            0.25,
+        )
         assert active(sqlite_loop) == canary.beside_version == 1
         sqlite_loop.feed(lessons[120:])
         time.sleep(2)
         assert len(sqlite_loop.ledger.cycles("default")) == 1
         canaries.finish(canary, "promoted", "canary", "better")
-        second = sqlite_loop.finished(until(lambda: c[0] if len(c := sqlite_loop.ledger.cycles()) == 2 else None).id)
+        second = sqlite_loop.finished(
+            until(lambda: c[0] if len(c := sqlite_loop.ledger.cycles()) == 2 else None).id
+        )
     assert sqlite_loop.registry.version(second.report["version"]).parent_id == canary.version
     assert active(sqlite_loop) == canary.version
 
@@ -76,13 +84,24 @@ def test_delivered_often_it_makes_one_version(sqlite_loop: Loop, lessons: list[S
         for _ in range(4):
             sqlite_loop.send(cycle_id)
         cycle = sqlite_loop.finished(cycle_id)
-        until(lambda: sqlite_loop.celery.connection().default_channel.queue_declare("slipstream").message_count == 0)
-        assert sqlite_loop.ledger.request("default", "test")[1], "the finished cycle is still in the way"
+        until(
+            lambda: (
+                sqlite_loop.celery.connection()
+                .default_channel.queue_declare("slipstream")
+                .message_count
+                == 0
+            )
+        )
+        assert sqlite_loop.ledger.request("default", "test")[1], (
+            "the finished cycle is still in the way"
+        )
     assert cycle.attempts == 1
     assert len(sqlite_loop.registry.versions("default")) == 2
 
 
-def test_a_killed_training_process_is_tried_again_on_the_same_window(loop: Loop, lessons: list[Signal]) -> None:
+def test_a_killed_training_process_is_tried_again_on_the_same_window(
+    loop: Loop, lessons: list[Signal]
+) -> None:
     """kill -9 in the middle: the reason is kept, nothing is lost, nothing is made twice."""
     loop.feed(lessons)
     with loop.worker(recipe={"epochs": 300}):
@@ -95,7 +114,11 @@ def test_a_killed_training_process_is_tried_again_on_the_same_window(loop: Loop,
     with loop.worker():
         loop.send(cycle_id)
         cycle = loop.finished(cycle_id)
-    assert (cycle.state, cycle.attempts, cycle.window_first, cycle.window_last) == ("promoted", 2, *window)
+    assert (cycle.state, cycle.attempts, cycle.window_first, cycle.window_last) == (
+        "promoted",
+        2,
+        *window,
+    )
     assert len(loop.registry.versions("default")) == 2
     assert len(loop.buffer.claim("default", 100)) == 5
 
@@ -124,7 +147,9 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def test_a_window_whose_acknowledgement_was_lost_is_not_used_again(sqlite_loop: Loop, lessons: list[Signal]) -> None:
+def test_a_window_whose_acknowledgement_was_lost_is_not_used_again(
+    sqlite_loop: Loop, lessons: list[Signal]
+) -> None:
     """The version is registered, Redis still calls the window pending: the next cycle passes it by."""
     sqlite_loop.feed(lessons[:60])
     pending = sqlite_loop.buffer.claim("default", 100)
@@ -140,7 +165,9 @@ def test_a_window_whose_acknowledgement_was_lost_is_not_used_again(sqlite_loop: 
     assert cycle.report["window"]["first"] > pending[-1].id
 
 
-def test_a_candidate_made_worse_is_refused(sqlite_loop: Loop, lessons: list[Signal], pair: TinyPair) -> None:
+def test_a_candidate_made_worse_is_refused(
+    sqlite_loop: Loop, lessons: list[Signal], pair: TinyPair
+) -> None:
     """A learning rate that ruins the draft: registered with its report, never active."""
     sqlite_loop.feed(lessons)
     with sqlite_loop.worker(recipe={"learning_rate": 30.0}):
@@ -175,7 +202,9 @@ def test_a_missing_parent_is_named_and_given_up(sqlite_loop: Loop, lessons: list
     assert active(sqlite_loop) == 1
 
 
-def test_training_has_a_time_limit_and_the_worker_still_answers(sqlite_loop: Loop, lessons: list[Signal]) -> None:
+def test_training_has_a_time_limit_and_the_worker_still_answers(
+    sqlite_loop: Loop, lessons: list[Signal]
+) -> None:
     """A ping during training is answered; what takes too long is killed, with the reason."""
     sqlite_loop.feed(lessons)
     with sqlite_loop.worker(recipe={"epochs": 5000}, cycle_limit_s=12):
@@ -186,7 +215,9 @@ def test_training_has_a_time_limit_and_the_worker_still_answers(sqlite_loop: Loo
     assert killed.error == "killed after 12 s"
 
 
-def test_beat_starts_cycles_by_itself_and_rests_when_nothing_is_new(sqlite_loop: Loop, lessons: list[Signal]) -> None:
+def test_beat_starts_cycles_by_itself_and_rests_when_nothing_is_new(
+    sqlite_loop: Loop, lessons: list[Signal]
+) -> None:
     """Below the threshold nothing happens; above it a cycle starts; after it the loop rests."""
     sqlite_loop.feed(lessons[:49])
     with sqlite_loop.worker(), sqlite_loop.beat():

@@ -31,14 +31,26 @@ UNGUARDED = {
 class Workplace:
     """Cycles in this process, over two routes that begin with the same draft."""
 
-    def __init__(self, pair: TinyPair, folder: Path, past: Sequence[Signal], **more: object) -> None:
+    def __init__(
+        self, pair: TinyPair, folder: Path, past: Sequence[Signal], **more: object
+    ) -> None:
         """`past`: signals that earlier cycles have used, the last of them to make the drafts that are active."""
-        own = {"recipe": {"learning_rate": 3e-3, "epochs": 4}, "search_recipe": False, "canary_share": 0, **more}
+        own = {
+            "recipe": {"learning_rate": 3e-3, "epochs": 4},
+            "search_recipe": False,
+            "canary_share": 0,
+            **more,
+        }
         settings = Settings(data_dir=folder, routes="default,other", **own)  # type: ignore[arg-type]
         database = connect(settings.sql_url)
         self.registry, self.ledger = Registry(database), CycleLedger(database)
-        self.buffer, self.artifacts = MemoryBuffer(Bounds(10_000, 2**30, 3600)), ArtifactStore(settings.artifacts_path)
-        self.shop = cycle.Workshop(settings, self.registry, self.ledger, self.buffer, self.artifacts)
+        self.buffer, self.artifacts = (
+            MemoryBuffer(Bounds(10_000, 2**30, 3600)),
+            ArtifactStore(settings.artifacts_path),
+        )
+        self.shop = cycle.Workshop(
+            settings, self.registry, self.ledger, self.buffer, self.artifacts
+        )
         self.registry.ensure_routes(settings.routes)
         digest = self.artifacts.publish(lambda into: copy_into(pair.draft, into))
         window = {"last": self._past(past)}
@@ -66,7 +78,9 @@ class Workplace:
         """Of the route's active draft."""
         active = self.registry.active("default")
         assert active is not None
-        module = AutoModelForCausalLM.from_pretrained(self.artifacts.verify(active.sha256), dtype=torch.float32)
+        module = AutoModelForCausalLM.from_pretrained(
+            self.artifacts.verify(active.sha256), dtype=torch.float32
+        )
         return float(evaluate(module, signals, 4, 3).tokens_R.mean())
 
     def other(self) -> tuple[object, ...]:
@@ -75,7 +89,14 @@ class Workplace:
         assert active is not None
         weights = self.artifacts.verify(active.sha256).joinpath("model.safetensors").read_bytes()
         waiting = len(self.buffer.unclaimed("other", 1000))
-        return active.id, active.sha256, weights, self.buffer.depth("other"), waiting, self.ledger.cycles("other")
+        return (
+            active.id,
+            active.sha256,
+            weights,
+            self.buffer.depth("other"),
+            waiting,
+            self.ledger.cycles("other"),
+        )
 
 
 def flooded(pair: TinyPair, client: str) -> list[Signal]:
@@ -86,7 +107,9 @@ def flooded(pair: TinyPair, client: str) -> list[Signal]:
     """
     texts = taught(pair.spoilt, 10, prompt_ids=FLOOD, seed=1, client=client)
     flood = [replace(texts[i % 10], request_id=f"flood{i}") for i in range(250)]
-    base = taught(pair.target, 50, prompt_ids=BASE, seed=2, name="base", client="" if client else "someone")
+    base = taught(
+        pair.target, 50, prompt_ids=BASE, seed=2, name="base", client="" if client else "someone"
+    )
     return [s for i, one in enumerate(base) for s in (*flood[5 * i : 5 * i + 5], one)]
 
 
@@ -124,7 +147,11 @@ def test_a_flood_of_nobodys_is_stopped_by_what_would_be_forgotten(
     before = work.tokens_per_step(measured)
     done = work.cycle()
     gate = done.report["gate"]
-    assert (done.state, gate["gain_low"] > 0, gate["reason"].startswith("forgets")) == ("rejected", True, True)
+    assert (done.state, gate["gain_low"] > 0, gate["reason"].startswith("forgets")) == (
+        "rejected",
+        True,
+        True,
+    )
     assert work.tokens_per_step(measured) == before
 
 

@@ -31,7 +31,9 @@ def toml(folder: Path, pair: TinyPair, queries: int = 80) -> Path:
         f'[domains.{name}]\ntraffic = "{folder}/{name}-traffic.jsonl"\nheld_out = "{folder}/{name}-exam.jsonl"'
         for name in ("low", "high")
     ]
-    parts = [f"[[segments]]\nqueries = {queries}\nmix = {{{name} = 1.0}}" for name in ("low", "high")]
+    parts = [
+        f"[[segments]]\nqueries = {queries}\nmix = {{{name} = 1.0}}" for name in ("low", "high")
+    ]
     top = f"""
 target = "{pair.target}"
 draft = "{pair.spoilt}"
@@ -52,7 +54,9 @@ recipe = {{learning_rate = 5e-3, epochs = 8}}
     return path
 
 
-def replayed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> dict[str, object]:
+def replayed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str
+) -> dict[str, object]:
     """The command's last line."""
     monkeypatch.setattr("sys.argv", ["replay", *words])
     main()
@@ -61,7 +65,10 @@ def replayed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_replay_learns_reports_and_goes_on(
-    pair: TinyPair, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    pair: TinyPair,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Drafts are swapped in, both domains gain, the report stands alone; run again it has nothing left to do."""
     out = tmp_path / "out"
@@ -86,7 +93,9 @@ def test_a_replay_learns_reports_and_goes_on(
     assert {**again, "seconds": 0} == {**first, "seconds": 0}
 
 
-@pytest.mark.parametrize("where", ["while serving", "before a cycle ends", "after a cycle has ended"])
+@pytest.mark.parametrize(
+    "where", ["while serving", "before a cycle ends", "after a cycle has ended"]
+)
 def test_a_stopped_replay_goes_on_where_it_was(
     pair: TinyPair, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,11 +128,15 @@ def test_a_stopped_replay_goes_on_where_it_was(
     assert len(versions) == len(log.of("cycle", state="promoted"))
 
 
-def test_an_arm_may_learn_routes(pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_arm_may_learn_routes(
+    pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Clusters learn beside the live route, and every prompt is judged by the draft that it gets."""
     monkeypatch.setattr("online.clustering.POOL", 40)
     arm = Arm(name="clusters", settings={"learnt_routes": 2, "cycle_min_signals": 24})
-    config = read(toml(tmp_path, pair, queries=80)).model_copy(update={"wall_queries": 0, "arms": [arm]})
+    config = read(toml(tmp_path, pair, queries=80)).model_copy(
+        update={"wall_queries": 0, "arms": [arm]}
+    )
     mixed = Segment(queries=160, mix={"low": 1.0, "high": 1.0})
     config = config.model_copy(update={"segments": [mixed]})
     log = ArmRun(config, arm, 1, tmp_path / "arm", lambda line: None).go()
@@ -138,7 +151,9 @@ def test_an_arm_may_learn_routes(pair: TinyPair, tmp_path: Path, monkeypatch: py
 def test_another_configuration_is_not_mixed_in(pair: TinyPair, tmp_path: Path) -> None:
     """A folder holds one replay, to which seeds and arms may be added; an arm's settings stay what they were."""
     config, path = read(toml(tmp_path, pair)), tmp_path / "replay.json"
-    before = config.model_copy(update={"arms": [Arm(name="loop"), Arm(name="other", settings={"worth_gain": 0})]})
+    before = config.model_copy(
+        update={"arms": [Arm(name="loop"), Arm(name="other", settings={"worth_gain": 0})]}
+    )
     _same_as_before(before, path)
     _same_as_before(config.model_copy(update={"seeds": [1, 2], "wall_queries": 0}), path)
     assert [arm["name"] for arm in json.loads(path.read_text())["arms"]] == ["loop", "other"]
@@ -158,10 +173,14 @@ def test_another_configuration_is_not_mixed_in(pair: TinyPair, tmp_path: Path) -
         ("[[segments]]\nqueries = 5\nmix = {other = 1.0}", "other are not among domains"),
     ],
 )
-def test_what_a_configuration_can_t_mean_is_named(pair: TinyPair, tmp_path: Path, change: str, said: str) -> None:
+def test_what_a_configuration_can_t_mean_is_named(
+    pair: TinyPair, tmp_path: Path, change: str, said: str
+) -> None:
     """The field and the reason."""
     path = toml(tmp_path, pair)
-    path.write_text(path.read_text() + "\n" + change if change[0] == "[" else change + "\n" + path.read_text())
+    path.write_text(
+        path.read_text() + "\n" + change if change[0] == "[" else change + "\n" + path.read_text()
+    )
     with pytest.raises(ValueError, match=said):
         read(path)
 
@@ -171,7 +190,12 @@ def test_presets_are_made_of_whole_segments(tmp_path: Path) -> None:
     names = ["a", "b", "c"]
     assert [part.main for part in segments("abrupt", names, 10)] == names
     gradual = segments("gradual", names, 10)
-    assert [(part.fade, part.queries) for part in gradual] == [(False, 5), (True, 10), (True, 10), (False, 5)]
+    assert [(part.fade, part.queries) for part in gradual] == [
+        (False, 5),
+        (True, 10),
+        (True, 10),
+        (False, 5),
+    ]
     assert [part.main for part in segments("recurring", names[:2], 10)] == ["a", "b", "a", "b"]
     (mixture,) = segments("mixture", names, 10)
     assert (mixture.queries, mixture.main) == (30, "")
@@ -183,7 +207,10 @@ def test_presets_are_made_of_whole_segments(tmp_path: Path) -> None:
 
 def test_a_fade_goes_from_one_mix_to_the_next() -> None:
     """Linearly, over the segment."""
-    before, after = Segment(queries=5, mix={"a": 2.0}), Segment(queries=10, mix={"b": 1.0}, fade=True)
+    before, after = (
+        Segment(queries=5, mix={"a": 2.0}),
+        Segment(queries=10, mix={"b": 1.0}, fade=True),
+    )
     assert after.weights(0, before) == {"a": 1.0, "b": 0.0}
     assert after.weights(5, before) == {"a": 0.5, "b": 0.5}
     assert Replay(domains={"a": Domain(traffic="x", held_out="y")}, segments=[before]).queries == 5

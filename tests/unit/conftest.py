@@ -16,13 +16,18 @@ Command = Callable[..., dict[str, Any]]
 
 
 def prompts(path: Path, count: int, what: str) -> str:
-    path.write_text("".join(json.dumps({"prompt": f"def {what}_{i}(value)"}) + "\n" for i in range(count)))
+    path.write_text(
+        "".join(json.dumps({"prompt": f"def {what}_{i}(value)"}) + "\n" for i in range(count))
+    )
     return str(path)
 
 
 @pytest.fixture
 def command(
-    pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pair: TinyPair,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> Iterator[Command]:
     """Runs a command's main on the tiny target, and gives the JSON of its last line."""
     threads = torch.get_num_threads()

@@ -17,7 +17,11 @@ def test_an_artifact_is_named_by_its_weights(tmp_path: Path) -> None:
     """Published twice it is one."""
     store = ArtifactStore(tmp_path)
     digest = store.publish(weights())  # type: ignore[arg-type]
-    assert store.publish(weights()) == digest == file_sha256(store.verify(digest) / "model.safetensors")  # type: ignore[arg-type]
+    assert (
+        store.publish(weights())
+        == digest
+        == file_sha256(store.verify(digest) / "model.safetensors")
+    )  # type: ignore[arg-type]
     assert [p.name for p in tmp_path.iterdir()] == [digest]
 
 

@@ -15,7 +15,11 @@ HERE = Situation("default", 3, greedy=False)
 
 
 def play(
-    choice: Choice, means: Sequence[float], steps: int, rng: np.random.Generator, where: Situation = HERE
+    choice: Choice,
+    means: Sequence[float],
+    steps: int,
+    rng: np.random.Generator,
+    where: Situation = HERE,
 ) -> float:
     """Tokens per second, where way i emits `means[i]` tokens in about a second."""
     tokens = seconds = 0.0
@@ -35,7 +39,9 @@ def fastest(choice: Choice) -> str:
     return max((belief.log_speed, name) for name, belief in choice.beliefs(HERE).items())[1]
 
 
-@pytest.mark.parametrize("means", [(2.0, 2.1, 1.8, 2.6), (2.0, 2.04, 1.96, 2.02), (3.0, 1.4, 1.4, 1.2)])
+@pytest.mark.parametrize(
+    "means", [(2.0, 2.1, 1.8, 2.6), (2.0, 2.04, 1.96, 2.02), (3.0, 1.4, 1.4, 1.2)]
+)
 def test_it_costs_hardly_more_than_knowing_what_is_best(means: tuple[float, ...]) -> None:
     """After the first tries: 0.97 of the best, be the ways far apart or close together."""
     rng, choice = np.random.default_rng(0), made(len(means))
@@ -51,7 +57,9 @@ def share_of_best(speeds: Sequence[float], steps: int, seed: int) -> float:
         if step % 40 == 0:
             text = float(np.exp(rng.normal(0, 0.2)))
         speed = speeds[int(choice.choose(HERE._replace(rows=0)))]
-        choice.stepped(round(100 * text * (1 + rng.poisson(1.0))), float(np.exp(rng.normal(0, 0.15))) / speed)
+        choice.stepped(
+            round(100 * text * (1 + rng.poisson(1.0))), float(np.exp(rng.normal(0, 0.15))) / speed
+        )
         seconds += 1 / speed
     return steps / seconds / max(speeds)
 
@@ -114,7 +122,9 @@ def test_a_new_situation_begins_with_what_others_say() -> None:
     play(choice, (1.5, 3.0, 1.5, 1.5), 20 * STRETCH, rng)
     assert play(choice, (1.5, 3.0, 1.5, 1.5), 8 * STRETCH, rng, HERE._replace(rows=2)) > 0.95 * 3.0
     other = HERE._replace(route="other")
-    tried = {choice.choose(other) for _ in range(4 * STRETCH) if play(choice, (2.0,) * 4, 1, rng, other)}
+    tried = {
+        choice.choose(other) for _ in range(4 * STRETCH) if play(choice, (2.0,) * 4, 1, rng, other)
+    }
     assert tried == {"0", "1", "2", "3"}
 
 
@@ -144,7 +154,9 @@ def test_short_situations_learn_together() -> None:
         for step in range(500):
             where = list(speeds)[step // 12 % len(speeds)]
             speed = speeds[where][int(choice.choose(where))]
-            choice.stepped(round(100 * (1 + rng.poisson(1.0))), float(np.exp(rng.normal(0, 0.15))) / speed)
+            choice.stepped(
+                round(100 * (1 + rng.poisson(1.0))), float(np.exp(rng.normal(0, 0.15))) / speed
+            )
             if step >= 250:
                 worth, best = worth + 1 / speed, best + 1 / max(speeds[where])
         shares.append(best / worth)

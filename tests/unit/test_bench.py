@@ -19,16 +19,30 @@ Bench = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def bench(
-    pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pair: TinyPair,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> Iterator[Bench]:
     """Runs a benchmark's main on the tiny pair, and gives the JSON of its last line."""
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"def name_{i}(value): return"}) + "\n" for i in range(8)))
+    prompts.write_text(
+        "".join(json.dumps({"prompt": f"def name_{i}(value): return"}) + "\n" for i in range(8))
+    )
     threads = torch.get_num_threads()
 
     def run(main: Callable[[], None], *options: str) -> dict[str, Any]:
-        given = ["--target", str(pair.target), "--draft", str(pair.draft), "--prompts", str(prompts)]
-        monkeypatch.setattr(sys, "argv", ["bench", *given, "--dtype", "float32", "--threads", "1", *options])
+        given = [
+            "--target",
+            str(pair.target),
+            "--draft",
+            str(pair.draft),
+            "--prompts",
+            str(prompts),
+        ]
+        monkeypatch.setattr(
+            sys, "argv", ["bench", *given, "--dtype", "float32", "--threads", "1", *options]
+        )
         main()
         figures: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
         return figures
@@ -40,7 +54,17 @@ def bench(
 def test_tap_compares_recording_with_none(bench: Bench) -> None:
     """A ratio for each number of queries in flight, and a record for every request of the recorded side."""
     figures = bench(
-        tap.main, "--repetitions", "2", "--concurrency", "1,2", "--rounds", "2", "--max-tokens", "8", "--gamma", "2"
+        tap.main,
+        "--repetitions",
+        "2",
+        "--concurrency",
+        "1,2",
+        "--rounds",
+        "2",
+        "--max-tokens",
+        "8",
+        "--gamma",
+        "2",
     )
     assert set(figures["tap_ratio"]) == set(figures["tap_ratio_interval"]) == {"1", "2"}
     assert figures["tap_ratio_min"] == min(figures["tap_ratio"].values())
@@ -50,12 +74,20 @@ def test_tap_compares_recording_with_none(bench: Bench) -> None:
 
 def test_swaps_drop_nobody_and_change_no_greedy_answer(bench: Bench) -> None:
     """All the swaps happen, under requests that see more than one draft."""
-    figures = bench(swap.main, "--swaps", "6", "--streams", "3", "--max-tokens", "24", "--steps-between", "2")
+    figures = bench(
+        swap.main, "--swaps", "6", "--streams", "3", "--max-tokens", "24", "--steps-between", "2"
+    )
     assert figures["swaps"] == 6
     assert figures["dropped"] == figures["different_answers"] == 0
     assert figures["compared_answers"] > 0
     assert figures["requests_across_swaps"] > 0
-    for key in ("pause_ms_p50", "pause_ms_p99", "median_step_ms", "longest_pause_steps", "longest_gap_steps"):
+    for key in (
+        "pause_ms_p50",
+        "pause_ms_p99",
+        "median_step_ms",
+        "longest_pause_steps",
+        "longest_gap_steps",
+    ):
         assert figures[key] > 0
 
 
@@ -76,7 +108,13 @@ def test_soak_answers_everyone_and_leaks_no_slot(bench: Bench) -> None:
     )
     assert figures["requests"] == 120 == figures["answered"] + figures["cancelled"]
     assert figures["cancelled"] > 0
-    assert figures["errors"] == figures["unanswered"] == figures["draft_faults"] == figures["slots_leaked"] == 0
+    assert (
+        figures["errors"]
+        == figures["unanswered"]
+        == figures["draft_faults"]
+        == figures["slots_leaked"]
+        == 0
+    )
     assert figures["swaps"] == 4
     assert figures["memory_growth"] > 0
     assert figures["rss_mib"] > 0
@@ -98,12 +136,20 @@ def test_a_piece_of_several_tokens_is_as_many_gaps() -> None:
     assert [reply.within(0.15, 0.1) for reply in (slow, fast, lost)] == [False, True, False]
 
 
-def test_the_benchmark_of_a_gpu_is_ready(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_benchmark_of_a_gpu_is_ready(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """On whatever there is, with models that are as good as none."""
     monkeypatch.setattr(sys, "argv", ["bench", "--small"])
     threads = torch.get_num_threads()
     gpu.main()
     torch.set_num_threads(threads)
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
-    for key in ("plain_ms_per_token", "weights_read_ms", "speculative_step_ms", "step_vs_forwards", "swap_pause_ms"):
+    for key in (
+        "plain_ms_per_token",
+        "weights_read_ms",
+        "speculative_step_ms",
+        "step_vs_forwards",
+        "swap_pause_ms",
+    ):
         assert figures[key] > 0

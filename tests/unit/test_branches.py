@@ -36,7 +36,13 @@ def drafted(request_id: str = "r", prompt: tuple[int, ...] = (5, 6, 7)) -> Signa
 
 def contexts(drafts: Signal) -> dict[int, list[int]]:
     """By the position that was verified: the tokens it was verified after, written from the contract of a signal."""
-    prompt, output, found, drafted_before, verified = drafts.prompt_ids.tolist(), drafts.output_ids.tolist(), {}, 0, 0
+    prompt, output, found, drafted_before, verified = (
+        drafts.prompt_ids.tolist(),
+        drafts.output_ids.tolist(),
+        {},
+        0,
+        0,
+    )
     for start, count in zip(drafts.step_start, drafts.step_drafted, strict=True):
         for j in range(count + 1):
             own = drafts.draft_ids[drafted_before : drafted_before + j].tolist()
@@ -51,9 +57,15 @@ def test_a_branch_is_what_was_drafted_and_not_kept() -> None:
 
 
 @pytest.mark.parametrize("branch_tokens", [0, 1, 2, 16])
-def test_every_supervised_position_is_computed_in_its_own_context(pair: TinyPair, branch_tokens: int) -> None:
+def test_every_supervised_position_is_computed_in_its_own_context(
+    pair: TinyPair, branch_tokens: int
+) -> None:
     """One forward by a tree mask gives the logits of a forward of each context alone, padding and all."""
-    signals = [drafted("a"), drafted("b", prompt=(9,)), signal("c", prompt_ids=np.arange(4, 20, dtype=np.int32))]
+    signals = [
+        drafted("a"),
+        drafted("b", prompt=(9,)),
+        signal("c", prompt_ids=np.arange(4, 20, dtype=np.int32)),
+    ]
     module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
     lessons = [Lesson.of(s, branch_tokens) for s in signals]
     with torch.no_grad():
@@ -96,7 +108,9 @@ def test_branch_weight_zero_learns_what_the_path_alone_teaches(pair: TinyPair) -
 def test_branches_are_learnt_from(pair: TinyPair) -> None:
     """With a weight they count as positions and change the draft."""
     module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
-    told = distill(module, [[drafted()]], Recipe(epochs=2, branch_tokens=4, branch_weight=0.5), pad_id=3)
+    told = distill(
+        module, [[drafted()]], Recipe(epochs=2, branch_tokens=4, branch_weight=0.5), pad_id=3
+    )
     assert told.positions == 2 * 12
 
 
@@ -116,12 +130,17 @@ def test_masks_hold_the_places_of_what_follows(pair: TinyPair) -> None:
     lesson, text = Lesson.of(taught_by, 0, 3, 3), [5, 6, 7, *taught_by.output_ids.tolist()]
     path = [place for place, _ in taught_by.path()]
     expected = [
-        (start, path[at + k]) for at, start in enumerate(path) if at % 2 == 1 for k in range(min(3, len(path) - at))
+        (start, path[at + k])
+        for at, start in enumerate(path)
+        if at % 2 == 1
+        for k in range(min(3, len(path) - at))
     ]
     with torch.no_grad():
         masked = lesson.kind_N == MASK
         assert masked.sum() == len(expected)
-        found_NV = draft_logits(module, collate([lesson, Lesson.of(signal("longer"), 0, 2, 3)], 3, "cpu"))
+        found_NV = draft_logits(
+            module, collate([lesson, Lesson.of(signal("longer"), 0, 2, 3)], 3, "cpu")
+        )
         for n, (start, place) in zip(np.flatnonzero(masked), expected, strict=True):
             fed = [*text[: 3 + start - 1], *[3] * (place - start + 1)]
             assert torch.allclose(found_NV[n], module(torch.tensor([fed])).logits[0, -1], atol=1e-4)
@@ -136,6 +155,8 @@ def test_masks_are_learnt_from(pair: TinyPair) -> None:
         distill(module, [signals], Recipe(epochs=4, rehearsal=0, masks=masks), pad_id=3)
         batch = collate([Lesson.of(one, 0, 2, 3) for one in signals[:20]], 3, "cpu")
         with torch.no_grad():
-            loss_N = losses(draft_logits(module, batch), batch, divergence("forward_kl", 0.5), False)
+            loss_N = losses(
+                draft_logits(module, batch), batch, divergence("forward_kl", 0.5), False
+            )
         told[masks] = loss_N[batch.kind_N == MASK].mean().item()
     assert told[2] < told[0] - 0.1

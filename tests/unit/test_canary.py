@@ -44,7 +44,13 @@ def room(tiny: Bench) -> LiveDraft:
 
 def run(tiny: Bench, prompt: tuple[int, ...] = PROMPTS[3], **more: object) -> dict[str, Finished]:
     """The same prompt under many names, all at once."""
-    return dict(zip(NAMES, tiny.run(*[query(prompt, name, max_tokens=40, **more) for name in NAMES]), strict=True))
+    return dict(
+        zip(
+            NAMES,
+            tiny.run(*[query(prompt, name, max_tokens=40, **more) for name in NAMES]),
+            strict=True,
+        )
+    )
 
 
 def versions(finished: Finished) -> set[int]:
@@ -75,7 +81,9 @@ def test_each_row_drafts_with_the_version_it_was_given(pair: TinyPair, tiny: Ben
         assert finished.ids == target_alone(pair, PROMPTS[3], 40)
         assert versions(finished) == {active(tiny).assigned(name).version}
     assert rate(by_version(found, 9)) < rate(by_version(found, 1)) / 2
-    logged = {signal.request_id: set(signal.step_version.tolist()) for signal in tiny.signals(len(NAMES))}
+    logged = {
+        signal.request_id: set(signal.step_version.tolist()) for signal in tiny.signals(len(NAMES))
+    }
     assert logged == {name: versions(finished) for name, finished in found.items()}
 
 
@@ -92,7 +100,9 @@ def test_contexts_are_not_shared_between_versions(pair: TinyPair) -> None:
         apart = {version: rate(by_version(run(tiny, prompt), version)) for version in (1, 9)}
         warm = run(tiny, prompt)
         assert tiny.counter("vllm:prefix_cache_hits") > 0
-    assert {version: rate(by_version(warm, version)) for version in (1, 9)} == pytest.approx(apart, abs=0.02)
+    assert {version: rate(by_version(warm, version)) for version in (1, 9)} == pytest.approx(
+        apart, abs=0.02
+    )
     with bench(pair) as alone:
         assert apart[1] == pytest.approx(rate(list(run(alone, prompt).values())), abs=0.02)
 
@@ -138,8 +148,14 @@ class Tried:
 
 @pytest.fixture
 def tried(tiny: Bench, pair: TinyPair, sqlite: Engine, tmp_path: Path) -> Tried:
-    registry, ledger, artifacts = Registry(sqlite), CanaryLedger(sqlite), ArtifactStore(tmp_path / "artifacts")
-    made = Candidate(artifacts.publish(lambda folder: copy_into(pair.draft, folder)), {}, {}, {}, "test")
+    registry, ledger, artifacts = (
+        Registry(sqlite),
+        CanaryLedger(sqlite),
+        ArtifactStore(tmp_path / "artifacts"),
+    )
+    made = Candidate(
+        artifacts.publish(lambda folder: copy_into(pair.draft, folder)), {}, {}, {}, "test"
+    )
     registry.ensure_routes(("default",))
     registry.register_first("default", made, "test")
     with transaction(sqlite, writes=True) as session:
@@ -147,7 +163,9 @@ def tried(tiny: Bench, pair: TinyPair, sqlite: Engine, tmp_path: Path) -> Tried:
         open_canary(session, "default", version, 1, 0.5, "test", "test")
     active(tiny).share = 0.0
     installer = Installer(tiny.engine.between_steps, artifacts, lambda: "same")
-    canaries = Canaries({"default": active(tiny)}, installer, registry, ledger, Rules(20, 400, 0.03), tiny.metrics)
+    canaries = Canaries(
+        {"default": active(tiny)}, installer, registry, ledger, Rules(20, 400, 0.03), tiny.metrics
+    )
     canaries.follow()
     return Tried(tiny, canaries, ledger, version)
 
@@ -155,7 +173,10 @@ def tried(tiny: Bench, pair: TinyPair, sqlite: Engine, tmp_path: Path) -> Tried:
 def test_a_running_canary_is_loaded_and_gets_its_share(tried: Tried) -> None:
     """With the weights of its version, until the ledger says that it has ended."""
     assert (room(tried.tiny).version, active(tried.tiny).share) == (tried.version, 0.5)
-    assert {v for finished in run(tried.tiny).values() for v in versions(finished)} == {1, tried.version}
+    assert {v for finished in run(tried.tiny).values() for v in versions(finished)} == {
+        1,
+        tried.version,
+    }
     tried.ledger.finish(tried.ledger.require("default"), "aborted", "alice", "enough")
     tried.canaries.follow()
     assert active(tried.tiny).share == 0
@@ -165,7 +186,14 @@ def test_a_running_canary_is_loaded_and_gets_its_share(tried: Tried) -> None:
 def test_requests_that_came_before_the_trial_count_in_neither_arm(tried: Tried) -> None:
     """The canary had no chance of them, or of the short ones only; another version's do not count either."""
     now = time.monotonic()
-    for version, arrived_s in ((1, 0.0), (tried.version, 0.0), (7, now), (1, now), (1, now), (tried.version, now)):
+    for version, arrived_s in (
+        (1, 0.0),
+        (tried.version, 0.0),
+        (7, now),
+        (1, now),
+        (1, now),
+        (tried.version, now),
+    ):
         tried.canaries.observe("default", version, 0.5, arrived_s)
     seen = tried.canaries.seen("default")
     assert seen is not None

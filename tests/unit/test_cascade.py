@@ -38,17 +38,28 @@ Guesses = Callable[[list[int]], Guess | None]
 
 def made(context: list[int], held: int, most: int, guess: Guesses, **more: Any) -> Chain:
     """One that is the model's alone, unless said otherwise."""
-    given_ = {"lead": most, "acceptance": 1.0, "share": FREE, "known": Kept(), "greedy": False, **more}
+    given_ = {
+        "lead": most,
+        "acceptance": 1.0,
+        "share": FREE,
+        "known": Kept(),
+        "greedy": False,
+        **more,
+    }
     return Chain(context, held, most, guess=guess, **given_)
 
 
 # ── what the model drafts ──
 
 
-@pytest.mark.parametrize("temperatures", [[0.0] * 3, [1.0] * 3, [0.0, 0.7, 1.3]], ids=["greedy", "sampled", "both"])
+@pytest.mark.parametrize(
+    "temperatures", [[0.0] * 3, [1.0] * 3, [0.0, 0.7, 1.3]], ids=["greedy", "sampled", "both"]
+)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
 @settings(max_examples=40, deadline=None)
-def test_guesses_do_not_change_what_the_model_drafts(temperatures: list[float], seed: int, guessed: int) -> None:
+def test_guesses_do_not_change_what_the_model_drafts(
+    temperatures: list[float], seed: int, guessed: int
+) -> None:
     """Where n-grams are not sure of them: the chain's tokens from its distributions, and the cache holds it."""
     rng = np.random.default_rng(guessed)
     uniform_BN = torch.from_numpy(np.random.default_rng(seed).random((3, 4)))
@@ -142,14 +153,25 @@ def step(
 ) -> Proposal | None:
     """`beside`: uniforms of another row that shares the step and has its own guesses."""
     count = 2 if beside else 1
-    rows = [made([0], 0, 3, ours, lead=3, acceptance=0.6, share=each, known=known()) for ours in (guess, other)[:count]]
+    rows = [
+        made([0], 0, 3, ours, lead=3, acceptance=0.6, share=each, known=known())
+        for ours in (guess, other)[:count]
+    ]
     drawn = [[*uniforms, 0.5, 0.5, 0.5][:3], [*beside, 0.5, 0.5, 0.5][:3]][:count]
     uniform_BN = torch.tensor(drawn, dtype=torch.float64)
-    sampling, draft, price = of_all(setting, count), Draft(3, 0, count, dtype=dtype), each.times(count)
-    logits_BQV, probs_BQV, _ = cascade.propose(draft, slice(0, count), rows, sampling, uniform_BN, price, masks)
+    sampling, draft, price = (
+        of_all(setting, count),
+        Draft(3, 0, count, dtype=dtype),
+        each.times(count),
+    )
+    logits_BQV, probs_BQV, _ = cascade.propose(
+        draft, slice(0, count), rows, sampling, uniform_BN, price, masks
+    )
     those: Any = [SimpleNamespace(tokens=[0])] * count
     nothing: Any = None
-    group = Group(nothing, nothing, slice(0, count), those, [3] * count, sampling, uniform_BN, 3, "cpu", price)
+    group = Group(
+        nothing, nothing, slice(0, count), those, [3] * count, sampling, uniform_BN, 3, "cpu", price
+    )
     return chains.finished(rows, logits_BQV, probs_BQV, group)
 
 
@@ -165,7 +187,9 @@ def outcomes(setting: enumeration.Setting, dtype: torch.dtype, **more: Any) -> C
             empty_QV = torch.zeros((0, 3), dtype=dtype)
             tokens = [] if found is None else found.tokens_BN[0, :count].tolist()
             sources = [] if found is None else _sources(found)[:count]
-            ends.append((tokens, sources, empty_QV if found is None else found.probs_BQV[0], probability))
+            ends.append(
+                (tokens, sources, empty_QV if found is None else found.probs_BQV[0], probability)
+            )
         elif (source := _sources(found)[n]) == CHOSEN:
             pending.append(([*uniforms, 0.5], probability))
         else:
@@ -178,20 +202,30 @@ def outcomes(setting: enumeration.Setting, dtype: torch.dtype, **more: Any) -> C
 
 
 def _sources(found: Proposal) -> list[int]:
-    return list(range(found.candidates)) if found.tree is None else found.tree.sources_BN[0].tolist()
+    return (
+        list(range(found.candidates)) if found.tree is None else found.tree.sources_BN[0].tolist()
+    )
 
 
-def _case(ends: Sequence[tuple[list[int], list[int], Tensor, float]], setting: Any, dtype: torch.dtype) -> Case:
+def _case(
+    ends: Sequence[tuple[list[int], list[int], Tensor, float]], setting: Any, dtype: torch.dtype
+) -> Case:
     rows = [tuple([*tokens, 0, 0, 0][:3]) for tokens, _, _, _ in ends]
     q_BQV = torch.zeros((len(ends), 3, 3), dtype=dtype)
     for b, (_, _, q_QV, _) in enumerate(ends):
         q_BQV[b, : len(q_QV)] = q_QV
     tree = Tree.of(chain(3), len(ends), False, "cpu")
-    tree = replace(tree, sources_BN=torch.tensor([[*sources, 0, 0, 0][:3] for _, sources, _, _ in ends]))
+    tree = replace(
+        tree, sources_BN=torch.tensor([[*sources, 0, 0, 0][:3] for _, sources, _, _ in ends])
+    )
     drafted_B = torch.tensor([len(tokens) for tokens, _, _, _ in ends])
     proposal = Proposal(torch.tensor(rows), q_BQV, [], drafted_B, tree)
-    probability_B = torch.tensor([probability for _, _, _, probability in ends], dtype=torch.float64)
-    return Case((0, 1, 2), rows, setting, told(TARGET, (0, 1, 2), rows, dtype), proposal, probability_B)
+    probability_B = torch.tensor(
+        [probability for _, _, _, probability in ends], dtype=torch.float64
+    )
+    return Case(
+        (0, 1, 2), rows, setting, told(TARGET, (0, 1, 2), rows, dtype), proposal, probability_B
+    )
 
 
 @either
@@ -209,17 +243,23 @@ def test_what_is_emitted_is_the_targets(setting: str, masks: int, dtype: torch.d
 @either
 @pytest.mark.parametrize("masks", [0, 2])
 @pytest.mark.parametrize("beside", [(0.1,), (0.9, 0.9, 0.9), (0.2, 0.8, 0.5)])
-def test_it_is_exact_beside_another_row(beside: Sequence[float], masks: int, dtype: torch.dtype) -> None:
+def test_it_is_exact_beside_another_row(
+    beside: Sequence[float], masks: int, dtype: torch.dtype
+) -> None:
     """How long that one gets depends on whether the model is asked again, and so on what the first one has drawn."""
     case = outcomes(SETTINGS["plain"], dtype, masks=masks, beside=beside, each=DEAR)
     assert case.probability_B.sum().item() == pytest.approx(1)
     assert distance(judge, case) <= LIMIT
 
 
-def test_to_leave_out_what_was_drawn_for_others_being_short_would_not_be_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_to_leave_out_what_was_drawn_for_others_being_short_would_not_be_exact(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """They are short for what was drawn."""
     monkeypatch.setattr(Chain, "fixed", 0)
-    assert distance(judge, outcomes(SETTINGS["plain"], torch.float64, beside=(0.1,), each=DEAR)) > 1e-2
+    assert (
+        distance(judge, outcomes(SETTINGS["plain"], torch.float64, beside=(0.1,), each=DEAR)) > 1e-2
+    )
 
 
 def test_a_candidate_has_to_be_worth_its_place_in_all_rows() -> None:
@@ -227,7 +267,10 @@ def test_a_candidate_has_to_be_worth_its_place_in_all_rows() -> None:
     price = Price(0.0, 0.6, 0.0)
 
     def longest(*kept: float, **more: Any) -> int:
-        rows = [made([0], 0, 6, lambda _, kept=one: Guess(1, SEEN, kept), lead=0, share=price) for one in kept]
+        rows = [
+            made([0], 0, 6, lambda _, kept=one: Guess(1, SEEN, kept), lead=0, share=price)
+            for one in kept
+        ]
         for name, value in more.items():
             setattr(rows[0], name, value)
         return chains.complete(rows, price)
@@ -243,7 +286,9 @@ def test_drafting_at_all_has_to_be_worth_its_start() -> None:
     """All candidates together; what has been drawn stays."""
 
     def longest(start: float, drawn: bool = False) -> int:
-        one = made([0], 0, 3, lambda _: Guess(1, SEEN, 0.5), share=Price(0.0, 0.1, 0.0), known=known())
+        one = made(
+            [0], 0, 3, lambda _: Guess(1, SEEN, 0.5), share=Price(0.0, 0.1, 0.0), known=known()
+        )
         if drawn:
             one.draw([1], [0.0], masked=False)
         return chains.complete([one], Price(start, 0.1, 0.0))  # 0.5 + 0.25 + 0.125 are kept
@@ -260,7 +305,9 @@ def test_the_model_is_asked_where_the_rows_together_gain_its_forward() -> None:
         rows = [made([1], 0, 1, nobody, acceptance=0.5, share=price, lags=lag) for lag in lags]
         greedy = Sampling.of([0.0] * len(rows), [0] * len(rows), [1.0] * len(rows), V)
         uniform_BN = torch.zeros(len(rows), 1, dtype=torch.float64)
-        *_, forwards = cascade.propose(TableModel(V, len(rows)), slice(0, len(rows)), rows, greedy, uniform_BN, price)
+        *_, forwards = cascade.propose(
+            TableModel(V, len(rows)), slice(0, len(rows)), rows, greedy, uniform_BN, price
+        )
         return forwards, [len(one.tokens) for one in rows], [one.missed for one in rows]
 
     assert asked(False) == (0, [0], [False])

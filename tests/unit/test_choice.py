@@ -47,14 +47,18 @@ def test_candidates_are_recipes() -> None:
         ({"drafter": "exits"}, {"masks": 0, "exit_weight": 1}),
     ],
 )
-def test_a_route_learns_what_its_drafter_needs(drafting: dict[str, object], learnt: dict[str, float]) -> None:
+def test_a_route_learns_what_its_drafter_needs(
+    drafting: dict[str, object], learnt: dict[str, float]
+) -> None:
     """And other routes do not; what is set by hand comes first."""
     told = {"routes": "own,other", "drafters": {"own": drafting}, "gamma": 6}
     own, other = (configured(Settings.model_validate(told), route, 7) for route in ("own", "other"))
     assert own == replace(Recipe(seed=7), **learnt)
     assert other == Recipe(seed=7)
     told["recipe"] = {"masks": 1, "exit_weight": 0.5}
-    assert configured(Settings.model_validate(told), "own", 7) == Recipe(masks=1, exit_weight=0.5, seed=7)
+    assert configured(Settings.model_validate(told), "own", 7) == Recipe(
+        masks=1, exit_weight=0.5, seed=7
+    )
 
 
 def test_the_worse_half_is_dropped_until_one_is_left(pair: TinyPair, lessons: list[Signal]) -> None:
@@ -62,7 +66,9 @@ def test_the_worse_half_is_dropped_until_one_is_left(pair: TinyPair, lessons: li
     module = spoilt(pair)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     found, tried = search(module, lessons, BASE, 4, 3)
-    assert [len([t for t in tried if t.lessons == n]) for n in sorted({t.lessons for t in tried})] == [3, 2]
+    assert [
+        len([t for t in tried if t.lessons == n]) for n in sorted({t.lessons for t in tried})
+    ] == [3, 2]
     last = tried[3:]
     assert found in [one.change for one in last]
     best = max(tried[1:3], key=lambda one: one.tokens_per_step)
@@ -90,9 +96,16 @@ def test_a_choice_is_kept_until_the_traffic_shifts(pair: TinyPair, lessons: list
     """A draft that still accepts what its gate promised passes its recipe on; one that does not is looked at again."""
     module = spoilt(pair)
     kept = {"divergence": "kl+acceptance"}
-    recipe = {**replace(BASE, **kept, seed=7).as_dict(), "choice": kept, "over": {"divergence": "forward_kl"}}  # type: ignore[arg-type]
+    recipe = {
+        **replace(BASE, **kept, seed=7).as_dict(),
+        "choice": kept,
+        "over": {"divergence": "forward_kl"},
+    }  # type: ignore[arg-type]
     parent = Version(route="r", recipe=recipe, gate={"candidate_acceptance": 0.02})
-    assert choose(module, lessons, BASE, parent, 4, 3) == {"choice": kept, "over": {"divergence": "forward_kl"}}
+    assert choose(module, lessons, BASE, parent, 4, 3) == {
+        "choice": kept,
+        "over": {"divergence": "forward_kl"},
+    }
     other = choose(module, lessons, replace(BASE, divergence="jsd"), parent, 4, 3)
     assert len(other["tried"]) == 5, "it was made of another recipe than is configured now"
     fallen = Version(route="r", recipe=recipe, gate={"candidate_acceptance": 0.9})

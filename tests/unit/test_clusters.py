@@ -84,7 +84,9 @@ def test_many_threads_may_ask_at_once(tmp_path: Path) -> None:
     prompts = [prompt(i % 2, rng) for i in range(POOL + 400)]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda ids: clusters.route(ids, learn=True), prompts))
-    assert sum(clusters.size(route) or 0 for route in ROUTES) == POOL + len([each for each in found if each in ROUTES])
+    assert sum(clusters.size(route) or 0 for route in ROUTES) == POOL + len(
+        [each for each in found if each in ROUTES]
+    )
 
 
 @pytest.mark.parametrize("learn", [True, False])

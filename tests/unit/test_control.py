@@ -42,14 +42,18 @@ def test_seconds_between_measured_ones_are_interpolated() -> None:
 
 
 @given(st.integers(1, 40), st.data())
-def test_numbers_of_rows_have_the_costs_of_the_next_measured_one(slots: int, data: st.DataObject) -> None:
+def test_numbers_of_rows_have_the_costs_of_the_next_measured_one(
+    slots: int, data: st.DataObject
+) -> None:
     """Every number up to that of slots, whether or not it is a power of two."""
     costs = StepCosts(2, slots)
     assert costs.rows[-1] == slots
     for rows in costs.rows:
         costs.measured(rows, {0: float(rows), 2: float(rows)})
     rows = data.draw(st.integers(1, slots))
-    assert costs.seconds(rows)[0] == pytest.approx(min(known for known in costs.rows if known >= rows))
+    assert costs.seconds(rows)[0] == pytest.approx(
+        min(known for known in costs.rows if known >= rows)
+    )
 
 
 def test_observed_steps_move_the_estimate_to_what_they_took() -> None:
@@ -132,7 +136,9 @@ def test_drafting_that_costs_what_it_gains_is_left_out(rate: float) -> None:
     tokens = np.array(expected_tokens([rate], MAX_GAMMA))
     for gain, drafts in ((1.0, False), (0.99 * MARGIN, False), (1.05 * MARGIN, True)):
         costs = StepCosts(MAX_GAMMA, SLOTS)
-        costs.measured(1, {gamma: tokens[gamma] / (gain if gamma else 1.0) for gamma in range(MAX_GAMMA + 1)})
+        costs.measured(
+            1, {gamma: tokens[gamma] / (gain if gamma else 1.0) for gamma in range(MAX_GAMMA + 1)}
+        )
         assert (Control(costs, MAX_GAMMA).gamma([rate], 1) > 0) == drafts
 
 
@@ -148,7 +154,9 @@ def test_rows_with_a_gamma_of_their_own_make_others_wait_for_less() -> None:
     st.lists(st.floats(0, 1), min_size=1, max_size=4),
     st.lists(st.floats(0.1, 10), min_size=MAX_GAMMA + 1, max_size=MAX_GAMMA + 1),
 )
-def test_the_choice_is_the_fastest_by_what_is_known(rates: list[float], seconds: list[float]) -> None:
+def test_the_choice_is_the_fastest_by_what_is_known(
+    rates: list[float], seconds: list[float]
+) -> None:
     """No γ promises more tokens a second than the chosen one, but for the margin of the plain step."""
     costs = StepCosts(MAX_GAMMA, SLOTS)
     costs.measured(4, dict(enumerate(seconds)))
@@ -322,7 +330,9 @@ class Loop:
     @property
     def best_fixed(self) -> float:
         """Tokens per second of the best γ, if it were known."""
-        return float((self.rows * np.array(expected_tokens([self.alpha], MAX_GAMMA)) / self.seconds).max())
+        return float(
+            (self.rows * np.array(expected_tokens([self.alpha], MAX_GAMMA)) / self.seconds).max()
+        )
 
 
 def curve(draft_share: float, verify_share: float = 0.03, bend: float = 0.0) -> np.ndarray:
@@ -337,7 +347,9 @@ def test_a_random_draft_costs_almost_nothing(rows: int, draft_share: float) -> N
     """2 % acceptance, from the first step on: less than 3 % of plain decoding is lost to trying and probing."""
     loop = Loop(0.02, curve(draft_share), rows)
     plain = rows / loop.seconds[0]
-    noise = np.exp(loop.noise**2 / 2)  # the mean of a noisy step, which plain steps would take as well
+    noise = np.exp(
+        loop.noise**2 / 2
+    )  # the mean of a noisy step, which plain steps would take as well
     assert loop.run(4000) * noise > 0.97 * plain
     assert loop.steps_by_gamma[0] > 0.95 * loop.steps_by_gamma.sum()
 
@@ -345,7 +357,9 @@ def test_a_random_draft_costs_almost_nothing(rows: int, draft_share: float) -> N
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("alpha", [0.6, 0.8, 0.95])
 @pytest.mark.parametrize(("draft_share", "bend"), [(0.05, 0.0), (0.15, 0.0), (0.05, 0.02)])
-def test_a_good_draft_gets_the_best_gamma(rows: int, alpha: float, draft_share: float, bend: float) -> None:
+def test_a_good_draft_gets_the_best_gamma(
+    rows: int, alpha: float, draft_share: float, bend: float
+) -> None:
     """Within 3 % of the best fixed γ, though acceptance has to be learnt and the curve is not the measured line."""
     loop = Loop(alpha, curve(draft_share, bend=bend), rows)
     loop.run(1000)

@@ -55,7 +55,9 @@ def test_bounds_keep_the_newest() -> None:
     found = curriculum(window, older, Bounds(replay=10, exam=12, client_share=0.5, fewest=0))
     assert ids(found.exam.new) == ids([s for s in reversed(window) if held_out(s)][:12])
     assert ids(found.exam.earlier) == ids([s for s in older if held_out(s)][:12])
-    assert [i for i in ids(found.passes[0]) if i[0] == "o"] == ids([s for s in older if not held_out(s)][:10])
+    assert [i for i in ids(found.passes[0]) if i[0] == "o"] == ids(
+        [s for s in older if not held_out(s)][:10]
+    )
 
 
 def test_a_window_of_few_held_out_requests_borrows_older_ones() -> None:
@@ -77,7 +79,9 @@ def test_what_came_since_the_active_draft_is_new() -> None:
     assert ids(found.exam.new) == ids(
         [*(s for s in reversed(window) if held_out(s)), *(s for s in older[:100] if held_out(s))]
     )
-    assert ids(found.exam.earlier) == ids([s for s in older if held_out(s)]), "nor may they be forgotten"
+    assert ids(found.exam.earlier) == ids([s for s in older if held_out(s)]), (
+        "nor may they be forgotten"
+    )
 
 
 def test_a_flood_has_no_more_than_its_share() -> None:
@@ -116,8 +120,12 @@ def test_signals_of_an_older_target_are_not_used() -> None:
 
 def test_targets_that_answer_side_by_side_all_teach() -> None:
     """One draft serves both: it learns from both and is examined on both. One that was replaced meanwhile is out."""
-    window = requests(40, "x", model="old") + [s for i in range(40) for s in requests(1, f"{i}-", model="ab"[i % 2])]
-    older = requests(20, "a", model="a") + requests(20, "b", model="b") + requests(20, "o", model="old")
+    window = requests(40, "x", model="old") + [
+        s for i in range(40) for s in requests(1, f"{i}-", model="ab"[i % 2])
+    ]
+    older = (
+        requests(20, "a", model="a") + requests(20, "b", model="b") + requests(20, "o", model="old")
+    )
     found = curriculum(window, older, BOUNDS)
     assert {s.model for s in found.passes[0]} == {s.model for s in both(found.exam)} == {"a", "b"}
     assert len(found.passes[0] + both(found.exam)) == 80
@@ -135,9 +143,13 @@ def test_no_signals_make_no_curriculum() -> None:
     share=st.floats(0.05, 1),
     limit=st.integers(2, 60),
 )
-def test_no_client_exceeds_its_share_in_any_mixture(counts: list[int], nobodys: int, share: float, limit: int) -> None:
+def test_no_client_exceeds_its_share_in_any_mixture(
+    counts: list[int], nobodys: int, share: float, limit: int
+) -> None:
     """Whatever the mixture; one signal of every client, or of as many as fit, is always allowed."""
-    signals = [s for i, count in enumerate(counts) for s in requests(count, f"c{i}-", f"c{i}")] + requests(nobodys)
+    signals = [
+        s for i, count in enumerate(counts) for s in requests(count, f"c{i}-", f"c{i}")
+    ] + requests(nobodys)
     kept, beyond = fair(signals, share, limit=limit)
     bound = max(share, 1 / min(limit, len(counts) + nobodys)) * len(kept)
     assert max((n for client, n in clients(kept).items() if client), default=0) <= bound + 1e-9
@@ -171,7 +183,10 @@ def test_passes_replay_all_that_is_older(count: int, size: int) -> None:
     window, older = requests(8, "w"), requests(count, "o")
     bounds = Bounds(replay=size, exam=200, client_share=1, fewest=0)
     learnt = [s.request_id for s in older if not held_out(s)]
-    replayed = [[i for i in ids(lessons) if i[0] == "o"] for lessons in curriculum(window, older, bounds).passes]
+    replayed = [
+        [i for i in ids(lessons) if i[0] == "o"]
+        for lessons in curriculum(window, older, bounds).passes
+    ]
     assert {len(part) for part in replayed} == {min(size, len(learnt))}
     assert all(len(set(part)) == len(part) for part in replayed)
     if size:

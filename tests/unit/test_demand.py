@@ -12,7 +12,11 @@ from trainer.demand import fall, gain, patience, rest
 
 
 def cycle(state: str, gained: float) -> Cycle:
-    return Cycle(route="r", state=state, report={"gate": {"gain": gained * 1.5, "active_tokens_per_step": 1.5}})
+    return Cycle(
+        route="r",
+        state=state,
+        report={"gate": {"gain": gained * 1.5, "active_tokens_per_step": 1.5}},
+    )
 
 
 def test_a_route_that_gains_little_rests_longer_each_time() -> None:
@@ -43,10 +47,19 @@ def test_faults_are_no_lack_of_worth() -> None:
 
 def test_no_route_waits_for_more_than_its_buffer_holds() -> None:
     """Half of it, in count or in bytes; and before half of the retention is over, for what is there."""
-    resting, settings = [cycle("rejected", 0.0)] * 8, Settings(buffer_bytes=2**26, retention_s=86400)
-    for depth, signals in ((Depth(0, 0), 3200), (Depth(100, 100 * 2**10), 3200), (Depth(100, 100 * 2**16), 512)):
+    resting, settings = (
+        [cycle("rejected", 0.0)] * 8,
+        Settings(buffer_bytes=2**26, retention_s=86400),
+    )
+    for depth, signals in (
+        (Depth(0, 0), 3200),
+        (Depth(100, 100 * 2**10), 3200),
+        (Depth(100, 100 * 2**16), 512),
+    ):
         assert patience(resting, depth, timedelta(hours=1), settings) == signals
-    assert patience(resting, Depth(9, 9 * 2**24), timedelta(hours=1), settings) == 50, "not less than after a shift"
+    assert patience(resting, Depth(9, 9 * 2**24), timedelta(hours=1), settings) == 50, (
+        "not less than after a shift"
+    )
     assert patience(resting, Depth(100, 2**20), timedelta(hours=13), settings) == 50
     assert patience([], Depth(10**4, 10), timedelta(0), Settings(buffer_signals=100)) == 50
 

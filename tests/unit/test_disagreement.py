@@ -12,14 +12,19 @@ FRAME = Frame(head=[1], tail=[2], never=[0, 1, 2, 3])
 
 
 def students(pair: TinyPair) -> list[nn.Module]:
-    return [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (pair.draft, pair.target)]
+    return [
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for folder in (pair.draft, pair.target)
+    ]
 
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_the_same_seed_grows_the_same_prompts(pair: TinyPair, sampled: bool) -> None:
     """And another seed others."""
     growth = Growth(sampled=sampled)
-    first, again, other = (grown(students(pair), FRAME, 6, growth, VOCABULARY, seed) for seed in (5, 5, 6))
+    first, again, other = (
+        grown(students(pair), FRAME, 6, growth, VOCABULARY, seed) for seed in (5, 5, 6)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -45,7 +50,9 @@ def test_students_disagree_more_on_answers_to_what_is_kept_than_to_what_is_not_s
     def disputed(children: int) -> float:
         ids_FT = grown(both, FRAME, 48, Growth(children, sampled=sampled), VOCABULARY, seed=0)
         asked_FT = torch.cat([ids_FT, torch.full((48, 1), 2)], 1)
-        answered_FT = continued(both[0], asked_FT, 8, torch.tensor(FRAME.never), torch.Generator().manual_seed(1))
+        answered_FT = continued(
+            both[0], asked_FT, 8, torch.tensor(FRAME.never), torch.Generator().manual_seed(1)
+        )
         return float(disagreement(both, answered_FT, first=asked_FT.shape[1]).mean())
 
     assert disputed(children=8) > 1.05 * disputed(children=1)

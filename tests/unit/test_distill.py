@@ -29,7 +29,9 @@ def test_a_spoilt_draft_learns_from_signals(pair: TinyPair) -> None:
     assert judge(before, learnt, exam, gamma=4, pad_id=3).promote
 
 
-def test_what_does_not_fit_at_once_is_learnt_in_parts(pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_at_once_is_learnt_in_parts(
+    pair: TinyPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same steps, to rounding, and the same marks, with room for the logits of two requests or of less than one."""
     signals = taught(pair.target, 24)
     found = []
@@ -88,7 +90,9 @@ def test_supervised_positions_predict_the_emitted_tokens() -> None:
 
 def test_mixed_k_moves_what_is_cut_into_the_rest() -> None:
     """A route whose `signal_top_k` was lowered still trains on old signals."""
-    batch = collate([Lesson.of(signal("a", k=4)), Lesson.of(signal("b", k=2))], pad_id=3, device="cpu")
+    batch = collate(
+        [Lesson.of(signal("a", k=4)), Lesson.of(signal("b", k=2))], pad_id=3, device="cpu"
+    )
     assert batch.truth.ids_NK.shape[1] == 2
     assert batch.truth.rest_N[:4].tolist() == pytest.approx([0.1 + 0.45] * 4, abs=2e-3)
     assert batch.truth.rest_N[4:].tolist() == pytest.approx([0.1] * 4, abs=2e-3)
@@ -106,7 +110,11 @@ def test_every_signal_is_seen_once_a_pass(pair: TinyPair) -> None:
     """Grouping by length loses nobody."""
     signals = [signal(f"s{i}", prompt_ids=np.arange(i % 7 + 1, dtype=np.int32)) for i in range(37)]
     lessons = [Lesson.of(s) for s in signals]
-    seen = [lesson.signal.request_id for group in batches(lessons, 8, np.random.default_rng(0)) for lesson in group]
+    seen = [
+        lesson.signal.request_id
+        for group in batches(lessons, 8, np.random.default_rng(0))
+        for lesson in group
+    ]
     assert sorted(seen) == sorted(s.request_id for s in signals)
 
 
@@ -119,7 +127,9 @@ def test_every_signal_is_seen_once_a_pass(pair: TinyPair) -> None:
         {"top_logp": np.full((5, 4), np.nan, np.float16)},
     ],
 )
-def test_signals_of_another_vocabulary_or_without_numbers_are_left_out(odd: dict[str, np.ndarray]) -> None:
+def test_signals_of_another_vocabulary_or_without_numbers_are_left_out(
+    odd: dict[str, np.ndarray],
+) -> None:
     """They would index beyond the embedding, or poison the loss."""
     assert usable(signal(), 320)
     assert not usable(signal(**odd), 320)
@@ -128,7 +138,11 @@ def test_signals_of_another_vocabulary_or_without_numbers_are_left_out(odd: dict
 def test_a_recipe_names_what_it_does_not_have() -> None:
     """A misspelt field, or a value it can't take, is no cycle with the default recipe."""
     assert Recipe.of({"epochs": 8, "divergence": "tvd++"}) == Recipe(epochs=8, divergence="tvd++")
-    for chosen, said in (({"epoch": 8}, "no field epoch"), ({"epochs": 0}, "epochs"), ({"divergence": "x"}, "'x'")):
+    for chosen, said in (
+        ({"epoch": 8}, "no field epoch"),
+        ({"epochs": 0}, "epochs"),
+        ({"divergence": "x"}, "'x'"),
+    ):
         with pytest.raises(ValueError, match=said):
             Recipe.of(chosen)  # type: ignore[arg-type]
 
@@ -136,7 +150,9 @@ def test_a_recipe_names_what_it_does_not_have() -> None:
 def test_selection_learns_from_the_share_with_most_to_gain(pair: TinyPair) -> None:
     """AdaSPEC over any divergence: a reference learns first, then the draft on what that could learn."""
     module = AutoModelForCausalLM.from_pretrained(pair.spoilt, dtype=torch.float32)
-    told = distill(module, [taught(pair.target, 16)], Recipe(epochs=1, selected_share=0.4), pad_id=3)
+    told = distill(
+        module, [taught(pair.target, 16)], Recipe(epochs=1, selected_share=0.4), pad_id=3
+    )
     assert told.positions == pytest.approx(0.4 * 16 * 24, abs=2)
 
 
@@ -146,7 +162,9 @@ def test_temperatures_are_followed(pair: TinyPair, name: str) -> None:
     signals = taught(pair.target, 8)
     signals = [replace(s, temperature=(0.0, 0.7, 1.3)[i % 3]) for i, s in enumerate(signals)]
     module = AutoModelForCausalLM.from_pretrained(pair.spoilt, dtype=torch.float32)
-    told = distill(module, [signals], Recipe(epochs=6, divergence=name, follow_temperature=True), pad_id=3)
+    told = distill(
+        module, [signals], Recipe(epochs=6, divergence=name, follow_temperature=True), pad_id=3
+    )
     assert told.last_loss < told.first_loss
 
 
@@ -156,7 +174,10 @@ def test_earlier_layers_learn_where_a_recipe_says_so(pair: TinyPair) -> None:
     for weight in (0.0, 1.0):
         module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
         distill(module, [signals], Recipe(epochs=4, rehearsal=0, exit_weight=weight), pad_id=3)
-        batch, measure = collate([Lesson.of(one) for one in signals[:20]], 3, "cpu"), divergence("forward_kl", 0.5)
+        batch, measure = (
+            collate([Lesson.of(one) for one in signals[:20]], 3, "cpu"),
+            divergence("forward_kl", 0.5),
+        )
         with torch.no_grad():
             said = exit_logits(module, batch)
             assert torch.allclose(said[0], draft_logits(module, batch), atol=1e-4)

@@ -22,7 +22,9 @@ BETA = 0.3
 
 def distributions() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(N, V, generator=generator, dtype=torch.float64) * 1.5 for _ in range(2))  # type: ignore[return-value]
+    return tuple(
+        torch.randn(N, V, generator=generator, dtype=torch.float64) * 1.5 for _ in range(2)
+    )  # type: ignore[return-value]
 
 
 def truncated(target: Tensor, k: int) -> Truncated:
@@ -81,7 +83,9 @@ def test_it_is_zero_at_the_target_and_its_gradient_is_right(name: str) -> None:
     target, draft = distributions()
     truth = truncated(target, 4)
     assert torch.allclose(loss(name, target, truth), torch.zeros(N, dtype=torch.float64), atol=1e-6)
-    assert torch.autograd.gradcheck(lambda logits: loss(name, logits, truth), draft.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda logits: loss(name, logits, truth), draft.requires_grad_()
+    )
 
 
 def test_tvd_plus_has_the_policy_gradient_of_the_normalised_reward() -> None:

@@ -19,7 +19,11 @@ BUSH = Shape((0, 0, 1, 1, 2))
 
 
 def drafted(
-    shape: Shape, setting: tuple[float, int, float], uniform_BN: Tensor, distinct: bool, dtype: torch.dtype
+    shape: Shape,
+    setting: tuple[float, int, float],
+    uniform_BN: Tensor,
+    distinct: bool,
+    dtype: torch.dtype,
 ) -> Proposal:
     count = len(uniform_BN)
     model = TableModel(V, 3, count, dtype=dtype)
@@ -28,7 +32,9 @@ def drafted(
     full_B = torch.full((count,), len(shape.parents))
     starts_B, unseen_B = torch.zeros(count, dtype=torch.long), torch.full((count,), len(PROMPT))
     rows, upto = slice(0, count), len(PROMPT)
-    return propose(model, rows, fed, unseen_B, starts_B, upto, full_B, shape, sampling, uniform_BN, distinct)
+    return propose(
+        model, rows, fed, unseen_B, starts_B, upto, full_B, shape, sampling, uniform_BN, distinct
+    )
 
 
 def context(shape: Shape, tokens: list[int], node: int) -> list[int]:
@@ -39,7 +45,9 @@ def context(shape: Shape, tokens: list[int], node: int) -> list[int]:
 @either
 @pytest.mark.parametrize("distinct", [False, True])
 @pytest.mark.parametrize("setting", ["plain", "all three"])
-def test_candidates_are_drawn_from_what_the_draft_says(setting: str, distinct: bool, dtype: torch.dtype) -> None:
+def test_candidates_are_drawn_from_what_the_draft_says(
+    setting: str, distinct: bool, dtype: torch.dtype
+) -> None:
     """Each from its parent's distribution, without the siblings before it where they are to be distinct."""
     rng, count = np.random.default_rng(0), 40
     uniform_BN = torch.from_numpy(rng.random((count, 5)))

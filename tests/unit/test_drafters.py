@@ -21,7 +21,12 @@ WISHES: dict[str, dict[str, Any]] = {
     "chain": {"gamma": 4},
     "tree as is best": {"drafter": "tree", "gamma": 9},
     "tree of widths": {"drafter": "tree", "gamma": None, "widths": (3, 2, 1)},
-    "tree with replacement": {"drafter": "tree", "gamma": None, "widths": (2, 2), "replacement": True},
+    "tree with replacement": {
+        "drafter": "tree",
+        "gamma": None,
+        "widths": (2, 2),
+        "replacement": True,
+    },
     "n-grams": {"drafter": "ngrams", "gamma": 5},
     "cascade": {"drafter": "cascade", "gamma": 5},
     "cascade as is best": {"drafter": "cascade", "gamma": None},
@@ -80,7 +85,9 @@ def test_an_answer_does_not_depend_on_who_shares_the_batch(tiny: Bench) -> None:
     But where more than a seed decides: for trees and exits, which follow what acceptance has been, for n-grams, which
     know what others were answered, and for the engine's choice.
     """
-    queries = [replace(one, seed=i) for i, one in enumerate(mixed(temperature=0.8, top_p=0.9, top_k=40))]
+    queries = [
+        replace(one, seed=i) for i, one in enumerate(mixed(temperature=0.8, top_p=0.9, top_k=40))
+    ]
     seeded = ("chain", "graph", "parallel")
     fixed = [i for i, one in enumerate(queries) if one.drafter in seeded or one.widths][::4]
     alone = [tiny.run(queries[i])[0].ids for i in fixed]
@@ -89,7 +96,9 @@ def test_an_answer_does_not_depend_on_who_shares_the_batch(tiny: Bench) -> None:
 
 
 @wishes
-def test_samples_follow_the_target_through_the_whole_engine(pair: TinyPair, wish: dict[str, Any]) -> None:
+def test_samples_follow_the_target_through_the_whole_engine(
+    pair: TinyPair, wish: dict[str, Any]
+) -> None:
     """1,500 answers of three tokens, the last two of them by chi-square against exact probabilities."""
     model = AutoModelForCausalLM.from_pretrained(pair.target, dtype=torch.float32)
     prompt, count = (7, 8, 9, 7, 8), 1500
@@ -98,7 +107,14 @@ def test_samples_follow_the_target_through_the_whole_engine(pair: TinyPair, wish
             query(
                 prompt,
                 f"q{i}",
-                **{**wish, "temperature": 0.7, "top_k": 3, "seed": i, "max_tokens": 3, "ignore_eos": True},
+                **{
+                    **wish,
+                    "temperature": 0.7,
+                    "top_k": 3,
+                    "seed": i,
+                    "max_tokens": 3,
+                    "ignore_eos": True,
+                },
             )
             for i in range(count)
         ]
@@ -123,23 +139,33 @@ def test_samples_follow_the_target_through_the_whole_engine(pair: TinyPair, wish
     assert statistic < freedom + 6 * (2 * freedom) ** 0.5 + 12  # far beyond the 1e-6 quantile
 
 
-def _top(model: torch.nn.Module, prompt: tuple[int, ...], k: int, temperature: float) -> dict[int, float]:
+def _top(
+    model: torch.nn.Module, prompt: tuple[int, ...], k: int, temperature: float
+) -> dict[int, float]:
     with torch.no_grad():
         top = (model(torch.tensor([prompt])).logits[0, -1].double() / temperature).topk(k)
     return dict(zip(top.indices.tolist(), top.values.softmax(-1).tolist(), strict=True))
 
 
 @wishes
-def test_signals_are_those_of_the_chain_that_was_walked(pair: TinyPair, tiny: Bench, wish: dict[str, Any]) -> None:
+def test_signals_are_those_of_the_chain_that_was_walked(
+    pair: TinyPair, tiny: Bench, wish: dict[str, Any]
+) -> None:
     """Target and draft, checked against models run afresh; what n-grams guessed says nothing of the draft."""
-    (found,) = tiny.run(query((7, 8, 9, 7, 8), "logged", **{**wish, "temperature": 1.0, "seed": 3, "max_tokens": 40}))
+    (found,) = tiny.run(
+        query(
+            (7, 8, 9, 7, 8), "logged", **{**wish, "temperature": 1.0, "seed": 3, "max_tokens": 40}
+        )
+    )
     (signal,) = tiny.signals(1)
     assert signal.output_ids.tolist() == found.ids
     assert signal.step_accepted.sum() == found.stats.accepted
     target = AutoModelForCausalLM.from_pretrained(pair.target, dtype=torch.float32)
     draft = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
     drafted = verified = 0
-    for start, count, accepted in zip(signal.step_start, signal.step_drafted, signal.step_accepted, strict=True):
+    for start, count, accepted in zip(
+        signal.step_start, signal.step_drafted, signal.step_accepted, strict=True
+    ):
         branch = signal.draft_ids[drafted : drafted + count].tolist()
         assert branch[:accepted] == signal.output_ids[start : start + accepted].tolist()
         context = torch.tensor([[7, 8, 9, 7, 8, *signal.output_ids[:start].tolist(), *branch]])
@@ -148,7 +174,9 @@ def test_signals_are_those_of_the_chain_that_was_walked(pair: TinyPair, tiny: Be
             draft_logp = draft(context).logits[0].log_softmax(-1)[-count - 1 :]
         for j in range(count + 1):
             at = verified + j
-            assert signal.top_logp[at] == pytest.approx(target_logp[j].topk(16).values.numpy(), abs=0.02)
+            assert signal.top_logp[at] == pytest.approx(
+                target_logp[j].topk(16).values.numpy(), abs=0.02
+            )
             drawn = j < count and signal.draft_logp[drafted + j] < 0
             if drawn and (
                 j == 0 or wish.get("drafter") not in ("parallel", "parallel_cascade", "exits")
@@ -156,14 +184,19 @@ def test_signals_are_those_of_the_chain_that_was_walked(pair: TinyPair, tiny: Be
                 own = draft_logp[j][torch.from_numpy(signal.top_ids[at].astype(np.int64))]
                 assert signal.draft_top_logp[drafted + j] == pytest.approx(own.numpy(), abs=0.05)
         drafted, verified = drafted + count, verified + count + 1
-    assert (found.stats.acceptance_rate is None) == (wish.get("drafter") == "ngrams")  # γ is fixed: all others draft
+    assert (found.stats.acceptance_rate is None) == (
+        wish.get("drafter") == "ngrams"
+    )  # γ is fixed: all others draft
 
 
 def test_ngrams_draft_without_a_draft(pair: TinyPair, tiny: Bench) -> None:
     """A broken draft does not stop what needs none."""
     tiny.engine.between_steps(tiny.engine.batch.drafts["default"].fail)
     prompt = (5, 6, 7, 8) * 6
-    asked = [query(prompt, drafter, drafter=drafter, max_tokens=60) for drafter in ("ngrams", "tree", "cascade")]
+    asked = [
+        query(prompt, drafter, drafter=drafter, max_tokens=60)
+        for drafter in ("ngrams", "tree", "cascade")
+    ]
     by_name = dict(zip([one.drafter for one in asked], tiny.run(*asked), strict=True))
     assert [found.ids for found in by_name.values()] == [target_alone(pair, prompt, 60)] * 3
     assert by_name["ngrams"].stats.drafted > 0
@@ -175,7 +208,10 @@ def test_trees_take_the_shape_that_acceptance_has_shown(pair: TinyPair, tiny: Be
     depths = []
     for folder in (pair.draft, pair.spoilt):
         with bench(pair, drafts={"default": folder}) as one:
-            asked = [query(p, f"q{i}", drafter="tree", gamma=8, max_tokens=60) for i, p in enumerate(PROMPTS * 2)]
+            asked = [
+                query(p, f"q{i}", drafter="tree", gamma=8, max_tokens=60)
+                for i, p in enumerate(PROMPTS * 2)
+            ]
             one.run(*asked)
             depths.append(best_shape(one.engine.batch.drafts["default"].ranks.rates, 8, 16).depth)
     assert depths[0] > depths[1]

@@ -18,7 +18,10 @@ from tests.tabular import TableModel
 from tests.tiny import VOCABULARY, TinyPair
 
 RNG = np.random.default_rng(0)
-PROMPTS = [tuple(int(t) for t in RNG.integers(4, 300, length)) for length in (1, 3, 17, 40, 5, 90, 2, 33, 8, 60)]
+PROMPTS = [
+    tuple(int(t) for t in RNG.integers(4, 300, length))
+    for length in (1, 3, 17, 40, 5, 90, 2, 33, 8, 60)
+]
 
 
 @pytest.fixture
@@ -31,7 +34,9 @@ def tiny(pair: TinyPair) -> Iterator[Bench]:
 
 
 @pytest.mark.parametrize("gamma", [0, 1, 3, 7])
-def test_greedy_is_the_target_alone_token_for_token(pair: TinyPair, tiny: Bench, gamma: int) -> None:
+def test_greedy_is_the_target_alone_token_for_token(
+    pair: TinyPair, tiny: Bench, gamma: int
+) -> None:
     """Ten prompts of mixed lengths in one batch, against `transformers.generate` one by one."""
     queries = [query(p, f"q{i}", gamma=gamma, max_tokens=20 + i) for i, p in enumerate(PROMPTS)]
     for found, prompt, asked in zip(tiny.run(*queries), PROMPTS, queries, strict=True):
@@ -41,7 +46,10 @@ def test_greedy_is_the_target_alone_token_for_token(pair: TinyPair, tiny: Bench,
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_an_answer_does_not_depend_on_who_shares_the_batch(tiny: Bench, temperature: float) -> None:
     """Same seed, same tokens: alone, and among strangers who join and leave with other lengths and parameters."""
-    mine = [query(p, f"m{i}", temperature=temperature, seed=i, top_p=0.9, top_k=40) for i, p in enumerate(PROMPTS[:4])]
+    mine = [
+        query(p, f"m{i}", temperature=temperature, seed=i, top_p=0.9, top_k=40)
+        for i, p in enumerate(PROMPTS[:4])
+    ]
     alone = [tiny.run(one)[0].ids for one in mine]
     strangers = [
         query(p, f"s{i}", temperature=1.3, seed=99 + i, gamma=i % 6, max_tokens=3 + 5 * i)
@@ -58,7 +66,10 @@ def test_samples_follow_the_target_through_the_whole_engine(pair: TinyPair) -> N
     prompt = PROMPTS[2]
     with bench(pair, slots=64, max_waiting=4000) as many:
         answers = many.run(
-            *[query(prompt, f"q{i}", temperature=0.7, top_k=5, seed=i, max_tokens=2, gamma=2) for i in range(2000)]
+            *[
+                query(prompt, f"q{i}", temperature=0.7, top_k=5, seed=i, max_tokens=2, gamma=2)
+                for i in range(2000)
+            ]
         )
     second: dict[tuple[int, int], int] = {}
     for answer in answers:
@@ -88,7 +99,9 @@ def test_a_swap_in_the_middle_changes_acceptance_and_no_token(pair: TinyPair) ->
     with bench(pair, drafts={"default": pair.draft}) as tiny:
         expected = [target_alone(pair, p, 120) for p in PROMPTS[:4]]
         before = tiny.run(*[query(p, f"b{i}", max_tokens=120) for i, p in enumerate(PROMPTS[:4])])
-        running = [tiny.submit(query(p, f"q{i}", max_tokens=120)) for i, p in enumerate(PROMPTS[:4])]
+        running = [
+            tiny.submit(query(p, f"q{i}", max_tokens=120)) for i, p in enumerate(PROMPTS[:4])
+        ]
         draft = tiny.engine.batch.drafts["default"]
         staged = draft.stage(pair.spoilt)
         swapped = threading.Event()
@@ -156,7 +169,9 @@ def test_logprobs_are_the_targets_own(pair: TinyPair, tiny: Bench) -> None:
     found = tiny.run(query(PROMPTS[2], logprobs=3))[0]
     model = AutoModelForCausalLM.from_pretrained(pair.target, dtype=torch.float32)
     with torch.no_grad():
-        logits = model(torch.tensor([[*PROMPTS[2], *found.ids]])).logits[0, len(PROMPTS[2]) - 1 : -1]
+        logits = model(torch.tensor([[*PROMPTS[2], *found.ids]])).logits[
+            0, len(PROMPTS[2]) - 1 : -1
+        ]
     logp = logits.log_softmax(-1)
     assert len(found.logprobs) == len(found.ids)
     for i, entry in enumerate(found.logprobs):
@@ -167,13 +182,17 @@ def test_logprobs_are_the_targets_own(pair: TinyPair, tiny: Bench) -> None:
 # ── signals ──
 
 
-def test_signals_hold_the_targets_distribution_of_every_verified_position(pair: TinyPair, tiny: Bench) -> None:
+def test_signals_hold_the_targets_distribution_of_every_verified_position(
+    pair: TinyPair, tiny: Bench
+) -> None:
     """Emitted path and rejected branches alike, checked against the model run afresh on each context."""
     found = tiny.run(query(PROMPTS[2], "logged", temperature=1.0, seed=3, max_tokens=40))[0]
     (signal,) = tiny.signals(1)
     assert signal.output_ids.tolist() == found.ids
     assert signal.step_accepted.sum() == found.stats.accepted
-    assert (signal.step_accepted < signal.step_drafted).any(), "nothing was rejected: this test looks at nothing"
+    assert (signal.step_accepted < signal.step_drafted).any(), (
+        "nothing was rejected: this test looks at nothing"
+    )
     model = AutoModelForCausalLM.from_pretrained(pair.target, dtype=torch.float32)
     draft = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
     drafted = verified = 0
@@ -187,7 +206,9 @@ def test_signals_hold_the_targets_distribution_of_every_verified_position(pair: 
             at = verified + j
             top = target_logp[j].topk(16)
             assert signal.top_logp[at] == pytest.approx(top.values.numpy(), abs=0.02)
-            assert signal.rest_mass[at] == pytest.approx(1 - top.values.exp().sum().item(), abs=2e-3)
+            assert signal.rest_mass[at] == pytest.approx(
+                1 - top.values.exp().sum().item(), abs=2e-3
+            )
             if j < count:
                 own = draft_logp[j][torch.from_numpy(signal.top_ids[at].astype(np.int64))]
                 assert signal.draft_top_logp[drafted + j] == pytest.approx(own.numpy(), abs=0.05)
@@ -285,7 +306,9 @@ def test_a_client_that_raises_does_not_reach_the_engine(tiny: Bench) -> None:
 def test_shutting_down_tells_everyone_who_waits(pair: TinyPair) -> None:
     """Nobody is left listening to an engine that has stopped."""
     with bench(pair, slots=1) as tiny:
-        listeners = [tiny.submit(query(name=f"q{i}", max_tokens=200, ignore_eos=True)) for i in range(3)]
+        listeners = [
+            tiny.submit(query(name=f"q{i}", max_tokens=200, ignore_eos=True)) for i in range(3)
+        ]
     assert {listener.wait(5).reason for listener in listeners} <= {"error", "length"}
 
 
@@ -299,7 +322,9 @@ class _Always(TableModel):
     def logits(self, context: object) -> np.ndarray:
         return np.where(np.arange(VOCABULARY) == self._token, 5.0, 0.0)
 
-    def forward(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None = None) -> Tensor:
+    def forward(
+        self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None = None
+    ) -> Tensor:
         if self.fails:
             self.fails -= 1
             raise RuntimeError("out of memory, says the device")

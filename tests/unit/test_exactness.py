@@ -38,7 +38,9 @@ either = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["
 Judge = Callable[[Tensor, Proposal, Sampling, Tensor, Tensor], Verdict]
 
 
-def reference_distribution(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
+def reference_distribution(
+    logits: np.ndarray, temperature: float, top_k: int, top_p: float
+) -> np.ndarray:
     """Temperature, top-k, top-p written a second time, token by token."""
     if temperature == 0:
         return np.eye(V)[int(np.argmax(logits))]
@@ -60,13 +62,16 @@ def target_joint(target: TableModel, setting: tuple[float, int, float], length: 
     joint = np.zeros((V,) * length)
     for tokens in itertools.product(range(V), repeat=length):
         steps = [
-            reference_distribution(target.logits([*PROMPT, *tokens[:i]]), *setting)[tokens[i]] for i in range(length)
+            reference_distribution(target.logits([*PROMPT, *tokens[:i]]), *setting)[tokens[i]]
+            for i in range(length)
         ]
         joint[tokens] = np.prod(steps)
     return joint
 
 
-def enumerate_drafts(draft: TableModel, sampling: Sampling, drafted: int) -> tuple[Proposal, Tensor]:
+def enumerate_drafts(
+    draft: TableModel, sampling: Sampling, drafted: int
+) -> tuple[Proposal, Tensor]:
     """Every draft sequence as one row of a real proposal, and its probability [C] measured through `sample`."""
     sequences = torch.tensor(list(itertools.product(range(V), repeat=G)))
     count = len(sequences)
@@ -107,13 +112,24 @@ def propose(draft: TableModel, sampling: Sampling, uniform_CG: Tensor, drafted: 
 def target_logits(target: TableModel, tokens_BG: Tensor) -> Tensor:
     """The target's, after the prompt and after every drafted token: [B, T, V]."""
     rows, count = slice(0, len(tokens_BG)), len(tokens_BG)
-    target.encode(rows, torch.tensor([PROMPT[:-1]] * count), torch.zeros(count, dtype=torch.long), len(PROMPT) - 1)
+    target.encode(
+        rows,
+        torch.tensor([PROMPT[:-1]] * count),
+        torch.zeros(count, dtype=torch.long),
+        len(PROMPT) - 1,
+    )
     inputs_BT = torch.cat([torch.full((count, 1), PROMPT[-1]), tokens_BG], 1)
-    return target.forward(rows, inputs_BT, torch.full((count,), len(PROMPT) - 1), len(PROMPT) + tokens_BG.shape[1])
+    return target.forward(
+        rows, inputs_BT, torch.full((count,), len(PROMPT) - 1), len(PROMPT) + tokens_BG.shape[1]
+    )
 
 
 def emitted_joint(
-    judged: Judge, target: TableModel, draft: TableModel, setting: tuple[float, int, float], drafted: int
+    judged: Judge,
+    target: TableModel,
+    draft: TableModel,
+    setting: tuple[float, int, float],
+    drafted: int,
 ) -> np.ndarray:
     """The distribution over the first `drafted` + 1 tokens that drafting and verifying emit.
 
@@ -156,7 +172,11 @@ def emitted_joint(
 
 
 def _spread(
-    joint: np.ndarray, target: TableModel, setting: tuple[float, int, float], tokens: list[int], mass: float
+    joint: np.ndarray,
+    target: TableModel,
+    setting: tuple[float, int, float],
+    tokens: list[int],
+    mass: float,
 ) -> None:
     if mass == 0:
         return
@@ -169,19 +189,26 @@ def _spread(
 
 
 def total_variation(
-    judged: Judge, setting: tuple[float, int, float], drafted: int, dtype: torch.dtype = torch.float64
+    judged: Judge,
+    setting: tuple[float, int, float],
+    drafted: int,
+    dtype: torch.dtype = torch.float64,
 ) -> float:
     target, draft = (TableModel(V, seed, V**G, dtype=dtype) for seed in (0, 100))
     emitted = emitted_joint(judged, target, draft, setting, drafted)
     return float(np.abs(emitted - target_joint(target, setting, drafted + 1)).sum() / 2)
 
 
-def always_accepts(logits_BTV: Tensor, proposal: Proposal, sampling: Sampling, u: Tensor, e: Tensor) -> Verdict:
+def always_accepts(
+    logits_BTV: Tensor, proposal: Proposal, sampling: Sampling, u: Tensor, e: Tensor
+) -> Verdict:
     """A mutant: keeps every drafted token."""
     return judge(logits_BTV, proposal, sampling, u * 0 - 1, e)
 
 
-def skips_residual(logits_BTV: Tensor, proposal: Proposal, sampling: Sampling, u: Tensor, e: Tensor) -> Verdict:
+def skips_residual(
+    logits_BTV: Tensor, proposal: Proposal, sampling: Sampling, u: Tensor, e: Tensor
+) -> Verdict:
     """A mutant: after a rejection it draws from the target as if nothing had been rejected."""
     honest = judge(logits_BTV, proposal, sampling, u, e)
     row_B = torch.arange(len(honest.accepted_B))
@@ -189,7 +216,9 @@ def skips_residual(logits_BTV: Tensor, proposal: Proposal, sampling: Sampling, u
     return replace(honest, next_B=next_B)
 
 
-def greedily_accepts(logits_BTV: Tensor, proposal: Proposal, sampling: Sampling, u: Tensor, e: Tensor) -> Verdict:
+def greedily_accepts(
+    logits_BTV: Tensor, proposal: Proposal, sampling: Sampling, u: Tensor, e: Tensor
+) -> Verdict:
     """A mutant of the greedy path: compares the draft with itself."""
     honest = judge(logits_BTV, proposal, sampling, u, e)
     next_B = logits_BTV[torch.arange(len(u)), proposal.drafted_B].argmax(-1)
@@ -198,7 +227,9 @@ def greedily_accepts(logits_BTV: Tensor, proposal: Proposal, sampling: Sampling,
 
 @either
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
-def test_emitted_distribution_is_the_targets(setting: tuple[float, int, float], dtype: torch.dtype) -> None:
+def test_emitted_distribution_is_the_targets(
+    setting: tuple[float, int, float], dtype: torch.dtype
+) -> None:
     """Draft, verify and emit together give exactly the target's distribution over the next γ + 1 tokens."""
     assert total_variation(judge, setting, G, dtype) <= LIMIT
 
@@ -206,14 +237,18 @@ def test_emitted_distribution_is_the_targets(setting: tuple[float, int, float], 
 @either
 @pytest.mark.parametrize("setting", ["plain", "all three", "greedy"])
 @pytest.mark.parametrize("drafted", [0, 1, 2])
-def test_rows_that_draft_less_than_their_batch_are_exact(drafted: int, setting: str, dtype: torch.dtype) -> None:
+def test_rows_that_draft_less_than_their_batch_are_exact(
+    drafted: int, setting: str, dtype: torch.dtype
+) -> None:
     """Padding behind a row's own draft changes nothing."""
     assert total_variation(judge, SETTINGS[setting], drafted, dtype) <= LIMIT
 
 
 @either
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
-def test_a_plain_step_draws_from_the_target(setting: tuple[float, int, float], dtype: torch.dtype) -> None:
+def test_a_plain_step_draws_from_the_target(
+    setting: tuple[float, int, float], dtype: torch.dtype
+) -> None:
     """Without a draft, a proposal of no columns, the next token has the target's distribution, and its probability."""
     target = TableModel(V, 0, dtype=dtype)
     sampling = Sampling.of(*([value] for value in setting), V)  # type: ignore[arg-type]
@@ -221,7 +256,10 @@ def test_a_plain_step_draws_from_the_target(setting: tuple[float, int, float], d
     logits_BTV = target_logits(target, proposal.tokens_BN)
     run = lambda u: judge(logits_BTV, proposal, sampling, torch.zeros(1, 0, dtype=torch.float64), u)
     expected = reference_distribution(target.logits(PROMPT), *setting)
-    assert np.abs(outcome_masses(lambda u: run(u).next_B, 1, V)[0].numpy() - expected).sum() / 2 <= LIMIT
+    assert (
+        np.abs(outcome_masses(lambda u: run(u).next_B, 1, V)[0].numpy() - expected).sum() / 2
+        <= LIMIT
+    )
     for uniform in np.linspace(0, 1, 50, endpoint=False):
         verdict = run(torch.tensor([uniform], dtype=torch.float64))
         assert verdict.next_p_B.item() == pytest.approx(expected[verdict.next_B.item()], abs=LIMIT)
@@ -249,7 +287,9 @@ def test_greedy_emits_the_targets_tokens_whatever_is_drafted(dtype: torch.dtype)
     logits_BTV = target_logits(target, tokens_BG)
     for drafted in range(G + 1):
         verdict = judge(logits_BTV, *_greedy(tokens_BG, drafted))
-        for tokens, accepted, following in zip(tokens_BG.tolist(), verdict.accepted_B, verdict.next_B, strict=True):
+        for tokens, accepted, following in zip(
+            tokens_BG.tolist(), verdict.accepted_B, verdict.next_B, strict=True
+        ):
             agreed = [i for i in range(drafted) if tokens[: i + 1] == best[: i + 1]]
             assert accepted == len(agreed)
             assert following == best[len(agreed)]
@@ -266,7 +306,9 @@ def test_greedy_rows_are_judged_alike_in_greedy_and_in_mixed_batches(dtype: torc
     mixed = Sampling.of([*[0.0] * V**G, 1.0], [0] * (V**G + 1), [1.0] * (V**G + 1), V)
     long = judge(logits_BTV, replace(proposal, probs_BQV=one_hot_BGV), mixed, accept_BG, emit_B)
     for field in ("accepted_B", "next_B", "next_p_B", "overlap_B"):
-        assert torch.equal(getattr(short, field)[:-1].double(), getattr(long, field)[:-1].double()), field
+        assert torch.equal(
+            getattr(short, field)[:-1].double(), getattr(long, field)[:-1].double()
+        ), field
 
 
 def _greedy(tokens_BG: Tensor, drafted: int) -> tuple[Proposal, Sampling, Tensor, Tensor]:
@@ -278,14 +320,21 @@ def _greedy(tokens_BG: Tensor, drafted: int) -> tuple[Proposal, Sampling, Tensor
         drafted_B=torch.full((count,), drafted),
     )
     half_BG = torch.full((count, G), 0.5, dtype=torch.float64)
-    return proposal, Sampling.of([0.0] * count, [0] * count, [1.0] * count, V), half_BG, half_BG[:, 0]
+    return (
+        proposal,
+        Sampling.of([0.0] * count, [0] * count, [1.0] * count, V),
+        half_BG,
+        half_BG[:, 0],
+    )
 
 
 def test_draft_equal_to_the_target_is_always_accepted() -> None:
     """With p = q nothing is rejected, and an empty residual never decides a token."""
     probs = torch.tensor([[[0.5, 0.5, 0.0, 0.0]] * 2])
     almost_one = torch.tensor([[1 - 2.0**-53]], dtype=torch.float64)
-    verdict = verify(probs, probs[:, :1], torch.tensor([[1]]), torch.tensor([1]), almost_one, almost_one[0])
+    verdict = verify(
+        probs, probs[:, :1], torch.tensor([[1]]), torch.tensor([1]), almost_one, almost_one[0]
+    )
     assert verdict.accepted_B.tolist() == [1]
     assert verdict.overlap_B.tolist() == [1.0]
 
@@ -307,7 +356,9 @@ def test_samples_agree_with_the_target_by_chi_square(dtype: torch.dtype) -> None
     first = torch.where(verdict.accepted_B > 0, tokens, verdict.next_B)
     observed = np.bincount(first.numpy(), minlength=V)
     expected = count * p.double().numpy()
-    assert ((observed - expected) ** 2 / expected).sum() < 30.7  # χ² with 3 degrees of freedom, 1e-6
+    assert (
+        (observed - expected) ** 2 / expected
+    ).sum() < 30.7  # χ² with 3 degrees of freedom, 1e-6
 
 
 @either

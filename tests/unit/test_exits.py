@@ -32,7 +32,12 @@ def module() -> LlamaForCausalLM:
     return made.eval()
 
 
-def group(module: LlamaForCausalLM, uniform_BN: torch.Tensor, kept: Kept | None = None, price: Price = FREE) -> Group:
+def group(
+    module: LlamaForCausalLM,
+    uniform_BN: torch.Tensor,
+    kept: Kept | None = None,
+    price: Price = FREE,
+) -> Group:
     """What is known of tokens that left at an exit, or did not, is in `kept`; nothing is known to be accepted less."""
     (model,) = over_slots([module], 2, 40, V)
     draft: Any = SimpleNamespace(model=model, kept=kept or Kept())
@@ -41,7 +46,9 @@ def group(module: LlamaForCausalLM, uniform_BN: torch.Tensor, kept: Kept | None 
         row.draft, row.acceptance = draft, SimpleNamespace(rate=0.5)
         row.query = SimpleNamespace(temperature=1.0)
     sampling, scheme = Sampling.of([1.0, 1.0], [0, 0], [1.0, 1.0], V), SimpleNamespace()
-    return Group(draft, scheme, slice(0, 2), rows, [DRAFTED] * 2, sampling, uniform_BN, V, "cpu", price)  # type: ignore[arg-type]
+    return Group(
+        draft, scheme, slice(0, 2), rows, [DRAFTED] * 2, sampling, uniform_BN, V, "cpu", price
+    )  # type: ignore[arg-type]
 
 
 def good_from(share: int) -> Kept:
@@ -59,30 +66,44 @@ def told(module: LlamaForCausalLM, context: list[int]) -> list[torch.Tensor]:
     with torch.no_grad():
         states = module(torch.tensor([context]), output_hidden_states=True).hidden_states[1:]
         *early, last = (state[0, -1] for state in states)  # the last one has been through the norm
-        return [module.lm_head(module.model.norm(state)) for state in early] + [module.lm_head(last)]
+        return [module.lm_head(module.model.norm(state)) for state in early] + [
+            module.lm_head(last)
+        ]
 
 
 @pytest.mark.parametrize("share", [0, 2, 3, SHARES])
-def test_every_token_is_drawn_from_the_first_exit_that_is_good(module: LlamaForCausalLM, share: int) -> None:
+def test_every_token_is_drawn_from_the_first_exit_that_is_good(
+    module: LlamaForCausalLM, share: int
+) -> None:
     """Each row for itself; the first token comes from all layers, as the context does."""
-    uniform_BN = torch.rand(2, DRAFTED, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    uniform_BN = torch.rand(
+        2, DRAFTED, dtype=torch.float64, generator=torch.Generator().manual_seed(3)
+    )
     asked = group(module, uniform_BN, good_from(share))
     found, deepest = exits.ExitDrafter().propose(asked), []
     for n in range(DRAFTED):
         depths = []
         for b, context in enumerate(CONTEXTS):
             said = told(module, [*context, *found.tokens_BN[b, :n].tolist()])
-            good = (e for e in range(LAYERS - 1) if n and int(SHARES * said[e].softmax(-1).max()) >= share)
+            good = (
+                e
+                for e in range(LAYERS - 1)
+                if n and int(SHARES * said[e].softmax(-1).max()) >= share
+            )
             depths.append(next(good, LAYERS - 1))
             assert torch.allclose(found.logits_BQV[n][b, 0], said[depths[-1]], atol=1e-4), (n, b)
             assert len(asked.evidence[b][n]) == min(depths[-1] + 1, LAYERS - 1) * (n > 0)
         deepest.append(max(depths))
     assert len(set(deepest[1:])) > 1 or share in (0, SHARES)
-    assert not (held := len(asked.cells[0])) or deepest[held] == LAYERS - 1, "what is kept has passed all layers"
+    assert not (held := len(asked.cells[0])) or deepest[held] == LAYERS - 1, (
+        "what is kept has passed all layers"
+    )
 
 
 @pytest.mark.parametrize(("price", "layers"), [(0.01, LAYERS), (3.0, 1)])
-def test_another_layer_has_to_be_worth_its_price(module: LlamaForCausalLM, price: float, layers: int) -> None:
+def test_another_layer_has_to_be_worth_its_price(
+    module: LlamaForCausalLM, price: float, layers: int
+) -> None:
     """Where an exit is worse than what comes after it."""
     uniform_BN = torch.full((2, DRAFTED), 0.5, dtype=torch.float64)
     asked = group(module, uniform_BN, good_from(SHARES), Price(0.0, 0.0, price))
@@ -94,14 +115,21 @@ def test_what_became_of_tokens_is_learnt(module: LlamaForCausalLM) -> None:
     """At an exit that nothing is known of tokens are drawn; when they turn out bad, no more."""
     known, forwards = Kept(), []
     for seed in range(60):
-        uniform_BN = torch.rand(2, DRAFTED, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        uniform_BN = torch.rand(
+            2, DRAFTED, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+        )
         asked = group(module, uniform_BN, known, Price(0.0, 0.0, 0.01))
         drafter = exits.ExitDrafter()
         drafter.propose(asked)
         assert asked.forwards is not None
         forwards.append(asked.forwards)
-        path = [0]  # the first one, from all layers, is kept, and the second one never but where it is from these, too
-        deep = [len(one[1]) == LAYERS - 1 and one[1][-1][1] == went(LAYERS - 1) for one in asked.evidence]
+        path = [
+            0
+        ]  # the first one, from all layers, is kept, and the second one never but where it is from these, too
+        deep = [
+            len(one[1]) == LAYERS - 1 and one[1][-1][1] == went(LAYERS - 1)
+            for one in asked.evidence
+        ]
         drafter.settle(asked, [[*path, 1] if all_layers else path for all_layers in deep])
     assert forwards[0] == pytest.approx(1 + (DRAFTED - 1) / LAYERS)
     assert np.mean(forwards[-10:]) > 1 + (DRAFTED - 1) * 0.9
@@ -109,7 +137,9 @@ def test_what_became_of_tokens_is_learnt(module: LlamaForCausalLM) -> None:
 
 def test_what_was_kept_is_a_context_like_any_other(module: LlamaForCausalLM) -> None:
     """The next step's distributions are those of the whole draft behind whatever was accepted."""
-    uniform_BN = torch.rand(2, DRAFTED, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    uniform_BN = torch.rand(
+        2, DRAFTED, dtype=torch.float64, generator=torch.Generator().manual_seed(5)
+    )
     asked = group(module, uniform_BN, good_from(1))
     drafter = exits.ExitDrafter()
     found = drafter.propose(asked)

@@ -31,7 +31,9 @@ def test_features_come_closer_to_the_targets(pair: TinyPair) -> None:
     """Through a projector, from another width; the target stays as it is."""
     target = AutoModelForCausalLM.from_pretrained(pair.target, dtype=torch.float32)
     as_it_was = {name: tensor.clone() for name, tensor in target.state_dict().items()}
-    told = match_features(narrow(), target, taught(pair.target, 40), Recipe(learning_rate=5e-3, epochs=4), pad_id=3)
+    told = match_features(
+        narrow(), target, taught(pair.target, 40), Recipe(learning_rate=5e-3, epochs=4), pad_id=3
+    )
     assert len(told) == 4 * 5
     assert told[-1] < 0.9 * told[0]
     assert all(torch.equal(tensor, as_it_was[name]) for name, tensor in target.state_dict().items())

@@ -32,7 +32,9 @@ def test_tokens_per_step_is_the_expectation_over_accept_and_reject(gamma: int) -
 def test_equal_candidates_pass_in_at_most_one_of_twenty(requests: int) -> None:
     """2,000 null comparisons, by few requests as by many: percentiles alone are too narrow for few."""
     rng = np.random.default_rng(0)
-    passed = sum(bootstrap_interval(rng.normal(0, 0.3, requests), seed, LEVEL)[0] > 0 for seed in range(2000))
+    passed = sum(
+        bootstrap_interval(rng.normal(0, 0.3, requests), seed, LEVEL)[0] > 0 for seed in range(2000)
+    )
     assert passed <= 100
 
 
@@ -108,9 +110,16 @@ def test_a_candidate_that_forgets_is_refused_however_much_it_gains() -> None:
     """Both strata are told, the earlier one by its name, in JSON without infinities."""
     report = verdict(BETTER, np.full(40, -0.07))
     assert (report.promote, report.gain_low > 0) == (False, True)
-    assert report.reason == "forgets: -0.070 tokens per step on 40 earlier held-out requests, where -0.060 is tolerated"
+    assert (
+        report.reason
+        == "forgets: -0.070 tokens per step on 40 earlier held-out requests, where -0.060 is tolerated"
+    )
     told = report.as_dict()
-    assert (told["requests"], told["active_tokens_per_step"], told["forgetting_tolerance"]) == (40, 2.0, 0.03)
+    assert (told["requests"], told["active_tokens_per_step"], told["forgetting_tolerance"]) == (
+        40,
+        2.0,
+        0.03,
+    )
     assert told["earlier"]["candidate_tokens_per_step"] == pytest.approx(1.93)  # type: ignore[index]
 
 
@@ -140,7 +149,10 @@ def promoted(gain: float, lost: float, count: int = 200) -> float:
     """The share of `count` candidates: 200 new requests, 100 earlier, differences as wide and skewed as real ones."""
     rng = np.random.default_rng(0)
     wide = lambda mean, size: 2.0 * (mean + 0.12 * (rng.gamma(2.0, 1.0, size) - 2.0) / np.sqrt(2.0))
-    return sum(verdict(wide(gain, 200), wide(-lost, 100), seed=i).promote for i in range(count)) / count
+    return (
+        sum(verdict(wide(gain, 200), wide(-lost, 100), seed=i).promote for i in range(count))
+        / count
+    )
 
 
 def test_the_gate_is_seldom_wrong() -> None:

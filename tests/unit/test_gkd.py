@@ -9,7 +9,10 @@ from lab import gkd
 
 def test_lessons_as_trl_takes_them() -> None:
     """Answers alone are supervised; prompts alone have their padding in front, for what generates from them."""
-    rows = [{"prompt_ids": [5, 6, 7], "output_ids": [8]}, {"prompt_ids": [9], "output_ids": [10, 11]}]
+    rows = [
+        {"prompt_ids": [5, 6, 7], "output_ids": [8]},
+        {"prompt_ids": [9], "output_ids": [10, 11]},
+    ]
     batch = gkd.Collator(0)(rows)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [9, 10, 11, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]

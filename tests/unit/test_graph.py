@@ -43,7 +43,9 @@ def group(sampling: Sampling, uniform_BN: Tensor, candidates: int = CANDIDATES) 
     draft: Any = SimpleNamespace(model=Draft(V, 0, count, dtype=DTYPE))
     rows: Any = [Context([0]) for _ in range(count)]
     scheme: Any = None
-    return Group(draft, scheme, slice(0, count), rows, [candidates] * count, sampling, uniform_BN, V, "cpu")
+    return Group(
+        draft, scheme, slice(0, count), rows, [candidates] * count, sampling, uniform_BN, V, "cpu"
+    )
 
 
 def drafted() -> tuple[Proposal, Tensor]:
@@ -51,18 +53,29 @@ def drafted() -> tuple[Proposal, Tensor]:
     pairs = list(itertools.permutations(range(V), 2))
     outcomes = list(itertools.product(pairs, repeat=DRAFTED_ON))
     uniform_BN = torch.full((len(outcomes), CANDIDATES), 0.5, dtype=torch.float64)
-    for _ in range(DRAFTED_ON):  # what is drawn behind a hypothesis is known when those before it are
+    for _ in range(
+        DRAFTED_ON
+    ):  # what is drawn behind a hypothesis is known when those before it are
         asked = group(of_all(FREE, len(outcomes)), uniform_BN)
-        found, probability_B = graph.GraphDrafter().propose(asked), torch.ones(len(outcomes), dtype=torch.float64)
+        found, probability_B = (
+            graph.GraphDrafter().propose(asked),
+            torch.ones(len(outcomes), dtype=torch.float64),
+        )
         assert found.tree is not None
         for b, count in enumerate(asked.drafted):
             sources = found.tree.sources_BN[b, :count].unique().tolist()
             for i, (first, second) in enumerate(outcomes[b]):
-                q = found.probs_BQV[b, sources[i]].double() if i < len(sources) else torch.full((V,), 1 / V)
+                q = (
+                    found.probs_BQV[b, sources[i]].double()
+                    if i < len(sources)
+                    else torch.full((V,), 1 / V)
+                )
                 left = q.clone()
                 left[first] = 0
                 for k, (weights, token) in enumerate(((q, first), (left, second))):
-                    uniform_BN[b, 2 * i + k] = (weights[:token].sum() + weights[token] / 2) / weights.sum()
+                    uniform_BN[b, 2 * i + k] = (
+                        weights[:token].sum() + weights[token] / 2
+                    ) / weights.sum()
                     probability_B[b] *= weights[token] / weights.sum()
     return found, probability_B
 
@@ -82,7 +95,11 @@ def cases(proposal: Proposal, probability_B: Tensor) -> list[Case]:
             tree.visible_BTT[members, : N + 1, : N + 1], tree.depth, True, [False] * len(members),
         )  # fmt: skip
         part = Proposal(
-            proposal.tokens_BN[members, :N], proposal.probs_BQV[members], [], proposal.drafted_B[members], own
+            proposal.tokens_BN[members, :N],
+            proposal.probs_BQV[members],
+            [],
+            proposal.drafted_B[members],
+            own,
         )
         target_BTV = told(TARGET, shape, rows, DTYPE)
         found.append(Case(shape, rows, FREE, target_BTV, part, probability_B[members]))
@@ -94,7 +111,13 @@ def shares(proposal: Proposal) -> int:
     tree, found = proposal.tree, 0
     assert tree is not None
     for b, count in enumerate(proposal.drafted_B.tolist()):
-        pairs = set(zip(tree.sources_BN[b, :count].tolist(), tree.parents_BN[b, :count].tolist(), strict=True))
+        pairs = set(
+            zip(
+                tree.sources_BN[b, :count].tolist(),
+                tree.parents_BN[b, :count].tolist(),
+                strict=True,
+            )
+        )
         found += len(pairs) > len({source for source, _ in pairs})
     return found
 
@@ -111,7 +134,9 @@ def test_what_is_emitted_is_the_targets(monkeypatch: pytest.MonkeyPatch) -> None
 def test_sharing_between_depths_would_not_be_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """As greedy rows do it, and the paper: what stands behind a later node was drawn before the node itself."""
     monkeypatch.setattr(graph, "SHARED", 1)
-    monkeypatch.setattr(graph, "Graph", lambda last_token, greedy, made=graph.Graph: made(last_token, True))
+    monkeypatch.setattr(
+        graph, "Graph", lambda last_token, greedy, made=graph.Graph: made(last_token, True)
+    )
     proposal, probability_B = drafted()
     assert distance(judge, *cases(proposal, probability_B)) > 1e-3
 

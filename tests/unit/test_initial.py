@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from lab.warmup.initial import spread, thinned
 from tests.tiny import TinyPair
@@ -32,7 +38,10 @@ def test_a_kept_layer_is_the_targets_own_and_a_copy(pair: TinyPair) -> None:
     target = AutoModelForCausalLM.from_pretrained(pair.target, dtype=torch.float32)
     draft = thinned(target, [1])
     assert draft.config.num_hidden_layers == 1
-    own, theirs = draft.model.layers[0].mlp.up_proj.weight, target.model.layers[1].mlp.up_proj.weight
+    own, theirs = (
+        draft.model.layers[0].mlp.up_proj.weight,
+        target.model.layers[1].mlp.up_proj.weight,
+    )
     assert torch.equal(own, theirs)
     assert torch.equal(draft.model.embed_tokens.weight, target.model.embed_tokens.weight)
     with torch.no_grad():
@@ -62,7 +71,11 @@ def test_what_is_listed_per_layer_is_thinned_with_the_layers() -> None:
 def test_gpt_neox_is_thinned_too_and_others_are_refused() -> None:
     """What counts is that layers are called layers; a model without any can't be thinned."""
     config = GPTNeoXConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
     )
     whole = GPTNeoXForCausalLM(config)
     assert torch.equal(

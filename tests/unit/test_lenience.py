@@ -37,11 +37,15 @@ from tests.unit.test_exactness import (
 )
 
 LENIENCES = [Lenience("lin", 0.6), Lenience("sq", 0.7), Lenience("exp", 0.5)]
-each_function = pytest.mark.parametrize("lenience", LENIENCES, ids=[one.function for one in LENIENCES])
+each_function = pytest.mark.parametrize(
+    "lenience", LENIENCES, ids=[one.function for one in LENIENCES]
+)
 Setting = tuple[float, int, float]
 
 
-def closed_form(target: TableModel, draft: TableModel, setting: Setting, lenience: Lenience) -> np.ndarray:
+def closed_form(
+    target: TableModel, draft: TableModel, setting: Setting, lenience: Lenience
+) -> np.ndarray:
     """What a step of G drafted tokens emits, continued by the target where it emits fewer than G + 1: [V] * (G + 1)."""
     joint = np.zeros((V,) * (G + 1))
     for tokens in itertools.product(range(V), repeat=G + 1):
@@ -53,7 +57,9 @@ def closed_form(target: TableModel, draft: TableModel, setting: Setting, lenienc
         for i, token in enumerate(tokens[:G]):
             kept, residual = np.minimum(q[i], due(p[i], lenience)), np.maximum(p[i] - q[i], 0)
             if (rejected := 1 - kept.sum()) > 1e-12:
-                joint[tokens] += reached * rejected * residual[token] / residual.sum() * np.prod(own[i + 1 :])
+                joint[tokens] += (
+                    reached * rejected * residual[token] / residual.sum() * np.prod(own[i + 1 :])
+                )
             reached *= kept[token]
         joint[tokens] += reached * own[G]
     return joint
@@ -82,7 +88,10 @@ def apart(one: np.ndarray, other: np.ndarray) -> float:
 def off(judged: Judge, setting: Setting, lenience: Lenience, dtype: torch.dtype) -> float:
     """How far what is emitted is from the closed form."""
     target, draft = models(dtype)
-    return apart(emitted_joint(judged, target, draft, setting, G), closed_form(target, draft, setting, lenience))
+    return apart(
+        emitted_joint(judged, target, draft, setting, G),
+        closed_form(target, draft, setting, lenience),
+    )
 
 
 # ── distributions ──
@@ -91,7 +100,9 @@ def off(judged: Judge, setting: Setting, lenience: Lenience, dtype: torch.dtype)
 @either
 @each_function
 @pytest.mark.parametrize("setting", ["plain", "cold", "all three"])
-def test_a_lenient_row_emits_the_closed_form(setting: str, lenience: Lenience, dtype: torch.dtype) -> None:
+def test_a_lenient_row_emits_the_closed_form(
+    setting: str, lenience: Lenience, dtype: torch.dtype
+) -> None:
     """min(q, f(p)) and the rejected mass times the residual, at every position: no longer the target's."""
     target, draft = models(dtype)
     emitted = emitted_joint(leniently(lenience), target, draft, SETTINGS[setting], G)
@@ -101,10 +112,15 @@ def test_a_lenient_row_emits_the_closed_form(setting: str, lenience: Lenience, d
 
 @either
 @each_function
-def test_what_is_kept_in_addition_is_the_distance_from_the_target(lenience: Lenience, dtype: torch.dtype) -> None:
+def test_what_is_kept_in_addition_is_the_distance_from_the_target(
+    lenience: Lenience, dtype: torch.dtype
+) -> None:
     """Of the first token: ½ Σ |e − p| = Σ min(q, f(p)) − Σ min(q, p)."""
     target, draft = models(dtype)
-    p, q = (reference_distribution(model.logits(PROMPT), *SETTINGS["plain"]) for model in (target, draft))
+    p, q = (
+        reference_distribution(model.logits(PROMPT), *SETTINGS["plain"])
+        for model in (target, draft)
+    )
     emitted = emitted_joint(leniently(lenience), target, draft, SETTINGS["plain"], G).sum((1, 2, 3))
     gained = float((np.minimum(q, due(p, lenience)) - np.minimum(q, p)).sum())
     assert apart(emitted, p) == pytest.approx(gained, abs=LIMIT)
@@ -118,7 +134,9 @@ def test_epsilon_1_is_exact(setting: Setting, dtype: torch.dtype) -> None:
     assert Lenient.of([None, *(Lenience(one.function, 1.0) for one in LENIENCES)]) is None
     ones_C = torch.ones(V**G, dtype=torch.float64)
     target, draft = models(dtype)
-    emitted = emitted_joint(partial(judge, lenient=Lenient(ones_C, ones_C)), target, draft, setting, G)
+    emitted = emitted_joint(
+        partial(judge, lenient=Lenient(ones_C, ones_C)), target, draft, setting, G
+    )
     assert apart(emitted, target_joint(target, setting, G + 1)) <= LIMIT
 
 
@@ -136,7 +154,9 @@ def beside(
 ) -> Verdict:
     """`judge` of rows that ask for `own` in a batch where each is followed by a copy of it that asks for `other`."""
     twice = lambda tensor: tensor.repeat_interleave(2, 0)
-    doubled = Proposal(twice(proposal.tokens_BN), twice(proposal.probs_BQV), [], twice(proposal.drafted_B))
+    doubled = Proposal(
+        twice(proposal.tokens_BN), twice(proposal.probs_BQV), [], twice(proposal.drafted_B)
+    )
     members = [i for i in range(len(logits_BTV)) for _ in range(2)]
     drawn = twice(accept_uniform_BG), twice(emit_uniform_B)
     lenient = Lenient.of([own, other] * len(logits_BTV))
@@ -147,7 +167,9 @@ def beside(
 @either
 @each_function
 @pytest.mark.parametrize("setting", ["plain", "all three"])
-def test_exact_and_lenient_rows_share_a_batch(setting: str, lenience: Lenience, dtype: torch.dtype) -> None:
+def test_exact_and_lenient_rows_share_a_batch(
+    setting: str, lenience: Lenience, dtype: torch.dtype
+) -> None:
     """Each row emits what it asked for: the target's distribution, or the closed form."""
     target, draft = models(dtype)
     exact = emitted_joint(partial(beside, None, lenience), target, draft, SETTINGS[setting], G)
@@ -157,7 +179,9 @@ def test_exact_and_lenient_rows_share_a_batch(setting: str, lenience: Lenience, 
 
 @either
 @pytest.mark.parametrize("top_k", [0, 3])
-def test_exact_rows_are_judged_to_the_last_bit_as_without_lenient_ones(dtype: torch.dtype, top_k: int) -> None:
+def test_exact_rows_are_judged_to_the_last_bit_as_without_lenient_ones(
+    dtype: torch.dtype, top_k: int
+) -> None:
     """Also greedy ones."""
     torch.manual_seed(0)
     count, size = 64, 50
@@ -171,18 +195,24 @@ def test_exact_rows_are_judged_to_the_last_bit_as_without_lenient_ones(dtype: to
     for lenience in LENIENCES:
         together = beside(None, lenience, logits_BTV, proposal, own, *drawn)
         for field in fields(alone):
-            assert torch.equal(getattr(alone, field.name), getattr(together, field.name)), field.name
+            assert torch.equal(getattr(alone, field.name), getattr(together, field.name)), (
+                field.name
+            )
 
 
 # ── mutants ──
 
 
-def always_accepts(logits_BTV: Tensor, proposal: Proposal, sampling: Sampling, u: Tensor, e: Tensor) -> Verdict:
+def always_accepts(
+    logits_BTV: Tensor, proposal: Proposal, sampling: Sampling, u: Tensor, e: Tensor
+) -> Verdict:
     """Keeps every drafted token."""
     return leniently(LENIENCES[0])(logits_BTV, proposal, sampling, u * 0 - 1, e)
 
 
-def skips_residual(logits_BTV: Tensor, proposal: Proposal, sampling: Sampling, u: Tensor, e: Tensor) -> Verdict:
+def skips_residual(
+    logits_BTV: Tensor, proposal: Proposal, sampling: Sampling, u: Tensor, e: Tensor
+) -> Verdict:
     """Draws from the target after a rejection."""
     honest = leniently(LENIENCES[0])(logits_BTV, proposal, sampling, u, e)
     probs_BV = probabilities(logits_BTV, sampling)[torch.arange(len(u)), honest.accepted_B]
@@ -211,27 +241,44 @@ def test_enumeration_catches_mutants(mutant: Judge, dtype: torch.dtype) -> None:
 def test_enumeration_catches_a_neighbours_lenience(dtype: torch.dtype) -> None:
     """Rows that are judged by what the next one asked for are not exact."""
     target, draft = models(dtype)
-    emitted = emitted_joint(partial(beside, LENIENCES[0], None), target, draft, SETTINGS["plain"], G)
+    emitted = emitted_joint(
+        partial(beside, LENIENCES[0], None), target, draft, SETTINGS["plain"], G
+    )
     assert apart(emitted, target_joint(target, SETTINGS["plain"], G + 1)) > 1e-2
 
 
 # ── corners ──
 
 
-def first(p: Sequence[float], q: Sequence[float], token: int, lenience: Lenience, dtype: torch.dtype) -> Verdict:
+def first(
+    p: Sequence[float], q: Sequence[float], token: int, lenience: Lenience, dtype: torch.dtype
+) -> Verdict:
     """The verdict on one drafted token, of the largest uniforms."""
     last = torch.tensor([[1 - 2.0**-53]], dtype=torch.float64)
     logits_BTV = torch.tensor([[p, p]], dtype=dtype).log()
-    proposal = Proposal(torch.tensor([[token]]), torch.tensor([[q]], dtype=dtype), [], torch.tensor([1]))
-    return judge(logits_BTV, proposal, Sampling.of([1.0], [0], [1.0], len(p)), last, last[0], Lenient.of([lenience]))
+    proposal = Proposal(
+        torch.tensor([[token]]), torch.tensor([[q]], dtype=dtype), [], torch.tensor([1])
+    )
+    return judge(
+        logits_BTV,
+        proposal,
+        Sampling.of([1.0], [0], [1.0], len(p)),
+        last,
+        last[0],
+        Lenient.of([lenience]),
+    )
 
 
 @either
 @pytest.mark.parametrize("epsilon", [0.5, 1e-3, 1e-200, 5e-324])
 @each_function
-def test_what_the_target_rules_out_stays_out(lenience: Lenience, epsilon: float, dtype: torch.dtype) -> None:
+def test_what_the_target_rules_out_stays_out(
+    lenience: Lenience, epsilon: float, dtype: torch.dtype
+) -> None:
     """f(0) = 0, however small ε is, and what follows is possible."""
-    verdict = first([0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5], 2, replace(lenience, epsilon=epsilon), dtype)
+    verdict = first(
+        [0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5], 2, replace(lenience, epsilon=epsilon), dtype
+    )
     assert verdict.accepted_B.tolist() == [0]
     assert verdict.next_B.item() in (0, 1)
 
@@ -239,7 +286,9 @@ def test_what_the_target_rules_out_stays_out(lenience: Lenience, epsilon: float,
 @either
 @pytest.mark.parametrize("epsilon", [1e-3, 1e-200, 5e-324])
 @each_function
-def test_with_a_tiny_epsilon_the_draft_speaks(lenience: Lenience, epsilon: float, dtype: torch.dtype) -> None:
+def test_with_a_tiny_epsilon_the_draft_speaks(
+    lenience: Lenience, epsilon: float, dtype: torch.dtype
+) -> None:
     """Where f(p) ≥ q everywhere nothing is rejected."""
     verdict = first([0.01, 0.99], [0.99, 0.01], 0, replace(lenience, epsilon=epsilon), dtype)
     assert verdict.accepted_B.tolist() == [1]
@@ -247,7 +296,9 @@ def test_with_a_tiny_epsilon_the_draft_speaks(lenience: Lenience, epsilon: float
 
 @either
 @each_function
-def test_a_draft_equal_to_the_target_is_always_accepted(lenience: Lenience, dtype: torch.dtype) -> None:
+def test_a_draft_equal_to_the_target_is_always_accepted(
+    lenience: Lenience, dtype: torch.dtype
+) -> None:
     """An empty residual never decides a token."""
     verdict = first([0.5, 0.5], [0.5, 0.5], 1, lenience, dtype)
     assert (verdict.accepted_B.tolist(), verdict.overlap_B.tolist()) == ([1], [pytest.approx(1)])
@@ -260,9 +311,14 @@ def test_lenient_answers_keep_more_and_leave_their_neighbours_alone(pair: TinyPa
     """Of a poor draft, at the same seeds: the exact answers are what they are without company."""
     asked = {"temperature": 1.0, "max_tokens": 60, "ignore_eos": True}
     exact = [query((40 + i, 50, 60), f"exact{i}", seed=i, **asked) for i in range(3)]
-    lenient = [replace(one, id=f"lenient{i}", lenience=Lenience("lin", 0.05)) for i, one in enumerate(exact)]
+    lenient = [
+        replace(one, id=f"lenient{i}", lenience=Lenience("lin", 0.05))
+        for i, one in enumerate(exact)
+    ]
     with bench(pair, drafts={"default": pair.spoilt}) as tiny:
         alone, together = tiny.run(*exact), tiny.run(*exact, *lenient)
     assert [one.ids for one in together[:3]] == [one.ids for one in alone]
-    kept, kept_leniently = (sum(one.stats.accepted for one in part) for part in (together[:3], together[3:]))
+    kept, kept_leniently = (
+        sum(one.stats.accepted for one in part) for part in (together[:3], together[3:])
+    )
     assert kept_leniently > 1.5 * kept

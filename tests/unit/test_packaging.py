@@ -22,4 +22,6 @@ def test_every_file_of_a_package_is_packaged() -> None:
             file = path.relative_to(ROOT)
             if path.is_file() and "__pycache__" not in file.parts:
                 module = file.suffix == ".py" and file.parent.as_posix() in folders
-                assert module or any(file.match(pattern) for pattern in patterns), f"{file} is in no package"
+                assert module or any(file.match(pattern) for pattern in patterns), (
+                    f"{file} is in no package"
+                )

@@ -26,7 +26,12 @@ def found_slot(prefixes: Prefixes, tokens: list[int], route: str = "a") -> int |
 # ── how much two contexts share ──
 
 
-@given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)), st.integers(0, 12), st.lists(st.integers(0, 2)))
+@given(
+    st.lists(st.integers(0, 2)),
+    st.lists(st.integers(0, 2)),
+    st.integers(0, 12),
+    st.lists(st.integers(0, 2)),
+)
 def test_common_prefix_is_counted_as_one_by_one(
     one: list[int], other: list[int], least: int, shared: list[int]
 ) -> None:
@@ -74,7 +79,10 @@ def test_less_than_is_worthwhile_is_not_shared() -> None:
     live = [finished(numbers(WORTHWHILE))]
     assert Prefixes(range(0)).longest("a", numbers(WORTHWHILE - 1), 0, live) is None
     assert Prefixes(range(0)).longest("a", [*numbers(WORTHWHILE - 1), 99, 99], 0, live) is None
-    assert Prefixes(range(0)).longest("a", [*numbers(WORTHWHILE), 99], 0, live) == (live[0], WORTHWHILE)
+    assert Prefixes(range(0)).longest("a", [*numbers(WORTHWHILE), 99], 0, live) == (
+        live[0],
+        WORTHWHILE,
+    )
 
 
 # ── keeping ──
@@ -96,7 +104,10 @@ def test_the_least_recently_used_context_makes_room() -> None:
     assert prefixes.keep(finished(numbers(20, 100))) is None
     assert prefixes.keep(finished(numbers(20, 300))) == slots[200]
     assert found_slot(prefixes, numbers(20, 200)) is None
-    assert [found_slot(prefixes, numbers(20, start)) for start in (0, 100)] == [slots[0], slots[100]]
+    assert [found_slot(prefixes, numbers(20, start)) for start in (0, 100)] == [
+        slots[0],
+        slots[100],
+    ]
     assert prefixes.keep(finished(numbers(20, 400))) == slots[200], "nobody has used 300 since"
 
 
@@ -121,9 +132,15 @@ def test_what_a_kept_context_contains_is_not_kept_again() -> None:
 def test_routes_neither_replace_nor_contain_each_other() -> None:
     """The same tokens of another route are another context."""
     prefixes = Prefixes(range(FIRST, FIRST + 2))
-    mine, theirs = prefixes.keep(finished(numbers(40))), prefixes.keep(finished(numbers(40), route="b"))
+    mine, theirs = (
+        prefixes.keep(finished(numbers(40))),
+        prefixes.keep(finished(numbers(40), route="b")),
+    )
     assert {mine, theirs} == {FIRST, FIRST + 1}
-    assert (found_slot(prefixes, numbers(40)), found_slot(prefixes, numbers(40), "b")) == (mine, theirs)
+    assert (found_slot(prefixes, numbers(40)), found_slot(prefixes, numbers(40), "b")) == (
+        mine,
+        theirs,
+    )
 
 
 def test_nothing_shorter_than_worthwhile_is_kept() -> None:
@@ -151,7 +168,12 @@ def test_clearing_forgets_contexts_and_frees_their_slots() -> None:
     assert {prefixes.keep(finished(numbers(20, start))) for start in (0, 100)} == {FIRST, FIRST + 1}
 
 
-@given(st.lists(st.tuples(st.sampled_from("ab"), st.lists(st.integers(0, 1), max_size=24), st.booleans()), max_size=40))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("ab"), st.lists(st.integers(0, 1), max_size=24), st.booleans()),
+        max_size=40,
+    )
+)
 def test_two_kept_contexts_never_share_a_slot(history: list[tuple[str, list[int], bool]]) -> None:
     """Whatever comes and is looked up: a found context is the latest that was copied to its slot, on its route."""
     prefixes = Prefixes(range(FIRST, FIRST + 3))
@@ -165,5 +187,7 @@ def test_two_kept_contexts_never_share_a_slot(history: list[tuple[str, list[int]
             context, length = found
             assert held[context.slot] == (route, context.tokens)
             assert tokens[:length] == context.tokens[:length]
-            assert length == max(common_prefix(kept, tokens, 1) for at, kept in held.values() if at == route)
+            assert length == max(
+                common_prefix(kept, tokens, 1) for at, kept in held.values() if at == route
+            )
     assert set(held) <= {FIRST, FIRST + 1, FIRST + 2}

@@ -14,7 +14,9 @@ DOMAINS = {name: Domain(traffic="x", held_out="y") for name in ("a", "b")}
 
 
 def replay(*order: str) -> Replay:
-    return Replay(domains=DOMAINS, segments=[Segment(queries=100, mix={name: 1.0}) for name in order])
+    return Replay(
+        domains=DOMAINS, segments=[Segment(queries=100, mix={name: 1.0}) for name in order]
+    )
 
 
 def log(path: Path, **swaps: dict[int, float]) -> Log:
@@ -25,7 +27,11 @@ def log(path: Path, **swaps: dict[int, float]) -> Log:
     standing: dict[str, float] = {}
     for at in times:
         standing |= {name: curve[at] for name, curve in swaps.items() if at in curve}
-        found.add("swap" if at else "first", at, domains={name: {"tau": tau} for name, tau in standing.items()})
+        found.add(
+            "swap" if at else "first",
+            at,
+            domains={name: {"tau": tau} for name, tau in standing.items()},
+        )
     return found
 
 
@@ -52,20 +58,36 @@ def test_what_comes_too_late_is_no_recovery(tmp_path: Path) -> None:
 
 def test_what_fades_in_has_no_moment_of_shift(tmp_path: Path) -> None:
     """And it is forgotten from the end of its fading out on."""
-    config = Replay(domains=DOMAINS | {"c": DOMAINS["a"]}, segments=segments("gradual", ["a", "b", "c"], 100))
-    told = log(tmp_path, a={0: 1.0, 40: 2.0, 120: 1.5, 260: 1.2}, b={0: 1.0, 140: 2.0}, c={0: 1.0, 240: 2.0})
+    config = Replay(
+        domains=DOMAINS | {"c": DOMAINS["a"]}, segments=segments("gradual", ["a", "b", "c"], 100)
+    )
+    told = log(
+        tmp_path,
+        a={0: 1.0, 40: 2.0, 120: 1.5, 260: 1.2},
+        b={0: 1.0, 140: 2.0},
+        c={0: 1.0, 240: 2.0},
+    )
     assert [(part.domains, part.end) for part in stretches(config)] == [
         (("a",), 50), (("a", "b"), 150), (("b", "c"), 250), (("c",), 300),
     ]  # fmt: skip
     assert [recoveries(config, name, told) for name in "abc"] == [[40.0], [], []]
-    assert [list(_forgetting(config, name, told)) for name in "abc"] == [[pytest.approx(0.2)], [0.0], []]
+    assert [list(_forgetting(config, name, told)) for name in "abc"] == [
+        [pytest.approx(0.2)],
+        [0.0],
+        [],
+    ]
 
 
 def test_a_query_s_answers_are_one_observation(tmp_path: Path) -> None:
     """However many seeds and kinds there are of it: more of the same answers make no interval narrower."""
     rng, logs = random.Random(0), {}
-    exams = {at: [[rng.randint(20, 60), rng.randint(10, 20), 5.0, 10] for _ in range(20)] for at in (0, 100)}
-    config = Replay(domains={"a": DOMAINS["a"]}, segments=[Segment(queries=100, mix={"a": 1})], held_out=20)
+    exams = {
+        at: [[rng.randint(20, 60), rng.randint(10, 20), 5.0, 10] for _ in range(20)]
+        for at in (0, 100)
+    }
+    config = Replay(
+        domains={"a": DOMAINS["a"]}, segments=[Segment(queries=100, mix={"a": 1})], held_out=20
+    )
     found = []
     for seed in (1, 2, 3):
         logs[seed] = log(tmp_path / str(seed), a={0: 1.0})
@@ -87,7 +109,11 @@ def test_a_line_cut_short_is_dropped_and_written_again(tmp_path: Path) -> None:
 
 def test_two_replays_do_not_share_a_folder(tmp_path: Path) -> None:
     """The second is told, and nothing is mixed."""
-    with alone(tmp_path), pytest.raises(ValueError, match="another replay is at work"), alone(tmp_path):
+    with (
+        alone(tmp_path),
+        pytest.raises(ValueError, match="another replay is at work"),
+        alone(tmp_path),
+    ):
         pass
     with alone(tmp_path):
         pass

@@ -22,6 +22,8 @@ START = ("initial", 1)
         ([START, ("promotion", 2), ("manual", 1), ("manual", 2), ("rollback", 1)], 2),
     ],
 )
-def test_rollbacks_pop_what_activations_pushed(history: list[tuple[str, int]], target: int | None) -> None:
+def test_rollbacks_pop_what_activations_pushed(
+    history: list[tuple[str, int]], target: int | None
+) -> None:
     """Rollbacks in a row go further back each time; they do not swing between two versions."""
     assert rollback_target(history) == target

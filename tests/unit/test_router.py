@@ -16,7 +16,11 @@ TEMPLATE_START, TEMPLATE_END = list(range(10)), list(range(10, 20))
 def prompt(kind: int, rng: random.Random, tokens: int = 15) -> list[int]:
     """A template around words of the kind's own and words that every kind has."""
     own, common = range(100 + 60 * kind, 160 + 60 * kind), range(40, 90)
-    return [*TEMPLATE_START, *(rng.choice(own if rng.random() < 0.6 else common) for _ in range(tokens)), *TEMPLATE_END]
+    return [
+        *TEMPLATE_START,
+        *(rng.choice(own if rng.random() < 0.6 else common) for _ in range(tokens)),
+        *TEMPLATE_END,
+    ]
 
 
 def stream(kinds: int, count: int, seed: int = 0) -> Iterator[tuple[int, list[int]]]:
@@ -69,7 +73,10 @@ def test_what_every_prompt_has_does_not_make_prompts_alike() -> None:
     for i in range(router.POOL + 200):
         words = prompt(i % 2, rng, tokens=8)[10:-10]
         found.append(made.assign([*range(1000, 1100), *words, *range(1100, 1200)]))
-    late = [{cluster for cluster in found[router.POOL + kind :: 2] if cluster is not None} for kind in (0, 1)]
+    late = [
+        {cluster for cluster in found[router.POOL + kind :: 2] if cluster is not None}
+        for kind in (0, 1)
+    ]
     assert all(len(each) == 1 for each in late)
     assert late[0] != late[1]
 
@@ -88,7 +95,9 @@ def test_a_new_kind_becomes_a_cluster_while_there_is_room() -> None:
     assert before < 4
     newcomers = [made.assign(prompt(7, rng)) for _ in range(router.POOL + 200)]
     assert newcomers[0] is None
-    assert {cluster for cluster in newcomers[-50:] if cluster is not None} == set(range(before, len(made.sizes)))
+    assert {cluster for cluster in newcomers[-50:] if cluster is not None} == set(
+        range(before, len(made.sizes))
+    )
     assert len(made.sizes) > before
 
 
@@ -103,7 +112,9 @@ def test_what_is_alike_is_one_cluster() -> None:
 def test_the_same_prompts_give_the_same_clusters() -> None:
     """In the same order."""
     one, other = Router(4), Router(4)
-    assert [one.assign(ids) for _, ids in stream(3, 900)] == [other.assign(ids) for _, ids in stream(3, 900)]
+    assert [one.assign(ids) for _, ids in stream(3, 900)] == [
+        other.assign(ids) for _, ids in stream(3, 900)
+    ]
 
 
 @pytest.mark.parametrize("count", [0, 100, 700])
@@ -116,7 +127,9 @@ def test_a_router_goes_on_where_it_was_kept(count: int) -> None:
     assert [other.assign(ids) for ids in rest] == [one.assign(ids) for ids in rest]
 
 
-@pytest.mark.parametrize("state", [b"", b"junk", b"PK\x03\x04", Router(2).to_bytes()[:-40], damaged()])
+@pytest.mark.parametrize(
+    "state", [b"", b"junk", b"PK\x03\x04", Router(2).to_bytes()[:-40], damaged()]
+)
 def test_what_is_no_state_is_refused(state: bytes) -> None:
     """Whatever it is, by the same error."""
     with pytest.raises(ValueError, match="not the state of a router"):

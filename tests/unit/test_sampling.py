@@ -27,7 +27,9 @@ def test_a_token_of_probability_zero_is_never_sampled(weights: list[float], unif
 
 def test_greedy_takes_the_first_of_equals() -> None:
     """As argmax does, so that draft and target break ties alike."""
-    assert probabilities(torch.tensor([[1.0, 3.0, 3.0, 0.0, 0.0, 0.0]]), of(0)).tolist() == [[0, 1, 0, 0, 0, 0]]
+    assert probabilities(torch.tensor([[1.0, 3.0, 3.0, 0.0, 0.0, 0.0]]), of(0)).tolist() == [
+        [0, 1, 0, 0, 0, 0]
+    ]
 
 
 def test_a_tiny_temperature_is_greedy_without_overflow() -> None:
@@ -63,7 +65,11 @@ def test_rows_keep_their_own_parameters() -> None:
 
 def test_numbers_of_several_tensors_travel_as_one() -> None:
     """What a GPU sends to the host in one transfer arrives as it was, whatever its type and shape."""
-    tensors = torch.tensor([2**40 + 1, 3]), torch.tensor([0.1, 0.2]), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    tensors = (
+        torch.tensor([2**40 + 1, 3]),
+        torch.tensor([0.1, 0.2]),
+        torch.tensor([[1, 2, 3], [4, 5, 6]]),
+    )
     assert unpack(pack(tensors), tensors) == [tensor.tolist() for tensor in tensors]
     empty = tensors[0], torch.empty(2, 0, dtype=torch.long)
     assert unpack(pack(empty), empty) == [[2**40 + 1, 3], [[], []]]

@@ -39,7 +39,9 @@ def test_an_arm_is_the_mean_and_variance_of_what_it_saw() -> None:
     for rate in sample:
         seen.add(rate)
         same.add(0.5)
-    assert (seen.requests, seen.mean, seen.variance) == pytest.approx((100, np.mean(sample), np.var(sample, ddof=1)))
+    assert (seen.requests, seen.mean, seen.variance) == pytest.approx(
+        (100, np.mean(sample), np.var(sample, ddof=1))
+    )
     assert same.variance > 0
 
 
@@ -69,7 +71,10 @@ def test_the_interval_holds_the_truth_beside_an_arm_that_stands_still() -> None:
             history.add(rate)
         for rate in rates(rng, 0.6, 500):
             live.add(rate)
-            if live.requests >= 20 and abs((seen := difference(live, history)).mean) > seen.high - seen.mean:
+            if (
+                live.requests >= 20
+                and abs((seen := difference(live, history)).mean) > seen.high - seen.mean
+            ):
                 excluded += 1
                 break
     assert excluded <= ALPHA * RUNS

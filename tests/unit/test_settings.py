@@ -22,7 +22,9 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-def test_children_get_the_settings_of_their_parent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_children_get_the_settings_of_their_parent(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Every field survives the way through the environment."""
     settings = Settings(
         data_dir=tmp_path,
@@ -54,7 +56,10 @@ def test_children_get_the_settings_of_their_parent(monkeypatch: pytest.MonkeyPat
         ({"drafters": {"x": {"drafter": "tree"}}}, "not among routes"),
         ({"drafters": {"default": {"widths": [2]}}}, "for the drafter"),
         ({"learnt_routes": 9}, "less than or equal to 8"),
-        ({"routes": "a,a-c2", "learnt_routes": 2}, r"learnt_routes: \['a-c2'\] would be clusters' names"),
+        (
+            {"routes": "a,a-c2", "learnt_routes": 2},
+            r"learnt_routes: \['a-c2'\] would be clusters' names",
+        ),
         ({"routes": "a" * 61, "learnt_routes": 1}, "too long a name"),
         ({"closed_routes": "default", "learnt_routes": 1}, "nothing would be learnt"),
     ],
@@ -84,4 +89,6 @@ def test_clusters_are_routes_beside_the_declared_ones() -> None:
 def test_every_setting_is_described() -> None:
     """`slipstream settings` and the README's table have a word for each that its name does not say."""
     silent = {"port"}
-    assert {name for name, field in Settings.model_fields.items() if not field.description} <= silent
+    assert {
+        name for name, field in Settings.model_fields.items() if not field.description
+    } <= silent

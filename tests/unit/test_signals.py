@@ -29,7 +29,10 @@ def test_a_signal_survives_the_wire() -> None:
 
 def test_ids_beyond_two_bytes_survive_too() -> None:
     """Vocabularies over 65,536 tokens travel as four bytes."""
-    assert decode(encode(signal(output_ids=np.array([1, 200_000, 3, 4], np.int32)))).output_ids[1] == 200_000
+    assert (
+        decode(encode(signal(output_ids=np.array([1, 200_000, 3, 4], np.int32)))).output_ids[1]
+        == 200_000
+    )
 
 
 def test_path_walks_emitted_tokens_and_skips_rejected_ones() -> None:
@@ -39,12 +42,18 @@ def test_path_walks_emitted_tokens_and_skips_rejected_ones() -> None:
 
 def test_path_ends_with_the_output() -> None:
     """A stop token inside a step cuts the step short."""
-    assert list(signal(output_ids=np.array([10, 11, 12], np.int32)).path()) == [(0, 0), (1, 1), (2, 3)]
+    assert list(signal(output_ids=np.array([10, 11, 12], np.int32)).path()) == [
+        (0, 0),
+        (1, 1),
+        (2, 3),
+    ]
 
 
 def test_an_unknown_version_is_refused() -> None:
     """Refused, not guessed."""
-    record = safetensors.numpy.save({"a": np.zeros(1)}, {"signal_version": str(SIGNAL_VERSION + 1), "signal": "{}"})
+    record = safetensors.numpy.save(
+        {"a": np.zeros(1)}, {"signal_version": str(SIGNAL_VERSION + 1), "signal": "{}"}
+    )
     with pytest.raises(SignalError, match=f"version {SIGNAL_VERSION + 1} is unknown"):
         decode(record)
 
@@ -52,9 +61,13 @@ def test_an_unknown_version_is_refused() -> None:
 def test_records_of_version_1_are_read_as_nobodys() -> None:
     """What waits in a buffer when the service is updated is not lost; it did not know its client."""
     record = encode(signal(client="someone"))
-    header = json.loads(json.loads(record[8 : 8 + int.from_bytes(record[:8], "little")])["__metadata__"]["signal"])
+    header = json.loads(
+        json.loads(record[8 : 8 + int.from_bytes(record[:8], "little")])["__metadata__"]["signal"]
+    )
     assert header.pop("client") == "someone"
-    old = safetensors.numpy.save(safetensors.numpy.load(record), {"signal_version": "1", "signal": json.dumps(header)})
+    old = safetensors.numpy.save(
+        safetensors.numpy.load(record), {"signal_version": "1", "signal": json.dumps(header)}
+    )
     assert decode(old).client == ""
     assert decode(old).output_ids.tolist() == signal().output_ids.tolist()
 
@@ -88,7 +101,12 @@ def test_damaged_bytes_raise_a_signal_error_and_nothing_else(at: int, value: int
     """Any byte changed, any length cut off: SignalError, or a record that still fits together."""
     record = bytearray(encode(signal()))
     record[at % len(record)] = value
-    for damaged in (bytes(record), bytes(record)[: cut % len(record)], b"", json.dumps({}).encode()):
+    for damaged in (
+        bytes(record),
+        bytes(record)[: cut % len(record)],
+        b"",
+        json.dumps({}).encode(),
+    ):
         try:
             decode(damaged)
         except SignalError:

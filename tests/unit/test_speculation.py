@@ -85,7 +85,10 @@ def test_with_a_spoilt_draft_plain_steps_dominate(pair: TinyPair) -> None:
     prompts = [prompt for prompt in PROMPTS if len(prompt) < 50]
     with bench(pair, drafts={"default": pair.spoilt}) as tiny:
         believe(tiny, *DRAFTS_ARE_CHEAP)
-        stats = [f.stats for f in tiny.run(*[free(p, f"q{i}", max_tokens=200) for i, p in enumerate(prompts)])]
+        stats = [
+            f.stats
+            for f in tiny.run(*[free(p, f"q{i}", max_tokens=200) for i, p in enumerate(prompts)])
+        ]
         steps = sum(one.steps for one in stats)
         assert steps > 0.9 * len(prompts) * 200
         assert 0 < tiny.counter(DRAFTS) < 0.5 * steps
@@ -95,15 +98,21 @@ def test_a_swap_while_the_engine_chooses_changes_no_answer(pair: TinyPair) -> No
     """Spoilt, then good: rows that run on both are the target's, and the new draft is used at once."""
     with bench(pair, drafts={"default": pair.spoilt}) as tiny:
         believe(tiny, *PLAIN_IS_DEAR)
-        listeners = [tiny.submit(free(prompt, f"q{i}", max_tokens=150)) for i, prompt in enumerate(PROMPTS)]
+        listeners = [
+            tiny.submit(free(prompt, f"q{i}", max_tokens=150)) for i, prompt in enumerate(PROMPTS)
+        ]
         install(tiny, pair.draft)
-        assert [listener.wait().ids for listener in listeners] == [target_alone(pair, p, 150) for p in PROMPTS]
+        assert [listener.wait().ids for listener in listeners] == [
+            target_alone(pair, p, 150) for p in PROMPTS
+        ]
         again = tiny.run(free(PROMPTS[1]))[0]
     assert again.ids == target_alone(pair, PROMPTS[1], LENGTH)
     assert again.stats.accepted > again.stats.steps
 
 
-@pytest.mark.parametrize("learn", [install, lambda tiny, folder: None], ids=["swapped", "as it was"])
+@pytest.mark.parametrize(
+    "learn", [install, lambda tiny, folder: None], ids=["swapped", "as it was"]
+)
 def test_a_cascade_asks_a_draft_again_that_has_been_replaced(
     pair: TinyPair, monkeypatch: pytest.MonkeyPatch, learn: Callable[[Bench, Path], None]
 ) -> None:
@@ -120,18 +129,27 @@ def test_a_cascade_asks_a_draft_again_that_has_been_replaced(
     assert (again.compared > 0.8 * again.steps) == (learn is install)
 
 
-def test_a_canarys_row_is_drafted_for_among_others(pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_canarys_row_is_drafted_for_among_others(
+    pair: TinyPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Drafts that share a step share what drafting costs it: one row's gain need not be worth the time of all."""
     monkeypatch.setattr(Prices, "of", lambda self, rows: Price(0.05, 0.05, 0.3).times(rows))
     with bench(pair, drafts={"default": pair.draft, "own": pair.draft}, slots=4) as tiny:
-        asked = [free(PROMPTS[1], f"q{i}", drafter="cascade", temperature=1.0, seed=i) for i in range(4)]
+        asked = [
+            free(PROMPTS[1], f"q{i}", drafter="cascade", temperature=1.0, seed=i) for i in range(4)
+        ]
         found = tiny.run(replace(asked[0], route="own", max_tokens=20), *asked[1:])
     assert all(one.stats.compared > 0 for one in found)
 
 
-def test_rows_with_and_without_a_gamma_of_their_own_share_a_batch(pair: TinyPair, tiny: Bench) -> None:
+def test_rows_with_and_without_a_gamma_of_their_own_share_a_batch(
+    pair: TinyPair, tiny: Bench
+) -> None:
     """Each keeps its own wish, beyond what the engine would draft, and the others get theirs."""
-    asked = [free(p, f"q{i}", gamma=gamma) for i, (p, gamma) in enumerate(zip(PROMPTS, (None, 0, 7, 2), strict=True))]
+    asked = [
+        free(p, f"q{i}", gamma=gamma)
+        for i, (p, gamma) in enumerate(zip(PROMPTS, (None, 0, 7, 2), strict=True))
+    ]
     found = tiny.run(*asked)
     assert [f.ids for f in found] == [target_alone(pair, prompt, LENGTH) for prompt in PROMPTS]
     assert found[1].stats.drafted == 0
@@ -152,7 +170,9 @@ def test_an_engine_that_must_not_draft_answers_all_the_same(pair: TinyPair) -> N
 
 
 @pytest.mark.parametrize(("kind", "low", "high"), [("draft", 0.5, 1.0), ("spoilt", 0.0, 0.3)])
-def test_a_long_answer_tells_what_its_draft_would_be_worth(pair: TinyPair, kind: str, low: float, high: float) -> None:
+def test_a_long_answer_tells_what_its_draft_would_be_worth(
+    pair: TinyPair, kind: str, low: float, high: float
+) -> None:
     """Nothing or little is drafted where it does not pay; acceptance is known all the same."""
     with bench(pair, drafts={"default": getattr(pair, kind)}) as tiny:
         believe(tiny, 1.0, 5.0)
@@ -176,7 +196,14 @@ def test_probes_measure_the_overlap_of_the_distributions(
     """Probed at every step: the mean is that of Σ min(p, q), as `transformers` has it over the same answers."""
     monkeypatch.setattr(decoder.policy.gamma, "PROBE_SHARE", 100.0)
     asked = [
-        free((40 + i, *PROMPTS[1]), f"q{i}", temperature=temperature, top_k=top_k, seed=i, ignore_eos=True)
+        free(
+            (40 + i, *PROMPTS[1]),
+            f"q{i}",
+            temperature=temperature,
+            top_k=top_k,
+            seed=i,
+            ignore_eos=True,
+        )
         for i in range(16)
     ]
     with bench(pair, gamma=0) as tiny:
@@ -185,7 +212,9 @@ def test_probes_measure_the_overlap_of_the_distributions(
     assert compared > 0.5 * len(asked) * LENGTH
     exact = np.concatenate([overlaps(pair, one, f) for one, f in zip(asked, found, strict=True)])
     probed = sum(f.stats.overlap for f in found) / compared
-    assert probed == pytest.approx(float(exact.mean()), abs=float(5 * exact.std() / compared**0.5) + 0.02)
+    assert probed == pytest.approx(
+        float(exact.mean()), abs=float(5 * exact.std() / compared**0.5) + 0.02
+    )
 
 
 def overlaps(pair: TinyPair, asked: Query, found: Finished) -> np.ndarray:
@@ -194,7 +223,9 @@ def overlaps(pair: TinyPair, asked: Query, found: Finished) -> np.ndarray:
     sampling = Sampling.of([asked.temperature], [asked.top_k], [asked.top_p], VOCABULARY)
     with torch.no_grad():
         p, q = (
-            probabilities(reference(folder)(context).logits[:, len(asked.prompt_ids) - 1 : -1], sampling)
+            probabilities(
+                reference(folder)(context).logits[:, len(asked.prompt_ids) - 1 : -1], sampling
+            )
             for folder in (pair.target, pair.draft)
         )
     return torch.minimum(p, q).sum(-1)[0].numpy()  # type: ignore[no-any-return]
@@ -210,7 +241,11 @@ def test_timing_steps_at_start_leaves_no_trace(pair: TinyPair, tiny: Bench) -> N
         assert max(costs.seconds(rows)) < 0.5, "a second is what a step costs that was not timed"
     assert draft.acceptance.rate == pytest.approx(decoder.policy.gamma.FIRST_GUESS)
     assert tiny.engine.batch.control.price(4) == pytest.approx(4 * FIRST)
-    assert (tiny.counter("vllm:generation_tokens"), tiny.counter(DRAFTS), tiny.engine.running) == (0, 0, 0)
+    assert (tiny.counter("vllm:generation_tokens"), tiny.counter(DRAFTS), tiny.engine.running) == (
+        0,
+        0,
+        0,
+    )
     assert tiny.run(query((1,) * 20, gamma=0))[0].ids == target_alone(pair, (1,) * 20, 24)
     assert tiny.counter("vllm:prefix_cache_hits") == 0
 
@@ -223,12 +258,18 @@ def test_bfloat16_answers_are_the_targets_up_to_near_ties(pair: TinyPair, gamma:
     """Teacher forcing: each emitted token is within rounding of the most likely one by `transformers` in bfloat16."""
     model = reference(pair.target, torch.bfloat16)
     with bench(pair, dtype="bfloat16") as tiny:
-        asked = [query(prompt, f"q{i}", gamma=gamma, max_tokens=60) for i, prompt in enumerate(PROMPTS)]
+        asked = [
+            query(prompt, f"q{i}", gamma=gamma, max_tokens=60) for i, prompt in enumerate(PROMPTS)
+        ]
         found = tiny.run(*asked)
     agreed = 0
     for prompt, answer in zip(PROMPTS, found, strict=True):
         with torch.no_grad():
-            logits_TV = model(torch.tensor([[*prompt, *answer.ids]])).logits[0, len(prompt) - 1 : -1].float()
+            logits_TV = (
+                model(torch.tensor([[*prompt, *answer.ids]]))
+                .logits[0, len(prompt) - 1 : -1]
+                .float()
+            )
         emitted_T = logits_TV.gather(1, torch.tensor(answer.ids)[:, None])[:, 0]
         assert (emitted_T >= logits_TV.amax(1) - NEAR_TIE).all()
         agreed += int((logits_TV.argmax(1) == torch.tensor(answer.ids)).sum())
@@ -237,11 +278,16 @@ def test_bfloat16_answers_are_the_targets_up_to_near_ties(pair: TinyPair, gamma:
         assert sum(answer.stats.accepted for answer in found) > 0
 
 
-@pytest.mark.parametrize("drafter", ["chain", "tree", "graph", "cascade", "parallel", "parallel_cascade", "exits"])
+@pytest.mark.parametrize(
+    "drafter", ["chain", "tree", "graph", "cascade", "parallel", "parallel_cascade", "exits"]
+)
 def test_bfloat16_is_sampled_with_every_drafter(pair: TinyPair, drafter: str) -> None:
     """Draft distributions are float32: a compiled kernel wrote them into a bfloat16 buffer and killed the process."""
     with bench(pair, dtype="bfloat16") as tiny:
-        asked = [query(p, f"q{i}", temperature=1.0, seed=i, drafter=drafter) for i, p in enumerate(PROMPTS)]
+        asked = [
+            query(p, f"q{i}", temperature=1.0, seed=i, drafter=drafter)
+            for i, p in enumerate(PROMPTS)
+        ]
         found = tiny.run(*asked)
         assert [answer.reason for answer in found] == ["length"] * len(asked)
         assert tiny.counter("slipstream_engine_faults") == 0

@@ -36,11 +36,21 @@ def test_a_recipe_that_is_none_is_named(command: Command, text: str) -> None:
         command(recipes.main, "--recipe", text)
 
 
-@pytest.mark.parametrize("name", ["recipes", "truncation", "gate", "cold-start", "g2sd", "two-stage"])
-def test_what_can_t_be_read_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["recipes", "truncation", "gate", "cold-start", "g2sd", "two-stage"]
+)
+def test_what_can_t_be_read_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
     """Which command, which file; no traceback."""
     words = ["lab", name, "--prompts", str(tmp_path / "none.jsonl")]
-    words += ["--generic", "x"] if name == "g2sd" else ["--out", str(tmp_path)] if name == "two-stage" else []
+    words += (
+        ["--generic", "x"]
+        if name == "g2sd"
+        else ["--out", str(tmp_path)]
+        if name == "two-stage"
+        else []
+    )
     monkeypatch.setattr("sys.argv", words)
     with pytest.raises(SystemExit, match=rf"{name}: .*none.jsonl can't be read"):
         lab.__main__.main()

@@ -16,7 +16,12 @@ texts = st.lists(st.integers(0, 2), min_size=1, max_size=30)
 def following(texts: list[list[int]], suffix: list[int]) -> list[int]:
     """What stands behind a suffix in some texts, in order."""
     length = len(suffix)
-    return [text[at] for text in texts for at in range(length, len(text)) if text[at - length : at] == suffix]
+    return [
+        text[at]
+        for text in texts
+        for at in range(length, len(text))
+        if text[at - length : at] == suffix
+    ]
 
 
 @given(texts, st.lists(st.integers(0, 2), max_size=4), st.lists(texts, max_size=4))
@@ -62,5 +67,7 @@ def test_a_route_forgets_its_oldest_outputs(monkeypatch: pytest.MonkeyPatch) -> 
     for n in range(20):
         recent.answered([1, 2, 3, 100 + n, *range(10, 20)], 3)
     assert recent.followers.get((3, 119)) == {10: 1}
-    assert recent.followers.get((2, 3)) == {100 + n: 1 for n in range(17, 20)}, "prompts' ends lead to outputs"
+    assert recent.followers.get((2, 3)) == {100 + n: 1 for n in range(17, 20)}, (
+        "prompts' ends lead to outputs"
+    )
     assert recent.followers.get((1, 2)) is None, "prompts are nobody's output"

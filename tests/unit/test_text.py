@@ -53,10 +53,16 @@ def test_half_a_character_at_the_end_is_given_out(tokenizer: Tokenizer) -> None:
 
 def test_bytes_that_form_no_character_do_not_raise() -> None:
     """A byte-fallback decoder rewrites earlier text: the decoding stream of `tokenizers` raises on these tokens."""
-    vocabulary = {"<unk>": 0} | {f"<0x{byte:02X}>": 1 + byte for byte in range(256)} | {"▁a": 257, "b": 258}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    vocabulary = (
+        {"<unk>": 0} | {f"<0x{byte:02X}>": 1 + byte for byte in range(256)} | {"▁a": 257, "b": 258}
+    )
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True)
+    )
     strip = decoders.Strip(" ", 1, 0)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
+    )
     newline, first_byte = vocabulary["<0x0A>"], vocabulary["<0xE2>"]
     stream = TextStream(tokenizer, ())
     pieces = [stream.push(token) for token in (257, newline, first_byte, 258, 257)]
@@ -65,7 +71,10 @@ def test_bytes_that_form_no_character_do_not_raise() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(ids=st.lists(st.integers(0, VOCABULARY - 1), max_size=30), stop=st.text("ab", min_size=1, max_size=2))
+@given(
+    ids=st.lists(st.integers(0, VOCABULARY - 1), max_size=30),
+    stop=st.text("ab", min_size=1, max_size=2),
+)
 def test_any_tokens_make_text(tokenizer: Tokenizer, ids: list[int], stop: str) -> None:
     """A model may emit any sequence of tokens."""
     stream = TextStream(tokenizer, (stop,))

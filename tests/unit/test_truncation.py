@@ -61,14 +61,26 @@ def test_draws_are_as_many_as_fit(whole: list[Floats]) -> None:
 
 def test_gain_kept_is_a_share_of_the_whole_gain() -> None:
     """Half of it here."""
-    first, all_, half = (Marks(np.full(8, tokens), np.zeros(8), np.zeros(8)) for tokens in (1.0, 2.0, 1.5))
+    first, all_, half = (
+        Marks(np.full(8, tokens), np.zeros(8), np.zeros(8)) for tokens in (1.0, 2.0, 1.5)
+    )
     assert gain_kept(first, all_, half) == pytest.approx([0.5] * 3)
     assert gain_kept(all_, first, half) == [], "there was none"
 
 
 def test_the_command_ends_with_its_figures(command: Command, pair: TinyPair) -> None:
     """A row for every k, the whole vocabulary among them."""
-    figures = command(truncation.main, "--draft", str(pair.spoilt), "--top-k", "2", "--sampled", "2", "--seeds", "1")
+    figures = command(
+        truncation.main,
+        "--draft",
+        str(pair.spoilt),
+        "--top-k",
+        "2",
+        "--sampled",
+        "2",
+        "--seeds",
+        "1",
+    )
     whole, top, drawn = figures["rows"]
     assert (whole, top) == ("whole", "top 2")
     assert drawn.endswith("draws")

@@ -20,7 +20,9 @@ CASES = [(shape, "plain") for shape in SHAPES] + [
 @either
 @pytest.mark.parametrize("way_", WAYS)
 @pytest.mark.parametrize(("shape", "setting"), CASES)
-def test_emitted_distribution_is_the_targets(shape: str, way_: str, setting: str, dtype: torch.dtype) -> None:
+def test_emitted_distribution_is_the_targets(
+    shape: str, way_: str, setting: str, dtype: torch.dtype
+) -> None:
     case = Case.of(SHAPES[shape], way_, SETTINGS[setting], dtype)
     assert case.probability_B.sum().item() == pytest.approx(1)
     assert distance(judge, case) <= LIMIT
@@ -29,7 +31,9 @@ def test_emitted_distribution_is_the_targets(shape: str, way_: str, setting: str
 @either
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("way_", CHAINS)
-def test_chains_verified_as_a_whole_emit_the_targets(way_: str, setting: str, dtype: torch.dtype) -> None:
+def test_chains_verified_as_a_whole_emit_the_targets(
+    way_: str, setting: str, dtype: torch.dtype
+) -> None:
     """By the longest prefix that passes."""
     case = Case.of(SHAPES["chain"], way_, SETTINGS[setting], dtype)
     assert case.probability_B.sum().item() == pytest.approx(1)
@@ -40,10 +44,14 @@ def test_chains_verified_as_a_whole_emit_the_targets(way_: str, setting: str, dt
 def test_enumeration_catches_mutants(dtype: torch.dtype) -> None:
     """Siblings drawn without replacement taken for ones with it, and chosen ones for drawn ones, are far outside."""
     distinct = Case.of(SHAPES["two, then two"], "distinct", SETTINGS["plain"], dtype)
-    mutant = replace(distinct.proposal.tree, distinct_B=torch.zeros_like(distinct.proposal.tree.distinct_B))
+    mutant = replace(
+        distinct.proposal.tree, distinct_B=torch.zeros_like(distinct.proposal.tree.distinct_B)
+    )
     assert distance(judging(mutant), distinct) > 1e-2
     chosen = Case.of(SHAPES["three at the root"], "chosen", SETTINGS["plain"], dtype)
-    mutant = replace(chosen.proposal.tree, sources_BN=torch.zeros_like(chosen.proposal.tree.sources_BN))
+    mutant = replace(
+        chosen.proposal.tree, sources_BN=torch.zeros_like(chosen.proposal.tree.sources_BN)
+    )
     assert distance(judging(mutant), chosen) > 1e-2
 
 
@@ -61,7 +69,12 @@ def test_what_was_drawn_may_count_as_chosen(dtype: torch.dtype) -> None:
     case = Case.of(SHAPES["three at the root"], "distinct", SETTINGS["plain"], dtype)
     assert (
         distance(
-            judging(replace(case.proposal.tree, sources_BN=torch.full_like(case.proposal.tree.sources_BN, CHOSEN))),
+            judging(
+                replace(
+                    case.proposal.tree,
+                    sources_BN=torch.full_like(case.proposal.tree.sources_BN, CHOSEN),
+                )
+            ),
             case,
         )
         <= LIMIT
@@ -70,4 +83,6 @@ def test_what_was_drawn_may_count_as_chosen(dtype: torch.dtype) -> None:
 
 def judging(tree: Tree) -> Callable[..., Verdict]:
     """What takes the proposal for another tree's."""
-    return lambda logits_BTV, proposal, *more: judge(logits_BTV, replace(proposal, tree=tree), *more)
+    return lambda logits_BTV, proposal, *more: judge(
+        logits_BTV, replace(proposal, tree=tree), *more
+    )

@@ -41,14 +41,20 @@ def test_a_target_gets_its_first_draft_as_version_1(command: Command, tmp_path: 
     assert version.recipe["initial"] == {"target_layers": [0]}
     assert version.gate["requests"] == 10
     (served,) = load_models(out, 1, 2, 32, torch.device("cpu"), "float32")
-    LiveDraft("default", served).stage(ArtifactStore(Settings().artifacts_path).verify(version.sha256))
+    LiveDraft("default", served).stage(
+        ArtifactStore(Settings().artifacts_path).verify(version.sha256)
+    )
     with pytest.raises(SystemExit, match="route 'default' has version 1"):
         command(align.main, *options)
 
 
-def test_a_draft_is_warmed_up_from_another(command: Command, pair: TinyPair, tmp_path: Path) -> None:
+def test_a_draft_is_warmed_up_from_another(
+    command: Command, pair: TinyPair, tmp_path: Path
+) -> None:
     """It keeps the shape it came with."""
-    figures = command(align.main, "--draft", str(pair.spoilt), "--epochs", "1", "--out", str(tmp_path / "draft"))
+    figures = command(
+        align.main, "--draft", str(pair.spoilt), "--epochs", "1", "--out", str(tmp_path / "draft")
+    )
     assert figures["initial"] == str(pair.spoilt)
     assert "version" not in figures
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "draft").config.num_hidden_layers == 2
@@ -68,7 +74,9 @@ def test_a_route_with_a_version_keeps_it(pair: TinyPair, sqlite: Engine, tmp_pat
     """Also where the other one came after the route was looked at."""
     registry, artifacts = Registry(sqlite), ArtifactStore(tmp_path / "artifacts")
     registry.ensure_routes(("default",))
-    first = register(registry, artifacts, "default", lambda f: copy_into(pair.draft, f), {"epochs": 1}, {})
+    first = register(
+        registry, artifacts, "default", lambda f: copy_into(pair.draft, f), {"epochs": 1}, {}
+    )
     assert first.recipe == {"origin": "warm-up", "epochs": 1}
     with pytest.raises(Conflict, match="version 1, made by warm-up"):
         register(registry, artifacts, "default", lambda f: copy_into(pair.spoilt, f), {}, {})
@@ -85,8 +93,28 @@ def test_a_route_that_the_service_does_not_have_is_refused(tmp_path: Path) -> No
 
 def test_cold_starts_spend_the_same_tokens(command: Command, pair: TinyPair) -> None:
     """Of the target, whatever the prompts come from."""
-    options = ["--draft", str(pair.draft), "--seeds", "2", "--rounds", "2", "--budget", "24", "--asked", "4"]
-    figures = command(cold_start.main, *options, "--epochs", "1", "--sources", ",".join(SOURCES), "--children", "2")
+    options = [
+        "--draft",
+        str(pair.draft),
+        "--seeds",
+        "2",
+        "--rounds",
+        "2",
+        "--budget",
+        "24",
+        "--asked",
+        "4",
+    ]
+    figures = command(
+        cold_start.main,
+        *options,
+        "--epochs",
+        "1",
+        "--sources",
+        ",".join(SOURCES),
+        "--children",
+        "2",
+    )
     assert set(figures["target_tokens"].values()) == {48}
     assert set(figures["tokens_per_step"]) == {"before", *SOURCES}
     assert set(figures["over_random"]) == set(SOURCES) - {"random"}
@@ -110,13 +138,25 @@ def test_a_query_stands_where_the_template_has_it(pair: TinyPair) -> None:
 def test_two_stages_take_the_steps_of_one(command: Command, pair: TinyPair, tmp_path: Path) -> None:
     """All three ways are marked on the held-out requests."""
     mixed = prompts(tmp_path / "mixed.jsonl", 16, "mixed")
-    figures = command(generic.main, "--draft", str(pair.draft), "--generic", mixed, "--epochs", "1", "--seeds", "1")
+    figures = command(
+        generic.main,
+        "--draft",
+        str(pair.draft),
+        "--generic",
+        mixed,
+        "--epochs",
+        "1",
+        "--seeds",
+        "1",
+    )
     assert figures["steps"] == 2 * 2
     assert figures["requests"] == 10
     assert set(figures["over_one_stage"]) == {"outputs, outputs", "features, outputs"}
 
 
-def test_a_smaller_target_and_its_draft_are_made(command: Command, pair: TinyPair, tmp_path: Path) -> None:
+def test_a_smaller_target_and_its_draft_are_made(
+    command: Command, pair: TinyPair, tmp_path: Path
+) -> None:
     """Four models are there, and it is told how far the smaller target is from its teacher, and who shares a draft."""
     options = ["--draft", str(pair.draft), "--epochs", "1", "--repetitions", "0"]
     figures = command(two_stage.main, *options, "--out", str(tmp_path / "out"))
@@ -133,7 +173,9 @@ def test_speeds_are_told_as_ratios_to_the_plain_teacher() -> None:
     """Repetition by repetition, so that a slow spell of the machine falls out."""
     slow = {"teacher": 1.0, "smaller": 0.5}
     speeds = {
-        (who, case.name): [Outcome(100, spell * slow[who] / (1 + case.drafts), steps=50) for spell in (1.0, 3.0)]
+        (who, case.name): [
+            Outcome(100, spell * slow[who] / (1 + case.drafts), steps=50) for spell in (1.0, 3.0)
+        ]
         for who, case in two_stage.CONTESTANTS
     }
     ratios = {name: ratio for name, (ratio, _, _) in two_stage.speed_table(speeds).items()}
