@@ -24,7 +24,7 @@ from decoder.models.loading import (
     save_first_draft,
 )
 from decoder.recording.recorder import Recorder
-from decoder.rollout.canary import Canaries
+from decoder.rollout.canary import CanaryController
 from decoder.rollout.installer import Installer
 from decoder.rollout.live import LiveDraft
 from decoder.rollout.swapper import Swapper
@@ -36,7 +36,7 @@ from online.canaries import CanaryLedger
 from online.connections import celery_app, git_commit, signal_buffer
 from online.cycles import CycleLedger
 from online.metrics import ServiceMetrics
-from online.prompt_routes import Clusters
+from online.prompt_routes import PromptClusters
 from online.registry import Candidate, Registry
 from online.rollout import RolloutGuard, Rules
 from online.settings import Settings
@@ -67,7 +67,7 @@ def build(settings: Settings) -> FastAPI:
     buffer = signal_buffer(settings)
     parts_of = dict.fromkeys(settings.cluster_routes, settings.default_route)
     recorder = Recorder(buffer, fingerprint(target), settings.signal_queue, metrics, parts_of)
-    clusters = Clusters.of(settings)
+    clusters = PromptClusters.of(settings)
     limits = EngineLimits(
         slots=settings.slots,
         kept_contexts=settings.kept_contexts,
@@ -156,7 +156,7 @@ def follower(
         return Candidate(digest, {"origin": "first draft"}, {}, {}, git_commit())
 
     rules = Rules(settings.guard_requests, settings.canary_requests, settings.canary_margin)
-    canaries = Canaries(drafts, installer, registry, CanaryLedger(database), rules, metrics)
+    canaries = CanaryController(drafts, installer, registry, CanaryLedger(database), rules, metrics)
     guard = RolloutGuard(settings.guard_requests)
     swapper = Swapper(
         drafts, installer, registry, first_draft, guard, canaries, metrics, settings.poll_s

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from decoder.verification.proposal import CHOSEN, Proposal, Tree
 from decoder.verification.sampling import Sampling, probabilities
-from decoder.verification.tree_shape import Shape
-from decoder.verification.verify import Verdict
+from decoder.verification.tree_shape import TreeShape
+from decoder.verification.verify import Verification
 
 Floats = NDArray[np.float64]
 Setting = tuple[float, int, float]  # temperature, top-k, top-p
@@ -111,7 +111,7 @@ class Case:
         rows, source = list(itertools.product(range(V), repeat=len(shape))), sources(shape, way)
         sampling = of_all(setting, len(rows))
         q_BQV = probabilities(told(DRAFT, shape, rows, dtype), sampling)
-        tree = Tree.of(Shape(shape), len(rows), way != "replaced", "cpu")
+        tree = Tree.of(TreeShape(shape), len(rows), way != "replaced", "cpu")
         tree = replace(
             tree, sources_BN=torch.tensor([source] * len(rows)), chains=[way in CHAINS] * len(rows)
         )
@@ -182,7 +182,9 @@ def _probability(
     return found
 
 
-def on(device: torch.device | str, judged: Callable[..., Verdict]) -> Callable[..., Verdict]:
+def on(
+    device: torch.device | str, judged: Callable[..., Verification]
+) -> Callable[..., Verification]:
     """As a verifier serves on this device: everything goes there, and the verdict comes back."""
 
     def move(value: Any, there: torch.device | str) -> Any:
@@ -190,7 +192,7 @@ def on(device: torch.device | str, judged: Callable[..., Verdict]) -> Callable[.
             return value.to(there)
         if isinstance(value, list):
             return [move(one, there) for one in value]
-        if isinstance(value, (Proposal, Sampling, Tree, Verdict)):
+        if isinstance(value, (Proposal, Sampling, Tree, Verification)):
             return replace(
                 value,
                 **{field.name: move(getattr(value, field.name), there) for field in fields(value)},
@@ -200,12 +202,12 @@ def on(device: torch.device | str, judged: Callable[..., Verdict]) -> Callable[.
     return lambda *told: move(judged(*(move(value, device) for value in told)), "cpu")
 
 
-def emitted(judged: Callable[..., Verdict], case: Case, length: int) -> Floats:
+def emitted(judged: Callable[..., Verification], case: Case, length: int) -> Floats:
     """What the rows add to the joint distribution of the next tokens; the target goes on where a step emits fewer."""
     count, N = len(case.rows), len(case.shape)
     half_B, always, never = torch.full((count,), 0.5, dtype=torch.float64), 0.0, 1 - 2.0**-53
 
-    def run(accept_BN: Tensor, emit_B: Tensor) -> Verdict:
+    def run(accept_BN: Tensor, emit_B: Tensor) -> Verification:
         return judged(case.logits_BTV, case.proposal, case.sampling, accept_BN, emit_B)
 
     def passing(n: int, before_BN: Tensor) -> Tensor:
@@ -261,7 +263,7 @@ def spread(joint: Floats, case: Case, tokens: list[int], mass: float) -> None:
         spread(joint, case, [*tokens, v], mass * p)
 
 
-def distance(judged: Callable[..., Verdict], *cases: Case) -> float:
+def distance(judged: Callable[..., Verification], *cases: Case) -> float:
     """Total variation between what is emitted and the target alone; the cases are one drafter's, of several shapes."""
     length = max(case.depth for case in cases) + 1
     found: Floats = sum(emitted(judged, case, length) for case in cases)  # type: ignore[assignment]

@@ -20,7 +20,7 @@ from decoder.models.loading import ModelFiles, end_ids, load_models, load_tokeni
 from decoder.recording.recorder import Recorder
 from decoder.rollout.live import LiveDraft
 from lab import traffic
-from online.buffer import Bounds, MemoryBuffer, SignalBuffer
+from online.buffer import BufferLimits, MemoryBuffer, SignalBuffer
 from online.messages import Delta, Query, SpeculationStats
 from online.metrics import ServiceMetrics
 from online.settings import Settings
@@ -223,7 +223,7 @@ def rig(
     threads = torch.get_num_threads()
     stay_on_one_core()
     metrics = ServiceMetrics(pair.files.name)
-    buffer = buffer or MemoryBuffer(Bounds(10**6, 2**34, 7 * 86400))
+    buffer = buffer or MemoryBuffer(BufferLimits(10**6, 2**34, 7 * 86400))
     recorder = Recorder(buffer, "lab", 4096, metrics, dict.fromkeys(clusters, routes[0]))
     max_context = max(map(len, pair.prompts)) + max_tokens
     kept = settings.kept_contexts if kept_contexts is None else kept_contexts

@@ -65,7 +65,7 @@ class Depth:
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class BufferLimits:
     signals: int
     bytes: int
     retention_s: int
@@ -115,7 +115,7 @@ class SignalBuffer(Protocol):
 
 
 class RedisBuffer:
-    def __init__(self, client: "redis.Redis", bounds: Bounds) -> None:
+    def __init__(self, client: "redis.Redis", bounds: BufferLimits) -> None:
         self._redis = client
         self._limits = bounds
         self._append = client.register_script(_APPEND)
@@ -223,12 +223,12 @@ def _kept_key(route: str) -> str:
     return f"slipstream:{{{route}}}:kept"
 
 
-def _young(ids: Iterable[str], bounds: Bounds) -> list[str]:
+def _young(ids: Iterable[str], bounds: BufferLimits) -> list[str]:
     oldest_ms = time.time_ns() // 1_000_000 - bounds.retention_s * 1000
     return [name for name in ids if id_order(name)[0] >= oldest_ms]
 
 
-def _sample(sizes: Mapping[str, int], limit: int, bounds: Bounds) -> set[str]:
+def _sample(sizes: Mapping[str, int], limit: int, bounds: BufferLimits) -> set[str]:
     """Those whose hashes are smallest: a uniform sample that needs to know neither what came before nor how much."""
     order = sorted(_young(sizes, bounds), key=lambda name: hashlib.sha256(name.encode()).digest())[
         :limit
@@ -250,7 +250,7 @@ def _entry(row: tuple[bytes, dict[bytes, bytes] | None]) -> Entry:
 class MemoryBuffer:
     """The same buffer inside one process, for replays and tests. Passes the contract tests of `RedisBuffer`."""
 
-    bounds: Bounds
+    bounds: BufferLimits
     _entries: dict[str, dict[str, bytes]] = field(default_factory=dict)
     _acceptances: dict[str, dict[str, float | None]] = field(default_factory=dict)
     _bytes: dict[str, int] = field(default_factory=dict)

@@ -41,7 +41,7 @@ Halves = NDArray[np.float16]
 Ints = NDArray[np.int64]
 
 
-class Router:
+class ClusterRouter:
     """At most `most` clusters. Not for two threads at once."""
 
     def __init__(self, most: int) -> None:
@@ -159,7 +159,7 @@ class Router:
         return file.getvalue()
 
     @classmethod
-    def from_bytes(cls, state: bytes, most: int) -> "Router":
+    def from_bytes(cls, state: bytes, most: int) -> "ClusterRouter":
         """With room for `most` clusters; those that the state has more are kept in it, for their drafts are.
 
         Raises:

@@ -6,7 +6,7 @@ from pathlib import Path
 import redis
 from celery import Celery
 
-from online.buffer import Bounds, RedisBuffer
+from online.buffer import BufferLimits, RedisBuffer
 from online.settings import Settings
 
 CYCLE_TASK = "trainer.cycle"
@@ -19,7 +19,7 @@ def redis_client(settings: Settings) -> "redis.Redis":
 
 
 def signal_buffer(settings: Settings) -> RedisBuffer:
-    bounds = Bounds(settings.buffer_signals, settings.buffer_bytes, settings.retention_s)
+    bounds = BufferLimits(settings.buffer_signals, settings.buffer_bytes, settings.retention_s)
     return RedisBuffer(redis_client(settings), bounds)
 
 

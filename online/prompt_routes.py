@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Sequence
 
-from online.clustering import Router
+from online.clustering import ClusterRouter
 from online.settings import Settings
 
 log = logging.getLogger("slipstream.clusters")
@@ -17,7 +17,7 @@ log = logging.getLogger("slipstream.clusters")
 SAVE_EVERY = 1000  # prompts between two writings, unless a cluster begins
 
 
-class Clusters:
+class PromptClusters:
     def __init__(self, settings: Settings) -> None:
         self._generic, self._routes = settings.default_route, settings.cluster_routes
         self._path = settings.data_dir / "clusters.npz"
@@ -26,7 +26,7 @@ class Clusters:
         self._saved_at = self._router.prompts
 
     @classmethod
-    def of(cls, settings: Settings) -> "Clusters | None":
+    def of(cls, settings: Settings) -> "PromptClusters | None":
         """None where no routes are learnt."""
         return cls(settings) if settings.learnt_routes else None
 
@@ -66,11 +66,11 @@ class Clusters:
         except OSError as error:
             log.warning("clusters can't be kept in %s: %s", self._path, error)
 
-    def _restored(self) -> Router:
+    def _restored(self) -> ClusterRouter:
         try:
-            return Router.from_bytes(self._path.read_bytes(), len(self._routes))
+            return ClusterRouter.from_bytes(self._path.read_bytes(), len(self._routes))
         except FileNotFoundError:
             pass
         except (OSError, ValueError) as error:
             log.error("clusters begin anew: %s: %s", self._path, error)
-        return Router(len(self._routes))
+        return ClusterRouter(len(self._routes))

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from online.messages import MAX_GAMMA
-from online.speculation import Drafting
+from online.speculation import DraftingOptions
 
 _NAME = re.compile(r"^[a-z0-9][a-z0-9_-]{0,62}$")
 _SHA256 = re.compile(r"^[0-9a-f]{64}$")
@@ -74,7 +74,7 @@ class Settings(BaseSettings):
         le=MAX_GAMMA,
         description="drafted tokens a step, at most: steps draft as many as is fastest",
     )
-    drafters: dict[str, Drafting] = Field(
+    drafters: dict[str, DraftingOptions] = Field(
         {},
         description='JSON: by route what drafts where a request does not say, as {"default": {"drafter": "tree"}}',
     )
@@ -269,10 +269,10 @@ class Settings(BaseSettings):
     def default_route(self) -> str:
         return self.routes[0]
 
-    def drafting(self, route: str) -> Drafting:
+    def drafting(self, route: str) -> DraftingOptions:
         """Of a route's requests, where they don't say; a cluster's is that of the route it is a part of."""
         return self.drafters.get(
-            self.default_route if route in self.cluster_routes else route, Drafting()
+            self.default_route if route in self.cluster_routes else route, DraftingOptions()
         )
 
     @property

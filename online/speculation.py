@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from online.messages import MAX_CANDIDATES, MAX_GAMMA, DrafterName
 
 
-class Drafting(BaseModel):
+class DraftingOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
     drafter: DrafterName | None = Field(
         None, description="what drafts; null: as the route says, else the draft's chain"
@@ -46,7 +46,7 @@ class Drafting(BaseModel):
             raise ValueError(f"widths make a tree of {size} tokens, {MAX_CANDIDATES} are allowed")
         return self
 
-    def over(self, route: "Drafting") -> "Drafting":
+    def over(self, route: "DraftingOptions") -> "DraftingOptions":
         """The request's own wish where it has one: another drafter takes nothing over from the route's."""
         if self.drafter is not None:
             return self

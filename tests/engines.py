@@ -20,7 +20,7 @@ from decoder.engine.engine import Engine, EngineLimits
 from decoder.models.loading import load_models, load_module, over_slots
 from decoder.recording.recorder import Recorder
 from decoder.rollout.live import LiveDraft
-from online.buffer import Bounds, MemoryBuffer
+from online.buffer import BufferLimits, MemoryBuffer
 from online.messages import Delta, Query, SpeculationStats
 from online.metrics import ServiceMetrics
 from online.signals import Signal, decode
@@ -137,7 +137,7 @@ def bench(
 ) -> Iterator[Bench]:
     """`canary`: what the first route's canary has, as version 9, for half of the requests."""
     metrics = ServiceMetrics("tiny")
-    buffer = MemoryBuffer(Bounds(10_000, 2**30, 3600))
+    buffer = MemoryBuffer(BufferLimits(10_000, 2**30, 3600))
     recorder = Recorder(buffer, "tiny-target", 1000, metrics)
     tokenizer = AutoTokenizer.from_pretrained(pair.target)
     sizes = {

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decoder.models.kv_cache import Nodes, Rows
+from decoder.models.kv_cache import Slots, TreePositions
 
 
 class TableModel:
@@ -32,7 +32,12 @@ class TableModel:
         )
 
     def forward(
-        self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None = None
+        self,
+        rows: Slots,
+        ids_BT: Tensor,
+        starts_B: Tensor,
+        upto: int,
+        nodes: TreePositions | None = None,
     ) -> Tensor:
         slots = range(rows.start, rows.stop) if isinstance(rows, slice) else rows
         if nodes is not None:
@@ -45,7 +50,9 @@ class TableModel:
             out.append([self.logits([*context, *ids[: t + 1]]) for t in range(len(ids))])
         return torch.from_numpy(np.array(out)).to(self._dtype)
 
-    def _grow(self, slots: Sequence[int], ids_BT: Tensor, starts_B: Tensor, nodes: Nodes) -> Tensor:
+    def _grow(
+        self, slots: Sequence[int], ids_BT: Tensor, starts_B: Tensor, nodes: TreePositions
+    ) -> Tensor:
         out = []
         for b, (slot, ids, start) in enumerate(
             zip(slots, ids_BT.tolist(), starts_B.tolist(), strict=True)
@@ -68,7 +75,7 @@ class TableModel:
     def context(self, slot: int) -> list[int]:
         return self._contexts[slot]
 
-    def encode(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> None:
+    def encode(self, rows: Slots, ids_BT: Tensor, starts_B: Tensor, upto: int) -> None:
         self.forward(rows, ids_BT, starts_B, upto)
 
     def copy(self, source: int, destination: int, length: int) -> None:

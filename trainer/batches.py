@@ -94,7 +94,7 @@ class Lesson:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class TrainingBatch:
     ids_BT: Tensor
     position_BT: Tensor
     mask: (
@@ -120,7 +120,7 @@ def usable(signal: Signal, vocab_size: int) -> bool:
     return max(int(a.max(initial=0)) for a in ids) < vocab_size
 
 
-def collate(lessons: Sequence[Lesson], pad_id: int, device: torch.device | str) -> Batch:
+def collate(lessons: Sequence[Lesson], pad_id: int, device: torch.device | str) -> TrainingBatch:
     """One padded batch."""
     length = max(len(lesson.ids_T) for lesson in lessons)
     ids_BT = np.full((len(lessons), length), pad_id, np.int64)
@@ -142,7 +142,7 @@ def collate(lessons: Sequence[Lesson], pad_id: int, device: torch.device | str) 
         torch.from_numpy(np.concatenate([_rest(s, at, k) for s, at in own])).to(device),
     )
     rows = [np.full(len(lesson.column_N), i) for i, lesson in enumerate(lessons)]
-    return Batch(
+    return TrainingBatch(
         torch.from_numpy(ids_BT).to(device),
         torch.from_numpy(position_BT).to(device),
         _mask(lessons, length).to(device),

@@ -26,7 +26,7 @@ from trainer.gate import MIN_REQUESTS
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class CurriculumLimits:
     replay: int  # older signals trained on again in one pass, at most
     exam: int  # requests of a stratum, at most
     client_share: float  # of the lessons, and of each stratum
@@ -53,7 +53,10 @@ class Curriculum:
 
 
 def curriculum(
-    window: Sequence[Signal], older: Sequence[Signal], bounds: Bounds, recent: Collection[str] = ()
+    window: Sequence[Signal],
+    older: Sequence[Signal],
+    bounds: CurriculumLimits,
+    recent: Collection[str] = (),
 ) -> Curriculum:
     """`window` is oldest first, as it was claimed; `older` a sample in no order.
 

@@ -33,7 +33,7 @@ from online.signals import Signal, decode
 from online.tables import Version, connect, now
 from trainer.batches import usable
 from trainer.choice import choose, configured
-from trainer.curriculum import Bounds, Curriculum, Exam, curriculum, drawn
+from trainer.curriculum import Curriculum, CurriculumLimits, Exam, curriculum, drawn
 from trainer.distill import Recipe, distill
 from trainer.exits import EXIT_LEASE_LOST, EXIT_REPORTED
 from trainer.gate import GateReport, finite, judge
@@ -91,7 +91,7 @@ def run(shop: Workshop, lease: Lease, still_wanted: Callable[[], None] = lambda:
     new = list(_readable(window, vocab_size).values())
     old = _readable(drawn(shop.buffer.kept(route), window), vocab_size)
     recipe = configured(shop.settings, route, lease.cycle_id)
-    bounds = Bounds(
+    bounds = CurriculumLimits(
         shop.settings.replay_signals, shop.settings.held_out_signals, shop.settings.client_share
     )
     chosen = curriculum(new, list(old.values()), bounds, _after(old, parent.window.get("last")))

@@ -15,7 +15,7 @@ from pydantic import Field, TypeAdapter
 from torch import Tensor, nn
 
 from online.signals import Signal
-from trainer.batches import Batch, Lesson, batches, collate, fitting
+from trainer.batches import Lesson, TrainingBatch, batches, collate, fitting
 from trainer.divergences import Divergence, divergence, draft_classes
 from trainer.rehearsal import Rehearsal
 
@@ -84,7 +84,7 @@ class Distilled:
     seconds: float
 
 
-def draft_logits(module: nn.Module, batch: Batch) -> Tensor:
+def draft_logits(module: nn.Module, batch: TrainingBatch) -> Tensor:
     """The draft's logits at the supervised positions [N, V]."""
     first = int(
         batch.column_N.min()
@@ -101,7 +101,7 @@ def draft_logits(module: nn.Module, batch: Batch) -> Tensor:
     return out[batch.row_N, batch.column_N - first].float()
 
 
-def exit_logits(module: nn.Module, batch: Batch) -> list[Tensor]:
+def exit_logits(module: nn.Module, batch: TrainingBatch) -> list[Tensor]:
     """The same from every layer, the last one first: all by the draft's own norm and head (S2D, arXiv 2407.01955).
 
     Raises:
@@ -131,7 +131,7 @@ def takes_branches(module: nn.Module) -> bool:
 
 
 def losses(
-    logits_NV: Tensor, batch: Batch, measure: Divergence, follow_temperature: bool
+    logits_NV: Tensor, batch: TrainingBatch, measure: Divergence, follow_temperature: bool
 ) -> Tensor:
     """The divergence at every supervised position [N]."""
     truth = batch.truth
@@ -223,7 +223,7 @@ def _train(
     return told, positions
 
 
-def _loss(module: nn.Module, batch: Batch, measure: Divergence, recipe: Recipe) -> Tensor:
+def _loss(module: nn.Module, batch: TrainingBatch, measure: Divergence, recipe: Recipe) -> Tensor:
     if not recipe.exit_weight:
         return losses(draft_logits(module, batch), batch, measure, recipe.follow_temperature)
     last, *early = (
@@ -250,7 +250,7 @@ def steps(passes: Sequence[Sequence[object]], recipe: Recipe) -> int:
 
 @torch.no_grad()
 def _selected(
-    loss_N: Tensor, batch: Batch, measure: Divergence, recipe: Recipe, reference: nn.Module
+    loss_N: Tensor, batch: TrainingBatch, measure: Divergence, recipe: Recipe, reference: nn.Module
 ) -> Tensor:
     """1 for the share of positions where the draft lags most behind a reference that has learnt already (AdaSPEC).
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from online.signals import Signal
-from trainer.batches import Batch, Lesson, collate, fitting
+from trainer.batches import Lesson, TrainingBatch, collate, fitting
 from trainer.distill import draft_logits
 from trainer.divergences import greedy_match, overlap
 
@@ -58,7 +58,7 @@ def evaluate(
     return Marks(np.array(tokens), np.array(rates))
 
 
-def acceptance(logits_NV: Tensor, batch: Batch) -> Tensor:
+def acceptance(logits_NV: Tensor, batch: TrainingBatch) -> Tensor:
     """Probability that a drafted token is kept [N]: agreement of first choices for greedy requests, else Σ min(p, q).
 
     Sampled requests are judged at temperature 1, where the logged distribution is exact.

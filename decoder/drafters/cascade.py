@@ -9,9 +9,9 @@ there already.
 
 A token is drafted as long as it is likely enough to be kept for what it costs, and what is known of that are the
 acceptance of the model's tokens and how often guesses like this one were kept: a stop that is learnt while it serves.
-All of it depends on nothing but the tokens before and on other rows; that is what verification asks for.
+All of it depends on nothing but the tokens before and on other sequences; that is what verification asks for.
 
-Legend: B rows, M positions of a forward that a token is drawn from, Q drawn tokens of a row at most, V vocabulary.
+Legend: B sequences, M positions of a forward that a token is drawn from, Q drawn tokens of a sequence at most, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from decoder.drafters.base import Group, learn
+from decoder.drafters.base import DraftGroup, learn
 from decoder.drafters.chain import Chain, begun, finished, longest, worthwhile
 from decoder.models.base import LanguageModel
-from decoder.models.kv_cache import Rows
+from decoder.models.kv_cache import Slots
 from decoder.models.ragged import integers, ragged
-from decoder.policy.draft_cost import FREE, Price
-from decoder.sequence.sequence import Row
+from decoder.policy.draft_cost import NO_COST, DraftCost
+from decoder.sequence.sequence import LiveSequence
 from decoder.verification.proposal import Proposal
 from decoder.verification.sampling import (
     Sampling,
@@ -35,7 +35,7 @@ from decoder.verification.sampling import (
     probabilities,
     sample,
 )
-from decoder.verification.tree_shape import Scheme, chain_of
+from decoder.verification.tree_shape import DraftSpec, chain_spec
 
 
 class CascadeDrafter:
@@ -47,35 +47,35 @@ class CascadeDrafter:
         """`masks` is how many more tokens the model drafts in the same forward, by mask tokens."""
         self._masks = masks
 
-    def scheme(self, row: Row, gamma: int, most: int) -> Scheme:
-        most = longest(row, most)
+    def spec(self, seq: LiveSequence, gamma: int, most: int) -> DraftSpec:
+        most = longest(seq, most)
         return replace(
-            chain_of(most, "parallel_cascade" if self._masks else "cascade"),
-            lead=most if row.query.gamma is None else (most + 1) // 2,
+            chain_spec(most, "parallel_cascade" if self._masks else "cascade"),
+            lead=most if seq.query.gamma is None else (most + 1) // 2,
         )
 
-    def propose(self, group: Group) -> Proposal | None:
+    def propose(self, group: DraftGroup) -> Proposal | None:
         chains = begun(group)
         shaped = group.sampling, group.uniform_BN, group.price, self._masks
         logits_BQV, probs_BQV, group.forwards = propose(
             group.draft.model, group.slots, chains, *shaped
         )
-        for row, one in zip(group.rows, chains, strict=True):
-            row.draft_holds(one.held)  # cut back where a rejection comes earlier
-            row.draft_wanted = one.missed
+        for seq, one in zip(group.seqs, chains, strict=True):
+            seq.draft_holds(one.held)  # cut back where a rejection comes earlier
+            seq.draft_wanted = one.missed
         return finished(chains, logits_BQV, probs_BQV, group)
 
-    def settle(self, group: Group, kept: Sequence[Sequence[int]]) -> None:
+    def settle(self, group: DraftGroup, kept: Sequence[Sequence[int]]) -> None:
         learn(group, kept)
 
 
 def propose(
     model: LanguageModel,
-    rows: Rows,
+    seqs: Slots,
     chains: Sequence[Chain],
     sampling: Sampling,
     uniform_BN: Tensor,
-    price: Price = FREE,
+    price: DraftCost = NO_COST,
     masks: int = 0,
 ) -> tuple[list[Tensor], Tensor, int]:
     """Drafts the chains. Returns what the model's tokens were drawn from, [B, 1, V] each and [B, Q, V], and how often
@@ -101,7 +101,7 @@ def propose(
         held = [one.held for one in chains]
         upto = max(start + len(tokens) for start, tokens in zip(held, fed, strict=True))
         logits_BFV = at_least_float32(
-            model.forward(rows, ragged(fed, device), integers(held, device), upto)
+            model.forward(seqs, ragged(fed, device), integers(held, device), upto)
         )
         forwards += 1
         for one, tokens in zip(chains, unseen, strict=True):
@@ -127,8 +127,8 @@ def propose(
     return [logits_BQV[:, q : q + 1] for q in range(logits_BQV.shape[1])], probs_BQV, forwards
 
 
-def _asking(chains: Sequence[Chain], price: Price, masks: int) -> tuple[list[int], int]:
-    """The chains that the model drafts for next, and how many tokens of each it is asked for. All rows of a step take
+def _asking(chains: Sequence[Chain], price: DraftCost, masks: int) -> tuple[list[int], int]:
+    """The chains that the model drafts for next, and how many tokens of each it is asked for. All sequences of a step take
     the time of its forward: they share it."""
     wanting = [one for one in chains if one.open]
     if any(one.tokens for one in chains):
@@ -155,12 +155,12 @@ def _ahead(one: Chain, places: int, mask_id: int, masks: int) -> list[int]:
 
 
 def _stacked(parts: Sequence[list[Tensor]]) -> Tensor:
-    """Rows of [M, V] pieces as one padded [B, Q, V]."""
-    rows = [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in parts if pieces]
-    if len(rows) == len(parts) == 1:
-        return rows[0][None]
-    found_BQV = rows[0].new_zeros((len(parts), max(map(len, rows)), rows[0].shape[-1]))
-    whole = iter(rows)
+    """Sequences of [M, V] pieces as one padded [B, Q, V]."""
+    seqs = [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in parts if pieces]
+    if len(seqs) == len(parts) == 1:
+        return seqs[0][None]
+    found_BQV = seqs[0].new_zeros((len(parts), max(map(len, seqs)), seqs[0].shape[-1]))
+    whole = iter(seqs)
     for b, pieces in enumerate(parts):
         if pieces:
             row_QV = next(whole)
@@ -171,7 +171,7 @@ def _stacked(parts: Sequence[list[Tensor]]) -> Tensor:
 def _draw(
     logits_AMV: Tensor, sampling: Sampling, uniform_AN: Tensor, done: list[int]
 ) -> tuple[list[list[int]], list[list[float]], Tensor]:
-    """A token from each position, as if the ones before were the right ones, by the row's uniforms from `done` on; how
+    """A token from each position, as if the ones before were the right ones, by the sequence's uniforms from `done` on; how
     likely each was, and all others."""
     if sampling.all_greedy:
         probs_AMV, drawn_AM = logits_AMV.softmax(-1), most_likely(logits_AMV)

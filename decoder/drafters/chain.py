@@ -1,6 +1,6 @@
 """Chains that are drafted as far as they are likely to be kept, by n-grams and, in a cascade, by a model.
 
-Legend: B rows, N candidates of a row at most, Q drawn tokens of a row at most, V vocabulary.
+Legend: B sequences, N candidates of a sequence at most, Q drawn tokens of a sequence at most, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,14 +9,14 @@ from itertools import zip_longest
 
 from torch import Tensor
 
-from decoder.drafters.base import Group
+from decoder.drafters.base import DraftGroup
 from decoder.models.ragged import integers, ragged
-from decoder.policy.draft_cost import FREE, Price
-from decoder.policy.keep_rates import ANY, DRAWN, SHARES, Evidence, Kept
-from decoder.sequence.ngram_index import Guess
-from decoder.sequence.sequence import Row
+from decoder.policy.draft_cost import NO_COST, DraftCost
+from decoder.policy.keep_rates import ANY, DRAWN, SHARES, Evidence, KeepRates
+from decoder.sequence.ngram_index import NgramGuess
+from decoder.sequence.sequence import LiveSequence
 from decoder.verification.proposal import CHOSEN, Proposal, Tree
-from decoder.verification.tree_shape import chain
+from decoder.verification.tree_shape import chain_shape
 from online.messages import MAX_GAMMA
 
 MASKED = 0.8  # how much less than the one before a mask's token is kept, where nothing is known
@@ -26,9 +26,9 @@ LITTLE = 0.01  # how likely a token must be kept to be added, whoever pays for i
 
 @dataclass(slots=True)
 class Chain:
-    """One row's, as far as it is drafted.
+    """One sequence's, as far as it is drafted.
 
-    Whether a token is drawn may depend on the tokens before it and on other rows; what becomes of one that has been
+    Whether a token is drawn may depend on the tokens before it and on other sequences; what becomes of one that has been
     drawn, on nothing that it had a part in: to leave it out for what it is would be to draw from something else.
     """
 
@@ -37,10 +37,10 @@ class Chain:
     most: int
     lead: int  # tokens of the model's, at most
     acceptance: float  # of the model's tokens, as far as is known without what follows
-    share: Price  # of what the step costs
-    known: Kept  # of the draft's tokens
+    share: DraftCost  # of what the step costs
+    known: KeepRates  # of the draft's tokens
     greedy: bool
-    guess: Callable[[list[int]], Guess | None]  # what may follow these drafted tokens
+    guess: Callable[[list[int]], NgramGuess | None]  # what may follow these drafted tokens
     tokens: list[int] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)  # by token: which drawn one it is, or CHOSEN
     evidence: list[Evidence] = field(default_factory=list)  # by token
@@ -53,25 +53,25 @@ class Chain:
     missed: bool = False  # it lags, and the model would have been asked
 
     @classmethod
-    def of(cls, row: Row, most: int, share: Price, group: Group) -> "Chain":
+    def of(cls, seq: LiveSequence, most: int, share: DraftCost, group: DraftGroup) -> "Chain":
         """A request that says how much to draft has it, whatever that costs."""
         return cls(
-            row.tokens,
-            row.draft_cached,
+            seq.tokens,
+            seq.draft_cached,
             most,
-            group.scheme.lead,
-            row.acceptance.rate,
-            share if row.query.gamma is None else FREE,
-            row.draft.kept,
-            row.suffixes.greedy,
-            lambda drafted: row.suffixes.guess(row.tokens, drafted),
-            lags=row.draft_lag > group.feed,
+            group.spec.lead,
+            seq.acceptance.rate,
+            share if seq.query.gamma is None else NO_COST,
+            seq.draft.kept,
+            seq.ngrams.greedy,
+            lambda drafted: seq.ngrams.guess(seq.tokens, drafted),
+            lags=seq.draft_lag > group.feed,
         )
 
     @property
     def asked(self) -> bool:
         """Whether the request says how much to draft."""
-        return self.share is FREE
+        return self.share is NO_COST
 
     @property
     def open(self) -> bool:
@@ -157,22 +157,22 @@ class Chain:
         self.reach *= kept
 
 
-def begun(group: Group) -> list[Chain]:
-    """The rows', before anything is drafted."""
-    share = group.price.times(1 / len(group.rows))
+def begun(group: DraftGroup) -> list[Chain]:
+    """The sequences', before anything is drafted."""
+    share = group.price.times(1 / len(group.seqs))
     return [
-        Chain.of(row, most, share, group)
-        for row, most in zip(group.rows, group.drafted, strict=True)
+        Chain.of(seq, most, share, group)
+        for seq, most in zip(group.seqs, group.drafted, strict=True)
     ]
 
 
-def longest(row: Row, most: int) -> int:
-    """Candidates that a row may draft: these stop by themselves, and what n-grams are sure of costs next to nothing."""
-    return MAX_GAMMA if most and row.query.gamma is None else most
+def longest(seq: LiveSequence, most: int) -> int:
+    """Candidates that a sequence may draft: these stop by themselves, and what n-grams are sure of costs next to nothing."""
+    return MAX_GAMMA if most and seq.query.gamma is None else most
 
 
 def finished(
-    chains: Sequence[Chain], logits_BQV: list[Tensor], probs_BQV: Tensor, group: Group
+    chains: Sequence[Chain], logits_BQV: list[Tensor], probs_BQV: Tensor, group: DraftGroup
 ) -> Proposal | None:
     """As a proposal, with what n-grams add; None: there is nothing in it."""
     most = complete(chains, group.price)
@@ -187,15 +187,15 @@ def finished(
     )
     if all(one.sources[:most] == list(range(len(one.tokens[:most]))) for one in chains):
         return Proposal(tokens_BN, probs_BQV[:, :most], logits_BQV[:most], drafted_B)
-    tree = Tree.of(chain(most), len(chains), False, device)
+    tree = Tree.of(chain_shape(most), len(chains), False, device)
     sources_BN = ragged([one.sources[:most] for one in chains], device)
     return Proposal(
         tokens_BN, probs_BQV, logits_BQV, drafted_B, replace(tree, sources_BN=sources_BN)
     )
 
 
-def complete(chains: Sequence[Chain], price: Price) -> int:
-    """N-grams go on for as long as a candidate is worth its place: one row's has a place in the forward of all. Returns
+def complete(chains: Sequence[Chain], price: DraftCost) -> int:
+    """N-grams go on for as long as a candidate is worth its place: one sequence's has a place in the forward of all. Returns
     how long the longest is to be."""
     most, gain, fixed = 0, 0.0, max(one.fixed for one in chains)
     while worth := sum(one.grown(most) for one in chains):
@@ -206,7 +206,7 @@ def complete(chains: Sequence[Chain], price: Price) -> int:
     return most if fixed or gain >= price.start or any(one.asked for one in chains) else 0
 
 
-def worthwhile(chains: Sequence[Chain], price: Price, masks: int) -> int:
+def worthwhile(chains: Sequence[Chain], price: DraftCost, masks: int) -> int:
     """How many more tokens of each a forward of the model is worth asking for: one, and masks' behind it, or none.
     Where nothing is drafted yet, `price` has a start."""
     if any(one.asked for one in chains):

@@ -8,7 +8,7 @@ it; those that nobody needed are fed again, as tokens are that the cache lacks. 
 is told, and the decision knows nothing of what is drawn: exact, whatever the exits are worth. What they learn is in
 `trainer/distill.py`.
 
-Legend: B rows, N drafted tokens of a row at most, V vocabulary.
+Legend: B sequences, N drafted tokens of a sequence at most, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from decoder.drafters.base import Group, begin, keep, learn
+from decoder.drafters.base import DraftGroup, begin, keep, learn
 from decoder.models.llama import Llama, Residual
 from decoder.models.ragged import integers
-from decoder.policy.keep_rates import SHARES, Evidence, Kept, left, went
-from decoder.sequence.sequence import Row
+from decoder.policy.keep_rates import SHARES, Evidence, KeepRates, left, went
+from decoder.sequence.sequence import LiveSequence
 from decoder.verification.proposal import Proposal
 from decoder.verification.sampling import at_least_float32, most_likely, probabilities, sample
-from decoder.verification.tree_shape import Scheme, chain_of
+from decoder.verification.tree_shape import DraftSpec, chain_spec
 
 
 class ExitDrafter:
@@ -32,10 +32,10 @@ class ExitDrafter:
 
     uses_model = waits = True
 
-    def scheme(self, row: Row, gamma: int, most: int) -> Scheme:
-        return chain_of(gamma, "exits")
+    def spec(self, seq: LiveSequence, gamma: int, most: int) -> DraftSpec:
+        return chain_spec(gamma, "exits")
 
-    def propose(self, group: Group) -> Proposal:
+    def propose(self, group: DraftGroup) -> Proposal:
         said = [at_least_float32(begin(group))]
         probs: list[Tensor] = []
         tokens: list[Tensor] = []
@@ -48,7 +48,7 @@ class ExitDrafter:
             else:
                 probs.append(probabilities(said[-1], group.sampling))
                 tokens.append(sample(probs[-1], group.uniform_BN[:, n : n + 1]))
-        group.cells[:] = [{n: n for n in range(ladder.whole)}] * len(group.rows)
+        group.cells[:] = [{n: n for n in range(ladder.whole)}] * len(group.seqs)
         group.evidence[:] = [choice.evidence for choice in ladder.choices]
         group.forwards = 1 + ladder.forwards
         probs_BNV = torch.cat(probs, 1) if probs else said[0][:, :0]
@@ -56,16 +56,16 @@ class ExitDrafter:
             torch.cat(tokens, 1), probs_BNV, said, integers(group.drafted, group.device)
         )
 
-    def settle(self, group: Group, kept: Sequence[Sequence[int]]) -> None:
+    def settle(self, group: DraftGroup, kept: Sequence[Sequence[int]]) -> None:
         keep(group, kept)
         learn(group, kept)
 
 
 @dataclass(slots=True)
 class _Choice:
-    """A row's, of the exits that its tokens leave by."""
+    """A sequence's, of the exits that its tokens leave by."""
 
-    known: Kept
+    known: KeepRates
     greedy: bool
     acceptance: float
     drafted: int
@@ -80,9 +80,9 @@ class _Choice:
     )  # by token; the first one has all layers
 
     @classmethod
-    def of(cls, row: Row, drafted: int) -> "_Choice":
-        rate = row.acceptance.rate
-        return cls(row.draft.kept, row.query.temperature == 0, rate, drafted, rate)
+    def of(cls, seq: LiveSequence, drafted: int) -> "_Choice":
+        rate = seq.acceptance.rate
+        return cls(seq.draft.kept, seq.query.temperature == 0, rate, drafted, rate)
 
     def begin(self) -> None:
         """Another token."""
@@ -108,9 +108,9 @@ class _Choice:
 class _Ladder:
     """How deep each drafted token has come."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: DraftGroup) -> None:
         self._group, self._model = group, group.draft.model
-        self._start = [len(row.tokens) for row in group.rows]
+        self._start = [len(seq.tokens) for seq in group.seqs]
         self._waiting: dict[
             int, Residual
         ] = {}  # tokens that have left after so many layers, one behind another
@@ -118,7 +118,7 @@ class _Ladder:
         self.whole = 0  # tokens that have passed all layers
         self.forwards = 0.0  # of the draft: a layer, with what it says, is a part of one
         self.choices = [
-            _Choice.of(row, count) for row, count in zip(group.rows, group.drafted, strict=True)
+            _Choice.of(seq, count) for seq, count in zip(group.seqs, group.drafted, strict=True)
         ]
 
     def climb(self, token_B1: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class _Ladder:
         while passed < layers and any(climb := self._climb(passed, said_B1V)):
             tokens = self._pass(tokens.behind(self._waiting.pop(passed, None)), passed)
             passed += 1
-            # A row leaves where it is to, however deep the others of its batch go.
+            # A sequence leaves where it is to, however deep the others of its batch go.
             climb_B11 = torch.tensor(climb, device=said_B1V.device)[:, None, None]
             said_B1V = torch.where(climb_B11, self._model.say(tokens.last), said_B1V)
         if passed < layers:
@@ -150,7 +150,7 @@ class _Ladder:
         return said_B1V
 
     def _climb(self, passed: int, said_B1V: Tensor) -> list[bool]:
-        """By row, whether its token goes deeper: where the rows together gain what a layer costs all of them."""
+        """By sequence, whether its token goes deeper: where the sequences together gain what a layer costs all of them."""
         sure = said_B1V.softmax(-1).amax(-1).flatten().tolist()
         gains = [
             choice.gain(passed, one) if choice.climbs else 0.0

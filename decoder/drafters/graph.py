@@ -5,15 +5,15 @@ last tokens another hypothesis has, too, is not drafted on: what is drafted behi
 fewer tokens go through the draft than are drafted on. For verification the graph is unrolled into the tree that it
 stands for: every candidate is verified behind its own ancestors.
 
-Lossless, where the paper is so for greedy decoding only. Hypotheses of a sampled row share what follows only with those
+Lossless, where the paper is so for greedy decoding only. Hypotheses of a sampled sequence share what follows only with those
 of their own depth. So all that decides the way to a node of depth d, which hypotheses there are, which of them share,
 which are drafted on, was drawn before anything behind nodes of depth d was: behind any of them, whomever it shares
 with, stand fresh draws from a distribution that is known, if not the draft's own for that context. That is all that
 verification asks for. A weak hypothesis is kept, only not drafted on: to drop what was drawn would be to draw from
-something else. Of a greedy row nothing is drawn, and hypotheses of all depths share.
+something else. Of a greedy sequence nothing is drawn, and hypotheses of all depths share.
 
-Legend: B rows, W hypotheses of a level that are drafted on, C cells that they have been fed to, K candidates behind
-each, N candidates of a row at most, V vocabulary.
+Legend: B sequences, W hypotheses of a level that are drafted on, C cells that they have been fed to, K candidates behind
+each, N candidates of a sequence at most, V vocabulary.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from decoder.device.transfer import to_host, upload
-from decoder.drafters.base import Group, begin, keep
-from decoder.models.kv_cache import Nodes
+from decoder.drafters.base import DraftGroup, begin, keep
+from decoder.models.kv_cache import TreePositions
 from decoder.models.ragged import integers, ragged
-from decoder.sequence.sequence import Row
+from decoder.sequence.sequence import LiveSequence
 from decoder.verification.proposal import Proposal, Tree
 from decoder.verification.sampling import at_least_float32, probabilities, sample
-from decoder.verification.tree_shape import Scheme, chain
+from decoder.verification.tree_shape import DraftSpec, chain_shape
 from online.messages import MAX_GAMMA
 
 SHARED = 2  # last tokens that two hypotheses have to have in common
@@ -41,7 +41,7 @@ BEAM = 2  # hypotheses of a depth that are drafted on: the likeliest
 @dataclass(slots=True)
 class Hypothesis:
     parent: "Hypothesis | None"
-    token: int  # of the root the row's last one
+    token: int  # of the root the sequence's last one
     chance: float = 1.0  # as the draft sees it
     source: int = -1  # the distribution that it was drawn from
     cells: tuple[int, ...] = ()  # where its ancestors and it were fed to; empty: it was not
@@ -59,7 +59,7 @@ class Hypothesis:
 
 
 class Graph:
-    """One row's hypotheses."""
+    """One sequence's hypotheses."""
 
     def __init__(self, last_token: int, greedy: bool) -> None:
         self.root = Hypothesis(None, last_token)
@@ -114,13 +114,13 @@ class GraphDrafter:
 
     uses_model = waits = True
 
-    def scheme(self, row: Row, gamma: int, most: int) -> Scheme:
-        return Scheme("graph", chain(max(most, MAX_GAMMA)), most if gamma else 0)
+    def spec(self, seq: LiveSequence, gamma: int, most: int) -> DraftSpec:
+        return DraftSpec("graph", chain_shape(max(most, MAX_GAMMA)), most if gamma else 0)
 
-    def propose(self, group: Group) -> Proposal:
+    def propose(self, group: DraftGroup) -> Proposal:
         graphs = [
-            Graph(row.tokens[-1], greedy)
-            for row, greedy in zip(group.rows, group.sampling.greedy_B.tolist(), strict=True)
+            Graph(seq.tokens[-1], greedy)
+            for seq, greedy in zip(group.seqs, group.sampling.greedy_B.tolist(), strict=True)
         ]
         logits_BQV, probs_BQV = grow(group, graphs)
         trees = [graph.unrolled(count) for graph, count in zip(graphs, group.drafted, strict=True)]
@@ -130,14 +130,16 @@ class GraphDrafter:
         drafted_B = integers(group.drafted, group.device)
         return Proposal(tokens_BN, probs_BQV, logits_BQV, drafted_B, _joined(trees, group.device))
 
-    def settle(self, group: Group, kept: Sequence[Sequence[int]]) -> None:
+    def settle(self, group: DraftGroup, kept: Sequence[Sequence[int]]) -> None:
         keep(group, kept)
 
 
-def grow(group: Group, graphs: Sequence[Graph]) -> tuple[list[Tensor], Tensor]:
-    """Level by level, as far as the rows' uniforms go. Returns what the draft said behind each hypothesis."""
+def grow(group: DraftGroup, graphs: Sequence[Graph]) -> tuple[list[Tensor], Tensor]:
+    """Level by level, as far as the sequences' uniforms go. Returns what the draft said behind each hypothesis."""
     wide, fed = min(WIDTH, max(group.drafted)), 0
-    room = [max(1, count // wide) for count in group.drafted]  # hypotheses that a row may draft on
+    room = [
+        max(1, count // wide) for count in group.drafted
+    ]  # hypotheses that a sequence may draft on
     logits: list[Tensor] = []
     probs: list[Tensor] = []
     logits_BWV = begin(group)
@@ -159,13 +161,13 @@ def grow(group: Group, graphs: Sequence[Graph]) -> tuple[list[Tensor], Tensor]:
 
 
 def _draw(
-    logits_BWV: Tensor, probs_BWV: Tensor, group: Group, grown: list[int], wide: int
+    logits_BWV: Tensor, probs_BWV: Tensor, group: DraftGroup, grown: list[int], wide: int
 ) -> tuple[Tensor, Tensor]:
     """Candidates, without replacement, and how likely they seemed, [B, W, K] each."""
     sampling, uniform_BN = group.sampling, group.uniform_BN
     tokens_BWK: Tensor = logits_BWV.topk(wide, -1).indices
     if not sampling.all_greedy:
-        # A row's uniforms are its hypotheses' own, however many others have beside them.
+        # A sequence's uniforms are its hypotheses' own, however many others have beside them.
         ordinal_BW = integers(grown, group.device)[:, None] + torch.arange(
             logits_BWV.shape[1], device=group.device
         )
@@ -180,8 +182,8 @@ def _draw(
     return tokens_BWK, logits_BWV.softmax(-1).gather(2, tokens_BWK)
 
 
-def _forward(group: Group, graphs: Sequence[Graph], cells: int, width: int) -> Tensor:
-    """What the draft says behind the frontiers, of which `width` hypotheses a row are fed behind so many others."""
+def _forward(group: DraftGroup, graphs: Sequence[Graph], cells: int, width: int) -> Tensor:
+    """What the draft says behind the frontiers, of which `width` hypotheses a sequence are fed behind so many others."""
     count = len(graphs)
     ids_BW, depth_BW = np.zeros((count, width), np.int64), np.zeros((count, width), np.int64)
     visible_BWC = np.zeros((count, width, cells + width), np.bool_)
@@ -192,10 +194,10 @@ def _forward(group: Group, graphs: Sequence[Graph], cells: int, width: int) -> T
             node.cells = (*node.parent.cells, cells + w)
             ids_BW[b, w], depth_BW[b, w] = node.token, len(node.cells) - 1
             visible_BWC[b, w, list(node.cells)] = True
-    nodes = Nodes(upload(depth_BW, group.device), upload(visible_BWC, group.device))
+    nodes = TreePositions(upload(depth_BW, group.device), upload(visible_BWC, group.device))
     starts, upto = (
-        [len(row.tokens) for row in group.rows],
-        max(len(row.tokens) for row in group.rows),
+        [len(seq.tokens) for seq in group.seqs],
+        max(len(seq.tokens) for seq in group.seqs),
     )
     return group.draft.model.forward(
         group.slots,

@@ -1,8 +1,8 @@
 """Drafting by the draft model: level by level of a shape, each node's candidates from what the model says behind it.
 
-Of a sampled row they are drawn, siblings with or without replacement; of a greedy one they are the most likely tokens.
+Of a sampled sequence they are drawn, siblings with or without replacement; of a greedy one they are the most likely tokens.
 
-Legend: B rows, T tokens not yet in the draft's cache (1 or 2 as a rule), N candidates, W nodes of a level that have
+Legend: B sequences, T tokens not yet in the draft's cache (1 or 2 as a rule), N candidates, W nodes of a level that have
 candidates, K candidates of such a node, V vocabulary.
 """
 
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from decoder.drafters.base import Group, behind, keep
+from decoder.drafters.base import DraftGroup, behind, keep
 from decoder.models.base import LanguageModel
-from decoder.models.kv_cache import Nodes, Rows
+from decoder.models.kv_cache import Slots, TreePositions
 from decoder.models.ragged import integers, ragged
-from decoder.sequence.sequence import Row
+from decoder.sequence.sequence import LiveSequence
 from decoder.verification.proposal import Proposal, Tree
 from decoder.verification.sampling import (
     Sampling,
@@ -25,11 +25,11 @@ from decoder.verification.sampling import (
     sample,
 )
 from decoder.verification.tree_shape import (
-    Level,
-    Scheme,
-    Shape,
+    DraftSpec,
+    TreeLevel,
+    TreeShape,
     best_shape,
-    chain_of,
+    chain_spec,
     shape_of_widths,
     span,
 )
@@ -44,37 +44,37 @@ class ModelDrafter:
     def __init__(self, trees: bool) -> None:
         self._trees = trees
 
-    def scheme(self, row: Row, gamma: int, most: int) -> Scheme:
+    def spec(self, seq: LiveSequence, gamma: int, most: int) -> DraftSpec:
         if not self._trees:
-            return chain_of(gamma)
-        if row.query.widths:
-            shape = shape_of_widths(row.query.widths)
+            return chain_spec(gamma)
+        if seq.query.widths:
+            shape = shape_of_widths(seq.query.widths)
         else:
-            shape = best_shape(row.draft.ranks.rates, most if gamma else 0, MAX_GAMMA)
-        return Scheme("tree", shape, len(shape.parents), distinct=not row.query.replacement)
+            shape = best_shape(seq.draft.ranks.rates, most if gamma else 0, MAX_GAMMA)
+        return DraftSpec("tree", shape, len(shape.parents), distinct=not seq.query.replacement)
 
-    def propose(self, group: Group) -> Proposal:
-        unseen = [row.tokens[row.draft_cached :] for row in group.rows]
+    def propose(self, group: DraftGroup) -> Proposal:
+        unseen = [seq.tokens[seq.draft_cached :] for seq in group.seqs]
         proposal = propose(
             group.draft.model,
             group.slots,
             ragged(unseen, group.device),
             integers([len(tokens) for tokens in unseen], group.device),
-            integers([row.draft_cached for row in group.rows], group.device),
-            max(len(row.tokens) for row in group.rows),
+            integers([seq.draft_cached for seq in group.seqs], group.device),
+            max(len(seq.tokens) for seq in group.seqs),
             integers(list(group.drafted), group.device),
             group.shape,
             group.sampling,
             group.uniform_BN,
-            group.scheme.distinct,
+            group.spec.distinct,
         )
         fed = group.shape.expanded[1:]
-        group.cells[:] = [{node - 1: cell for cell, node in enumerate(fed)}] * len(group.rows)
-        for row in group.rows:
-            row.draft_holds(len(row.tokens))
+        group.cells[:] = [{node - 1: cell for cell, node in enumerate(fed)}] * len(group.seqs)
+        for seq in group.seqs:
+            seq.draft_holds(len(seq.tokens))
         return proposal
 
-    def settle(self, group: Group, kept: Sequence[Sequence[int]]) -> None:
+    def settle(self, group: DraftGroup, kept: Sequence[Sequence[int]]) -> None:
         if self._trees:
             for count, path in zip(group.drafted, kept, strict=True):
                 for met, rank in group.shape.first(count).met(path):
@@ -84,24 +84,24 @@ class ModelDrafter:
 
 def propose(
     model: LanguageModel,
-    rows: Rows,
+    seqs: Slots,
     unseen_BT: Tensor,
     unseen_B: Tensor,
     starts_B: Tensor,
     upto: int,
     drafted_B: Tensor,
-    shape: Shape,
+    shape: TreeShape,
     sampling: Sampling,
     uniform_BN: Tensor,
     distinct: bool = True,
 ) -> Proposal:
-    """Feeds each row what its cache lacks (`unseen_BT`, `unseen_B` ≥ 1 of them real), then drafts a tree.
+    """Feeds each sequence what its cache lacks (`unseen_BT`, `unseen_B` ≥ 1 of them real), then drafts a tree.
 
-    `starts_B` are the cached lengths, `upto` the longest context after the first feed. Rows with `drafted_B` below the
+    `starts_B` are the cached lengths, `upto` the longest context after the first feed. Sequences with `drafted_B` below the
     shape's size draft along; what they draft beyond is ignored by verification. The draft's cache holds the nodes that
     have candidates, in their order, but the root, which is a part of the context.
     """
-    logits_BWV = model.forward(rows, unseen_BT, starts_B, upto)
+    logits_BWV = model.forward(seqs, unseen_BT, starts_B, upto)
     logits_BWV = at_least_float32(behind(logits_BWV, unseen_B))
     starts_B = starts_B + unseen_B
     count, vocabulary = len(unseen_B), logits_BWV.shape[-1]
@@ -113,7 +113,7 @@ def propose(
     for level in shape.levels:
         if level.depth:
             upto += len(level.nodes)
-            logits_BWV = _grow(model, rows, tokens_BN, starts_B, upto, shape, level)
+            logits_BWV = _grow(model, seqs, tokens_BN, starts_B, upto, shape, level)
         logits_BWV = at_least_float32(logits_BWV)
         logits.append(logits_BWV)
         probs_BWV = probs_BQV[:, level.first : level.first + len(level.nodes)]
@@ -126,29 +126,29 @@ def propose(
 
 def _grow(
     model: LanguageModel,
-    rows: Rows,
+    seqs: Slots,
     tokens_BN: Tensor,
     starts_B: Tensor,
     upto: int,
-    shape: Shape,
-    level: Level,
+    shape: TreeShape,
+    level: TreeLevel,
 ) -> Tensor:
     """What the draft says behind the nodes of a level."""
     count, device = len(tokens_BN), tokens_BN.device
     ids_BW = tokens_BN[:, span([node - 1 for node in level.nodes])]
     if shape.is_chain:  # contexts as ever
-        return model.forward(rows, ids_BW, starts_B + level.depth - 1, upto)
+        return model.forward(seqs, ids_BW, starts_B + level.depth - 1, upto)
     fed = shape.expanded[1 : level.first + len(level.nodes)]
     visible_WC = shape.visible[list(level.nodes)][:, list(fed)].to(device)
     depth_BW = torch.full((count, len(level.nodes)), level.depth - 1, device=device)
     return model.forward(
-        rows, ids_BW, starts_B, upto, Nodes(depth_BW, visible_WC.expand(count, -1, -1))
+        seqs, ids_BW, starts_B, upto, TreePositions(depth_BW, visible_WC.expand(count, -1, -1))
     )
 
 
 def _choose(
     tokens_BN: Tensor,
-    level: Level,
+    level: TreeLevel,
     logits_BWV: Tensor,
     probs_BWV: Tensor,
     sampling: Sampling,
@@ -159,7 +159,7 @@ def _choose(
     several = level.widest > 1
     ranked = sampling.all_greedy or (
         sampling.any_greedy and several
-    )  # else a greedy row draws from all or nothing
+    )  # else a greedy sequence draws from all or nothing
     best_BWK = _best(logits_BWV, level.widest) if ranked else None
     left_BWV = probs_BWV.clone() if several and distinct else probs_BWV
     for k, (having, wanted) in enumerate(level.ranks):

@@ -4,19 +4,19 @@ ParallelSpec (arXiv 2410.05589), with one mask token for all places as in PARD (
 independently, each from what stands at its place, and that is what verification is told: exact, whatever the draft has
 learnt of masks. What it learns of them is in `trainer/batches.py`.
 
-Legend: B rows, F tokens of the forward, N drafted tokens of a row at most, V vocabulary.
+Legend: B sequences, F tokens of the forward, N drafted tokens of a sequence at most, V vocabulary.
 """
 
 from collections.abc import Sequence
 
 import torch
 
-from decoder.drafters.base import Group
+from decoder.drafters.base import DraftGroup
 from decoder.models.ragged import integers, ragged
-from decoder.sequence.sequence import Row
+from decoder.sequence.sequence import LiveSequence
 from decoder.verification.proposal import Proposal
 from decoder.verification.sampling import at_least_float32, most_likely, probabilities, sample
-from decoder.verification.tree_shape import Scheme, chain_of
+from decoder.verification.tree_shape import DraftSpec, chain_spec
 
 
 class ParallelDrafter:
@@ -24,15 +24,15 @@ class ParallelDrafter:
 
     uses_model = waits = True
 
-    def scheme(self, row: Row, gamma: int, most: int) -> Scheme:
-        return chain_of(gamma, "parallel")
+    def spec(self, seq: LiveSequence, gamma: int, most: int) -> DraftSpec:
+        return chain_spec(gamma, "parallel")
 
-    def propose(self, group: Group) -> Proposal:
+    def propose(self, group: DraftGroup) -> Proposal:
         masks, device = [group.draft.model.mask_id] * (max(group.drafted) - 1), group.device
-        unseen = [row.tokens[row.draft_cached :] for row in group.rows]
+        unseen = [seq.tokens[seq.draft_cached :] for seq in group.seqs]
         ids_BF = ragged([tokens + masks for tokens in unseen], device)
-        starts_B = integers([row.draft_cached for row in group.rows], device)
-        upto = max(len(row.tokens) for row in group.rows) + len(masks)
+        starts_B = integers([seq.draft_cached for seq in group.seqs], device)
+        upto = max(len(seq.tokens) for seq in group.seqs) + len(masks)
         logits_BFV = group.draft.model.forward(group.slots, ids_BF, starts_B, upto)
         last_B1 = integers([len(tokens) - 1 for tokens in unseen], device)[:, None]
         place_BN = last_B1 + torch.arange(len(masks) + 1, device=device)
@@ -43,10 +43,10 @@ class ParallelDrafter:
         else:
             probs_BNV = probabilities(logits_BNV, group.sampling)
             tokens_BN = sample(probs_BNV, group.uniform_BN[:, : len(masks) + 1])
-        for row in group.rows:
-            row.draft_holds(len(row.tokens))  # what masks wrote is written over
+        for seq in group.seqs:
+            seq.draft_holds(len(seq.tokens))  # what masks wrote is written over
         logits = [logits_BNV[:, n : n + 1] for n in range(logits_BNV.shape[1])]
         return Proposal(tokens_BN, probs_BNV, logits, integers(group.drafted, device))
 
-    def settle(self, group: Group, kept: Sequence[Sequence[int]]) -> None:
+    def settle(self, group: DraftGroup, kept: Sequence[Sequence[int]]) -> None:
         pass

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from decoder.drafters.base import Group
-from decoder.sequence.sequence import Row
-from decoder.verification.tree_shape import NOTHING, Scheme
+from decoder.drafters.base import DraftGroup
+from decoder.sequence.sequence import LiveSequence
+from decoder.verification.tree_shape import NO_DRAFT, DraftSpec
 
 
 class PlainDrafter:
@@ -12,11 +12,11 @@ class PlainDrafter:
 
     uses_model = waits = False
 
-    def scheme(self, row: Row, gamma: int, most: int) -> Scheme:
-        return NOTHING
+    def spec(self, seq: LiveSequence, gamma: int, most: int) -> DraftSpec:
+        return NO_DRAFT
 
-    def propose(self, group: Group) -> None:
+    def propose(self, group: DraftGroup) -> None:
         return None
 
-    def settle(self, group: Group, kept: Sequence[Sequence[int]]) -> None:
+    def settle(self, group: DraftGroup, kept: Sequence[Sequence[int]]) -> None:
         pass

@@ -18,14 +18,14 @@ from decoder.engine.batch import Batch, BatchLimits
 from decoder.models.base import LanguageModel
 from decoder.recording.recorder import Recorder
 from decoder.rollout.live import LiveDraft
-from decoder.sequence.sequence import OnDelta, Row
+from decoder.sequence.sequence import LiveSequence, OnDelta
 from online.errors import Overloaded, Unavailable
 from online.messages import Query, SpeculationStats
 from online.metrics import ServiceMetrics
 
 log = logging.getLogger("slipstream.engine")
 
-MAX_FAULTS = 3  # steps failing in a row after which the engine calls itself dead
+MAX_FAULTS = 3  # steps failing in a sequence after which the engine calls itself dead
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Engine:
         self.on_finished: Callable[[str, SpeculationStats, float], None] = (
             lambda route, stats, arrived_s: None
         )
-        self._waiting: deque[Row] = deque()
+        self._waiting: deque[LiveSequence] = deque()
         self._cancelled: set[str] = set()
         self._between: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -83,7 +83,7 @@ class Engine:
 
     @property
     def running(self) -> int:
-        return len(self.batch.rows)
+        return len(self.batch.seqs)
 
     @property
     def waiting(self) -> int:
@@ -91,7 +91,7 @@ class Engine:
 
     def submit(self, query: Query, on_delta: OnDelta) -> None:
         recorded = query.store and query.route not in self._closed_routes
-        row = Row(query, on_delta, self._tokenizer, self._eos_ids, recorded)
+        seq = LiveSequence(query, on_delta, self._tokenizer, self._eos_ids, recorded)
         with self._wake:
             if not self.alive or self._stopping:
                 raise Unavailable("the engine is not running", code="engine_dead")
@@ -99,7 +99,7 @@ class Engine:
                 raise Overloaded(
                     f"{len(self._waiting)} sequences are waiting already; try again later"
                 )
-            self._waiting.append(row)
+            self._waiting.append(seq)
             self._wake.notify()
 
     def cancel(self, query_id: str) -> None:
@@ -131,43 +131,43 @@ class Engine:
                 self._faults = 0
             except Exception:
                 self._fault()
-        for row in [*self.batch.rows, *self._waiting]:
-            row.fail("the server is shutting down")
+        for seq in [*self.batch.seqs, *self._waiting]:
+            seq.fail("the server is shutting down")
 
-    def _dummies(self, count: int, gamma: int) -> list[Row]:
+    def _dummies(self, count: int, gamma: int) -> list[LiveSequence]:
         route, tokens = next(iter(self.batch.drafts)), self.limits.max_context // 2
         query = Query(
             "", route, (1,) * 8, tokens, temperature=0.0, gamma=gamma, ignore_eos=True, store=False
         )
         return [
-            Row(query, lambda delta: None, self._tokenizer, self._eos_ids, recorded=False)
+            LiveSequence(query, lambda delta: None, self._tokenizer, self._eos_ids, recorded=False)
             for _ in range(count)
         ]
 
     def _has_work(self) -> bool:
-        return bool(self.batch.rows or self._waiting or self._between or self._cancelled)
+        return bool(self.batch.seqs or self._waiting or self._between or self._cancelled)
 
     @torch.inference_mode()
     def step(self) -> None:
         self._between_steps()
         self._admit()
-        if self.batch.rows:
+        if self.batch.seqs:
             self.batch.step()
         self._retire()
-        self._metrics.occupancy(len(self.batch.rows), len(self._waiting), self.limits.slots)
+        self._metrics.occupancy(len(self.batch.seqs), len(self._waiting), self.limits.slots)
 
     def _between_steps(self) -> None:
         while self._between:
             self._between.popleft()()
         with self._wake:
             cancelled, self._cancelled = self._cancelled, set()
-            dropped = [row for row in self._waiting if row.query.id in cancelled]
+            dropped = [seq for seq in self._waiting if seq.query.id in cancelled]
             if dropped:
-                self._waiting = deque(row for row in self._waiting if row.query.id not in cancelled)
-        for row in [*dropped, *(row for row in self.batch.rows if row.query.id in cancelled)]:
-            row.end("cancelled")
-        for row in dropped:
-            self._report(row)
+                self._waiting = deque(seq for seq in self._waiting if seq.query.id not in cancelled)
+        for seq in [*dropped, *(seq for seq in self.batch.seqs if seq.query.id in cancelled)]:
+            seq.end("cancelled")
+        for seq in dropped:
+            self._report(seq)
         self._retire()
 
     def _admit(self) -> None:
@@ -175,40 +175,40 @@ class Engine:
         if not joined:
             return
         self.batch.join(joined)
-        for row in joined:
-            self._metrics.admitted(len(row.query.prompt_ids), time.monotonic() - row.arrived_at)
+        for seq in joined:
+            self._metrics.admitted(len(seq.query.prompt_ids), time.monotonic() - seq.arrived_at)
 
-    def _take_waiting(self) -> list[Row]:
+    def _take_waiting(self) -> list[LiveSequence]:
         with self._wake:
-            free = self.limits.slots - len(self.batch.rows)
+            free = self.limits.slots - len(self.batch.seqs)
             return [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
 
     def _retire(self) -> None:
-        for row in self.batch.release():
-            self._report(row)
+        for seq in self.batch.release():
+            self._report(seq)
 
-    def _report(self, row: Row) -> None:
-        """A row has ended: count it, and let the guard and the recorder learn from it."""
-        arrived, first, reason = row.arrived_at, row.first_token_at, row.finish_reason
+    def _report(self, seq: LiveSequence) -> None:
+        """A sequence has ended: count it, and let the guard and the recorder learn from it."""
+        arrived, first, reason = seq.arrived_at, seq.first_token_at, seq.finish_reason
         assert reason is not None
         self._metrics.finished(
-            reason, row.stats, first and first - arrived, time.monotonic() - arrived
+            reason, seq.stats, first and first - arrived, time.monotonic() - arrived
         )
         if reason in ("stop", "length"):
-            self.on_finished(row.query.route, row.stats, arrived)
-            if row.trace is not None:
-                row.trace.output_ids, row.trace.acceptance = row.output, row.stats.acceptance_rate
-                self._recorder.offer(row.trace)
+            self.on_finished(seq.query.route, seq.stats, arrived)
+            if seq.trace is not None:
+                seq.trace.output_ids, seq.trace.acceptance = seq.output, seq.stats.acceptance_rate
+                self._recorder.offer(seq.trace)
 
     def _fault(self) -> None:
-        """A step failed: its rows are told, the engine goes on with the next ones."""
-        log.exception("a step failed; %d rows are lost", len(self.batch.rows))
+        """A step failed: its sequences are told, the engine goes on with the next ones."""
+        log.exception("a step failed; %d sequences are lost", len(self.batch.seqs))
         self._metrics.faults.labels("engine").inc()
         self._faults += 1
-        rows = self.batch.clear()
+        seqs = self.batch.clear()
         if self._faults >= MAX_FAULTS:
             with self._wake:
-                rows += self._waiting
+                seqs += self._waiting
                 self._waiting.clear()
-        for row in rows:
-            row.fail("the engine failed on this request")
+        for seq in seqs:
+            seq.fail("the engine failed on this request")

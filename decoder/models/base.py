@@ -1,6 +1,6 @@
 """What a model is to the engine: one small interface over slot caches.
 
-Legend: B rows, T new tokens, V vocabulary.
+Legend: B sequences, T new tokens, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from decoder.models.kv_cache import Nodes, Rows
+from decoder.models.kv_cache import Slots, TreePositions
 
 
 class LanguageModel(Protocol):
@@ -19,17 +19,22 @@ class LanguageModel(Protocol):
     mask_id: int  # the token that holds a place in drafts that learnt to be asked so: padding, which no text has
 
     def forward(
-        self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None = None
+        self,
+        rows: Slots,
+        ids_BT: Tensor,
+        starts_B: Tensor,
+        upto: int,
+        nodes: TreePositions | None = None,
     ) -> Tensor:
-        """Appends `ids_BT` to the rows' contexts, row b from position `starts_B[b]` on, and returns logits [B, T, V].
+        """Appends `ids_BT` to the sequences' contexts, sequence b from position `starts_B[b]` on, and returns logits [B, T, V].
 
-        Whatever a row held from `starts_B[b]` on is replaced. `upto` is the longest context after the call (host-known,
+        Whatever a sequence held from `starts_B[b]` on is replaced. `upto` is the longest context after the call (host-known,
         so that no device is asked for it). With `nodes` the new tokens are parts of trees that grow from `starts_B`
         on, forward by forward: each sees the context and its own ancestors.
         """
         ...
 
-    def encode(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> None:
+    def encode(self, rows: Slots, ids_BT: Tensor, starts_B: Tensor, upto: int) -> None:
         """Appends like `forward`, without logits: for prompts."""
         ...
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decoder.models.kv_cache import Nodes
+from decoder.models.kv_cache import TreePositions
 
 Forward = Callable[
-    [Any, Tensor, Tensor, int, Nodes | None], Tensor
-]  # rows, ids [B, T], starts [B], upto → logits
+    [Any, Tensor, Tensor, int, TreePositions | None], Tensor
+]  # sequences, ids [B, T], starts [B], upto → logits
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
 
@@ -24,20 +24,20 @@ class _Captured:
 
     ids: Tensor
     starts: Tensor
-    nodes: Nodes | None
+    nodes: TreePositions | None
     replay: Callable[[], Tensor]
 
 
-class Graphs:
+class CudaGraphs:
     """A forward as captured CUDA graphs, one for each shape of a ladder; others run as they are.
 
-    Rows are rounded up to a power of two and contexts to the next rung, so that few graphs serve all steps. Rows beyond
+    Sequences are rounded up to a power of two and contexts to the next rung, so that few graphs serve all steps. Sequences beyond
     the real ones write to the last cell of their slots, which belongs to nobody, and their logits are cut off. Graphs
     read weights and caches at their addresses, which stay: a swap needs no new capture.
     """
 
     CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
-    TOKENS = 17  # new tokens of a row: a step's, not a prompt's
+    TOKENS = 17  # new tokens of a sequence: a step's, not a prompt's
 
     def __init__(
         self, forward: Forward, slots: int, capacity: int, device: torch.device, capture: Capture
@@ -49,17 +49,19 @@ class Graphs:
     @classmethod
     def of(
         cls, forward: Forward, slots: int, capacity: int, device: torch.device
-    ) -> "Graphs | None":
+    ) -> "CudaGraphs | None":
         """None where there is nothing to capture."""
         return (
             cls(forward, slots, capacity, device, capture_cuda()) if device.type == "cuda" else None
         )
 
     def take(self, rows: Any, ids_BT: Tensor) -> bool:
-        """Whether these rows are the first slots, with few new tokens each."""
+        """Whether these sequences are the first slots, with few new tokens each."""
         return isinstance(rows, slice) and rows.start == 0 and ids_BT.shape[1] <= self.TOKENS
 
-    def forward(self, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None) -> Tensor:
+    def forward(
+        self, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: TreePositions | None
+    ) -> Tensor:
         count, new = ids_BT.shape
         rows = min(1 << (count - 1).bit_length(), self._slots)
         context = min(
@@ -81,7 +83,7 @@ class Graphs:
         ids = torch.zeros((rows, new), dtype=torch.long, device=self._device)
         starts = torch.full((rows,), self._capacity - 1, device=self._device)
         visible = torch.ones((rows, new, cells), dtype=torch.bool, device=self._device)
-        nodes = Nodes(torch.zeros_like(ids), visible) if cells else None
+        nodes = TreePositions(torch.zeros_like(ids), visible) if cells else None
         replay = self._capture(lambda: self._forward(slice(0, rows), ids, starts, context, nodes))
         return _Captured(ids, starts, nodes, replay)
 

@@ -8,28 +8,33 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from decoder.models.base import fit_vocabulary
-from decoder.models.kv_cache import Nodes, Rows, SlotCache, slot_index
+from decoder.models.kv_cache import KVCache, Slots, TreePositions, slot_index
 from decoder.models.ops import stands, visible
 
 
-class ModuleModel:
+class GenericModel:
     """A `LanguageModel` whose forward is the module's own."""
 
-    def __init__(self, module: nn.Module, cache: "ModuleCache", vocab_size: int) -> None:
+    def __init__(self, module: nn.Module, cache: "GenericCache", vocab_size: int) -> None:
         self.module, self.cache, self.vocab_size = module, cache, vocab_size
         self.mask_id = int(module.config.pad_token_id or 0)  # type: ignore[union-attr, arg-type]
         self.device = next(module.parameters()).device
 
     @torch.inference_mode()
     def forward(
-        self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None = None
+        self,
+        rows: Slots,
+        ids_BT: Tensor,
+        starts_B: Tensor,
+        upto: int,
+        nodes: TreePositions | None = None,
     ) -> Tensor:
         return fit_vocabulary(
             self._run(rows, ids_BT, starts_B, upto, nodes, keep=0), self.vocab_size
         )
 
     @torch.inference_mode()
-    def encode(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> None:
+    def encode(self, rows: Slots, ids_BT: Tensor, starts_B: Tensor, upto: int) -> None:
         self._run(rows, ids_BT, starts_B, upto, None, keep=1)
 
     def gather(self, slot: int, start: int, nodes: Sequence[int]) -> None:
@@ -40,17 +45,19 @@ class ModuleModel:
 
     def _run(
         self,
-        rows: Rows,
+        rows: Slots,
         ids_BT: Tensor,
         starts_B: Tensor,
         upto: int,
-        nodes: Nodes | None,
+        nodes: TreePositions | None,
         keep: int,
     ) -> Tensor:
         ids_BT, starts_B = ids_BT.to(self.device), starts_B.to(self.device)
         capacity = self.cache.store.capacity
-        upto = min(upto, capacity)  # rows near their end draft along with others that go further
-        # Padding of short rows may point past the end: the last cell belongs to nobody.
+        upto = min(
+            upto, capacity
+        )  # sequences near their end draft along with others that go further
+        # Padding of short sequences may point past the end: the last cell belongs to nobody.
         positions_BT, cells_BT = stands(starts_B, ids_BT.shape[1], capacity, nodes)
         mask_B1TK = visible(starts_B, cells_BT, upto, nodes)[:, None]
         self.cache.aim(rows, cells_BT, upto)
@@ -86,17 +93,17 @@ class ModuleModel:
         return all(torch.equal(live[name], tensor) for name, tensor in staged.items())
 
 
-class ModuleCache(Cache):
+class GenericCache(Cache):
     """A slot cache as `transformers` sees it. Its layers appear when the model first writes to them."""
 
     def __init__(self, slots: int, capacity: int) -> None:
         super().__init__(layers=[])
-        self.store = SlotCache(slots, capacity)
+        self.store = KVCache(slots, capacity)
         self._rows: slice | Tensor = slice(0, 0)
         self._cells_N: Tensor | None = None
         self._upto = 0
 
-    def aim(self, rows: Rows, cells_BT: Tensor, upto: int) -> None:
+    def aim(self, rows: Slots, cells_BT: Tensor, upto: int) -> None:
         """Says where the next forward writes, and that it reads the first `upto` cells."""
         slots_B = slot_index(rows, cells_BT.device)
         self._rows, self._upto = rows if isinstance(rows, slice) else slots_B, upto
@@ -105,7 +112,7 @@ class ModuleCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Writes [B, K, T, D] in place; returns everything that the rows may look at, [B, K, upto, D]."""
+        """Writes [B, K, T, D] in place; returns everything that the sequences may look at, [B, K, upto, D]."""
         assert self._cells_N is not None, "aim() comes before a forward"
         if layer_idx == len(self.store.keys):
             _, heads, _, size = key_states.shape

@@ -1,9 +1,9 @@
 """Slot KV cache: every sequence owns one slot, and nothing is encoded twice.
 
-Legend: S slots, L capacity in tokens, K key-value heads, D head size, B rows of the present forward, T new tokens.
+Legend: S slots, L capacity in tokens, K key-value heads, D head size, B sequences of the present forward, T new tokens.
 
-Rows are the first slots, without holes, so that the rows of a forward are a view of the cache, not a copy. Positions
-behind a row's length hold left-overs (padding, rejected drafts); they are masked out until they are overwritten.
+Sequences are the first slots, without holes, so that the sequences of a forward are a view of the cache, not a copy. Positions
+behind a sequence's length hold left-overs (padding, rejected drafts); they are masked out until they are overwritten.
 """
 
 from collections.abc import Sequence
@@ -12,19 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Rows = slice | Sequence[int]
+Slots = slice | Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
-class Nodes:
+class TreePositions:
     """New tokens that are nodes of trees: each stands behind its own ancestors, and lies where there is room.
 
-    A row's nodes lie in the cells from its start on, C of them so far, the forward's own last; the cells before its
+    A sequence's nodes lie in the cells from its start on, C of them so far, the forward's own last; the cells before its
     start are a context as ever.
     """
 
     depth_BT: Tensor  # how far behind the start a token stands
-    visible_BTC: Tensor  # which of the row's nodes it may look at: its ancestors and itself
+    visible_BTC: Tensor  # which of the sequence's nodes it may look at: its ancestors and itself
 
     @property
     def first(self) -> int:
@@ -32,7 +32,7 @@ class Nodes:
         return self.visible_BTC.shape[2] - self.visible_BTC.shape[1]
 
 
-class SlotCache:
+class KVCache:
     """Keys and values of all layers, [S, L, K, D] each, at addresses that never change."""
 
     def __init__(self, slots: int, capacity: int) -> None:
@@ -53,7 +53,7 @@ class SlotCache:
         self.values[layer].flatten(0, 1).index_copy_(0, cells_N, values_NKD)
 
     def read(self, layer: int, rows: slice | Tensor, upto: int) -> tuple[Tensor, Tensor]:
-        """What the rows may look at, [B, K, upto, D] each."""
+        """What the sequences may look at, [B, K, upto, D] each."""
         keys, values = self.keys[layer], self.values[layer]
         assert upto <= self.capacity, "what lies behind is another slot"
         if isinstance(rows, slice):  # a view, by one operation
@@ -78,12 +78,12 @@ class SlotCache:
             tensor[destination, :length] = tensor[source, :length]
 
 
-def slot_index(rows: Rows, device: torch.device) -> Tensor:
-    """The rows' slots, [B]."""
+def slot_index(rows: Slots, device: torch.device) -> Tensor:
+    """The sequences' slots, [B]."""
     if isinstance(rows, slice):
         return torch.arange(rows.start, rows.stop, device=device)
     return torch.tensor(rows, device=device)
 
 
-def slot_at(rows: Rows, i: int) -> int:
+def slot_at(rows: Slots, i: int) -> int:
     return rows.start + i if isinstance(rows, slice) else rows[i]

@@ -4,7 +4,7 @@ The same numbers as `transformers`, with nothing computed twice: query, key and 
 are gate and up; keys and values are written in place; the query heads that share a key-value head are further positions
 of one attention, not copies of it. The residual stream is float32. What lies between the products is `Operations`.
 
-Legend: B rows, T new tokens, N = B × T and padding, U visible positions, E hidden size, H query heads, K key-value
+Legend: B sequences, T new tokens, N = B × T and padding, U visible positions, E hidden size, H query heads, K key-value
 heads, G = H / K, D head size, V vocabulary.
 """
 
@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig
 
 from decoder.models.base import fit_vocabulary
-from decoder.models.cuda_graphs import Graphs
-from decoder.models.kv_cache import Nodes, Rows, SlotCache
+from decoder.models.cuda_graphs import CudaGraphs
+from decoder.models.kv_cache import KVCache, Slots, TreePositions
 from decoder.models.linear import Linear, padded
 from decoder.models.ops import Norms, Operations, Place, Rotations, operations
 
@@ -57,7 +57,7 @@ class Layer:
         q_norm, k_norm = (state.get(f"{at}self_attn.{name}_norm.weight") for name in "qk")
         self.head_norms = Norms(q_norm, k_norm, self.eps)
 
-    def grow(self, cache: SlotCache) -> None:
+    def grow(self, cache: KVCache) -> None:
         """Adds this layer to the cache."""
         cache.grow(
             self.kv_heads,
@@ -66,14 +66,14 @@ class Layer:
             self.norm.device,
         )
 
-    def __call__(self, x_NE: Tensor, y_NE: Tensor | None, place: Place, cache: SlotCache) -> Tensor:
+    def __call__(self, x_NE: Tensor, y_NE: Tensor | None, place: Place, cache: KVCache) -> Tensor:
         """Adds y, what the layer before has to add, to the residual stream x in place; returns what this one has."""
         y_NE = self._attention(self.ops.add_norm(x_NE, y_NE, self.norm, self.eps), place, cache)
         return self.down(
             self.ops.gate(self.gate_up(self.ops.add_norm(x_NE, y_NE, self.mlp_norm, self.eps)))
         )
 
-    def _attention(self, x_NE: Tensor, place: Place, cache: SlotCache) -> Tensor:
+    def _attention(self, x_NE: Tensor, place: Place, cache: KVCache) -> Tensor:
         q_BKQD = self.ops.turn(
             self.qkv(x_NE), self.heads, place, self.head_norms, cache, self.index
         )
@@ -87,7 +87,7 @@ class Layer:
 class Llama:
     """A `LanguageModel`, and `Weighted`: its weights can be replaced while it serves."""
 
-    def __init__(self, module: nn.Module, cache: SlotCache, vocab_size: int) -> None:
+    def __init__(self, module: nn.Module, cache: KVCache, vocab_size: int) -> None:
         config: PretrainedConfig = module.config  # type: ignore[assignment]
         state = {name: tensor.detach() for name, tensor in module.state_dict().items()}
         self.vocab_size, self.mask_id, self.cache = vocab_size, int(config.pad_token_id or 0), cache
@@ -107,7 +107,7 @@ class Llama:
             self.head,
             *(m for x in self.layers for m in (x.qkv, x.out, x.gate_up, x.down)),
         ]
-        self.graphs = Graphs.of(self._forward, cache.slots, cache.capacity, self.device)
+        self.graphs = CudaGraphs.of(self._forward, cache.slots, cache.capacity, self.device)
         # What is not a matrix: norms, the embedding, and biases where the products read them.
         read = {name for linear in self._linears for name in (*linear.names, *linear.biases)} | {
             "lm_head.weight"
@@ -119,7 +119,12 @@ class Llama:
 
     @torch.inference_mode()
     def forward(
-        self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None = None
+        self,
+        rows: Slots,
+        ids_BT: Tensor,
+        starts_B: Tensor,
+        upto: int,
+        nodes: TreePositions | None = None,
     ) -> Tensor:
         ids_BT, starts_B = ids_BT.to(self.device), starts_B.to(self.device)
         if self.graphs is not None and self.graphs.take(rows, ids_BT):
@@ -127,7 +132,7 @@ class Llama:
         return self._forward(rows, ids_BT, starts_B, upto, nodes)
 
     @torch.inference_mode()
-    def encode(self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int) -> None:
+    def encode(self, rows: Slots, ids_BT: Tensor, starts_B: Tensor, upto: int) -> None:
         self._run(rows, ids_BT.to(self.device), starts_B.to(self.device), upto)
 
     # ── layer by layer ──
@@ -137,7 +142,7 @@ class Llama:
 
     @torch.inference_mode()
     def through(
-        self, rows: Rows, tokens: "Residual", starts_B: Tensor, upto: int, layer: Layer
+        self, rows: Slots, tokens: "Residual", starts_B: Tensor, upto: int, layer: Layer
     ) -> "Residual":
         """One layer over tokens that have passed the ones before, from `starts_B` on; `tokens` is used up."""
         place = self._ops.place(rows, starts_B, tokens.count, min(upto, self.cache.capacity))
@@ -168,19 +173,29 @@ class Llama:
         self.cache.copy(source, destination, length)
 
     def _forward(
-        self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None = None
+        self,
+        rows: Slots,
+        ids_BT: Tensor,
+        starts_B: Tensor,
+        upto: int,
+        nodes: TreePositions | None = None,
     ) -> Tensor:
         x_NE, y_NE = self._run(rows, ids_BT, starts_B, upto, nodes)
         logits_NV = self.head(self._ops.add_norm(x_NE, y_NE, self.norm, self.eps))[: ids_BT.numel()]
         return fit_vocabulary(logits_NV.view(*ids_BT.shape, -1), self.vocab_size)
 
     def _run(
-        self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None = None
+        self,
+        rows: Slots,
+        ids_BT: Tensor,
+        starts_B: Tensor,
+        upto: int,
+        nodes: TreePositions | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The residual stream, and what the last layer adds to it."""
         upto = min(
             upto, self.cache.capacity
-        )  # rows near their end draft along with others that go further
+        )  # sequences near their end draft along with others that go further
         place = self._ops.place(rows, starts_B, ids_BT.shape[1], upto, nodes)
         x_NE, y_NE = F.embedding(ids_BT.flatten(), self.embedding).float(), None
         x_NE = _pad(x_NE, padded(len(x_NE), self.embedding))

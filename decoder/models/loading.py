@@ -17,8 +17,8 @@ from decoder import reference
 from decoder.device.placement import dtype_of
 from decoder.models import llama
 from decoder.models.base import ServedModel
-from decoder.models.generic import ModuleCache, ModuleModel
-from decoder.models.kv_cache import SlotCache
+from decoder.models.generic import GenericCache, GenericModel
+from decoder.models.kv_cache import KVCache
 from decoder.models.llama import Llama
 from online.errors import InvalidRequest
 from online.settings import Settings
@@ -71,10 +71,10 @@ def over_slots(
     modules: list[nn.Module], slots: int, capacity: int, vocab_size: int
 ) -> list[ServedModel]:
     if llama.supported(modules[0].config):  # type: ignore[arg-type]
-        cache = SlotCache(slots, capacity)
+        cache = KVCache(slots, capacity)
         return [Llama(module, cache, vocab_size) for module in modules]
-    shared = ModuleCache(slots, capacity)
-    return [ModuleModel(module, shared, vocab_size) for module in modules]
+    shared = GenericCache(slots, capacity)
+    return [GenericModel(module, shared, vocab_size) for module in modules]
 
 
 def save_first_draft(files: ModelFiles, folder: Path) -> None:

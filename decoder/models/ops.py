@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from decoder.models.kv_cache import Nodes, Rows, SlotCache, slot_index
+from decoder.models.kv_cache import KVCache, Slots, TreePositions, slot_index
 
 Rotations = tuple[Tensor, Tensor]  # cosines and sines by position, [L, D] each
 
@@ -20,7 +20,7 @@ class Place:
     """Where a forward's tokens stand: the same for every layer."""
 
     rows: slice | Tensor
-    tokens: int  # of each row
+    tokens: int  # of each sequence
     upto: int
     bias_B1QU: (
         Tensor | None
@@ -39,11 +39,16 @@ class Norms:
 
 class Operations(Protocol):
     def place(
-        self, rows: Rows, starts_B: Tensor, tokens: int, upto: int, nodes: Nodes | None = None
+        self,
+        rows: Slots,
+        starts_B: Tensor,
+        tokens: int,
+        upto: int,
+        nodes: TreePositions | None = None,
     ) -> Place:
-        """Where a forward of this many tokens a row stands, from `starts_B` on, in sight of the first `upto` cells.
+        """Where a forward of this many tokens a sequence stands, from `starts_B` on, in sight of the first `upto` cells.
 
-        Padding of short rows may point past the end: the last cell belongs to nobody.
+        Padding of short sequences may point past the end: the last cell belongs to nobody.
         """
         ...
 
@@ -56,7 +61,7 @@ class Operations(Protocol):
         ...
 
     def turn(
-        self, qkv: Tensor, heads: int, place: Place, norms: Norms, cache: SlotCache, layer: int
+        self, qkv: Tensor, heads: int, place: Place, norms: Norms, cache: KVCache, layer: int
     ) -> Tensor:
         """Rotates queries and keys to their positions, and writes keys and values into the cache.
 
@@ -75,7 +80,12 @@ class TorchOperations:
         self._group, self._capacity = group, len(cos_LD)
 
     def place(
-        self, rows: Rows, starts_B: Tensor, tokens: int, upto: int, nodes: Nodes | None = None
+        self,
+        rows: Slots,
+        starts_B: Tensor,
+        tokens: int,
+        upto: int,
+        nodes: TreePositions | None = None,
     ) -> Place:
         capacity = self._capacity
         slots_B = slot_index(rows, starts_B.device)
@@ -100,7 +110,7 @@ class TorchOperations:
         return F.silu(gate) * up
 
     def turn(
-        self, qkv: Tensor, heads: int, place: Place, norms: Norms, cache: SlotCache, layer: int
+        self, qkv: Tensor, heads: int, place: Place, norms: Norms, cache: KVCache, layer: int
     ) -> Tensor:
         cells_N, cos_BT1D, sin_BT1D = place.told
         (B, T), (K, D) = cos_BT1D.shape[:2], cache.keys[layer].shape[2:]
@@ -122,7 +132,7 @@ class TorchOperations:
 
 
 def stands(
-    starts_B: Tensor, tokens: int, capacity: int, nodes: Nodes | None
+    starts_B: Tensor, tokens: int, capacity: int, nodes: TreePositions | None
 ) -> tuple[Tensor, Tensor]:
     """Positions of a forward's tokens and the cells of their slots, [B, T] each."""
     steps_T = torch.arange(tokens, device=starts_B.device)
@@ -133,7 +143,7 @@ def stands(
     return (starts_B[:, None] + nodes.depth_BT).clamp_(max=capacity - 1), cells_BT
 
 
-def visible(starts_B: Tensor, cells_BT: Tensor, upto: int, nodes: Nodes | None) -> Tensor:
+def visible(starts_B: Tensor, cells_BT: Tensor, upto: int, nodes: TreePositions | None) -> Tensor:
     """Which of the first `upto` cells of its slot a token may look at, [B, T, U]."""
     cells_U = torch.arange(upto, device=starts_B.device)
     if nodes is None:

@@ -4,7 +4,7 @@
 Here numbers are read where torch has them and each token is worked off on one core, so that what a token gets does not
 depend on who shares the batch.
 
-Legend: N tokens and padding, E hidden size, M intermediate size, B rows, T new tokens, H query heads, K key-value
+Legend: N tokens and padding, E hidden size, M intermediate size, B sequences, T new tokens, H query heads, K key-value
 heads, G = H / K, D head size, S slots, L capacity.
 """
 
@@ -31,7 +31,7 @@ from decoder.device.numba_support import (
     to_bfloat16,
     words,
 )
-from decoder.models.kv_cache import Nodes, Rows, SlotCache, slot_index
+from decoder.models.kv_cache import KVCache, Slots, TreePositions, slot_index
 from decoder.models.ops import Norms, Place, Rotations
 
 FEW = 64  # tokens (of a step, not of a prompt)
@@ -52,7 +52,12 @@ class FusedOperations:
         self._scratch: dict[tuple[int, ...], tuple[Tensor, int]] = {}
 
     def place(
-        self, rows: Rows, starts_B: Tensor, tokens: int, upto: int, nodes: Nodes | None = None
+        self,
+        rows: Slots,
+        starts_B: Tensor,
+        tokens: int,
+        upto: int,
+        nodes: TreePositions | None = None,
     ) -> Place:
         (B,) = starts_B.shape
         assert starts_B.dtype == torch.long, "kernels read numbers as they lie"
@@ -93,7 +98,7 @@ class FusedOperations:
         return out
 
     def turn(
-        self, qkv: Tensor, heads: int, place: Place, norms: Norms, cache: SlotCache, layer: int
+        self, qkv: Tensor, heads: int, place: Place, norms: Norms, cache: KVCache, layer: int
     ) -> Tensor:
         (stands,), keys, values = place.told, cache.keys[layer], cache.values[layer]
         (_, B, T), (K, D) = stands.shape, keys.shape[2:]

@@ -1,6 +1,6 @@
-"""Rows of different lengths as one call: what is padded, what is cut, and which slots are neighbours.
+"""Sequences of different lengths as one call: what is padded, what is cut, and which slots are neighbours.
 
-Legend: B rows, T tokens of the longest of them.
+Legend: B sequences, T tokens of the longest of them.
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from decoder.device.transfer import upload
 from decoder.models.base import LanguageModel
-from decoder.models.kv_cache import Rows
+from decoder.models.kv_cache import Slots
 
 
 def integers(values: list[int], device: torch.device | str) -> Tensor:
@@ -52,7 +52,7 @@ def fit(sequences: list[list[int]], budget: int) -> list[list[int]]:
     return pieces
 
 
-def slots_of(members: list[int]) -> Rows:
+def slots_of(members: list[int]) -> Slots:
     """Neighbouring slots as a slice: the cache gives a view of those, and a copy of anything else."""
     adjacent = members[-1] - members[0] + 1 == len(members)
     return slice(members[0], members[-1] + 1) if adjacent else members

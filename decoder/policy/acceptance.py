@@ -9,7 +9,7 @@ RANKS = 8  # candidates of a node whose acceptance is told apart
 RANK_DECAY = (
     0.3  # how much less than its elder sibling a candidate is kept that nothing is known about
 )
-PRIOR_POSITIONS = 6.0  # positions of its own after which a row counts as much as its route
+PRIOR_POSITIONS = 6.0  # positions of its own after which a sequence counts as much as its route
 
 
 class Acceptance:

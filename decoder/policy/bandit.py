@@ -23,14 +23,14 @@ Floats = NDArray[np.float64]
 STRETCH = 16  # steps
 FLOOR = 0.02  # share of the time that the ways have between them in any case, each the same
 MEMORY = 40.0  # stretches that a way's speed in a situation remembers
-SPREAD = 0.4  # how far a stretch's speed is from the mean, of one row
+SPREAD = 0.4  # how far a stretch's speed is from the mean, of one sequence
 ELSEWHERE = 1.0  # own stretches that the opinion of a situation one apart is worth, at most
 ROUNDS = 4  # of fitting situations and ways by turns
 KEPT = (1 - 1 / MEMORY) ** (1 / STRETCH)  # by a step, of what was known
 NOTHING = 1e-9
 
 
-class Situation(NamedTuple):
+class Workload(NamedTuple):
     """What is best may differ by these."""
 
     route: str
@@ -39,10 +39,10 @@ class Situation(NamedTuple):
 
     @property
     def spread(self) -> float:
-        """The more rows, the less one easy text does to a stretch (measured: docs/drafters.md)."""
+        """The more sequences, the less one easy text does to a stretch (measured: docs/drafters.md)."""
         return SPREAD / math.sqrt(2**self.rows)
 
-    def worth(self, other: "Situation") -> float:
+    def worth(self, other: "Workload") -> float:
         """Own stretches that the opinion of another one of the same route is worth at most: the less, the farther."""
         if self == other:
             return math.inf
@@ -90,7 +90,7 @@ class Stretch:
     """Steps of one route: with what is best in their situations, or all with one way that is tried."""
 
     tried: str = ""
-    best: dict[Situation, str] = field(
+    best: dict[Workload, str] = field(
         default_factory=dict
     )  # as was believed when they first came up
     steps: int = 0
@@ -98,15 +98,15 @@ class Stretch:
 
 
 @dataclass
-class Choice:
+class DrafterBandit:
     ways: Sequence[str]
     # By route: speeds in its situations, the stretch under way, seconds that each way has had.
-    _speeds: dict[str, dict[Situation, dict[str, Speed]]] = field(default_factory=dict)
+    _speeds: dict[str, dict[Workload, dict[str, Speed]]] = field(default_factory=dict)
     _stretches: dict[str, Stretch] = field(default_factory=dict)
     _seconds: dict[str, dict[str, float]] = field(default_factory=dict)
-    _now: tuple[Situation, str] | None = None
+    _now: tuple[Workload, str] | None = None
 
-    def choose(self, situation: Situation) -> str:
+    def choose(self, situation: Workload) -> str:
         """For the next step."""
         speeds = self._speeds.setdefault(situation.route, {})
         if situation not in speeds:
@@ -132,7 +132,7 @@ class Choice:
                 tokens, seconds + (0.0 if stretch.tried else before)
             )
 
-    def _begin(self, situation: Situation, last: Stretch | None) -> Stretch:
+    def _begin(self, situation: Workload, last: Stretch | None) -> Stretch:
         spent = self._seconds.setdefault(situation.route, dict.fromkeys(self.ways, 0.0))
         least = min(self.ways, key=lambda way: spent[way])
         if last and spent[least] + last.seconds < FLOOR / len(self.ways) * sum(spent.values()):
@@ -146,7 +146,7 @@ class Choice:
             else Stretch(chosen)
         )
 
-    def beliefs(self, situation: Situation) -> dict[str, Belief]:
+    def beliefs(self, situation: Workload) -> dict[str, Belief]:
         """What a situation's own steps say, and those of situations that are like it."""
         known = self._speeds[situation.route]
         log_SW = np.array([[speed.log for speed in each.values()] for each in known.values()])

@@ -1,8 +1,8 @@
 """What a step takes longer for what it drafts: learnt from steps as they come.
 
-A step that drafts takes about 1 + s + a · (candidates of the longest row) + b · (forwards of the draft model) plain
-steps. These are fitted by least squares over recent steps, by how many rows they had. Where every candidate has been a
-forward, only a + b shows, and first assumptions tell the two apart. What else the rows could do with that time is what
+A step that drafts takes about 1 + s + a · (candidates of the longest sequence) + b · (forwards of the draft model) plain
+steps. These are fitted by least squares over recent steps, by how many sequences they had. Where every candidate has been a
+forward, only a + b shows, and first assumptions tell the two apart. What else the sequences could do with that time is what
 they have emitted of late in a plain step's time.
 """
 
@@ -21,18 +21,18 @@ LEAST = 0.002
 SLOWEST = 2.0  # times as long as thought: what takes longer was held up by something else
 
 
-class Price(NamedTuple):
-    """In plain steps, or in tokens that rows would have emitted meanwhile."""
+class DraftCost(NamedTuple):
+    """In plain steps, or in tokens that sequences would have emitted meanwhile."""
 
     start: float  # of drafting at all
     candidate: float
     forward: float
 
-    def times(self, share: float) -> "Price":
-        return Price(self.start * share, self.candidate * share, self.forward * share)
+    def times(self, share: float) -> "DraftCost":
+        return DraftCost(self.start * share, self.candidate * share, self.forward * share)
 
 
-FREE = Price(0.0, 0.0, 0.0)
+NO_COST = DraftCost(0.0, 0.0, 0.0)
 
 
 @dataclass(slots=True)
@@ -41,21 +41,21 @@ class _Fit:
 
     squares: NDArray[np.float64] = field(default_factory=lambda: PRIOR_STEPS * np.eye(3))
     sums: NDArray[np.float64] = field(default_factory=lambda: PRIOR_STEPS * FIRST)
-    solved: Price | None = None  # until a step is added: it is asked for before every step
+    solved: DraftCost | None = None  # until a step is added: it is asked for before every step
     steps: int = 0  # by which all of that has yet to fade
-    tokens: float = PRIOR_STEPS  # of a row
+    tokens: float = PRIOR_STEPS  # of a sequence
     plain_steps: float = PRIOR_STEPS  # that it took as long as
 
     @property
     def pace(self) -> float:
-        """What a row emits in a plain step's time: not less than one token, for it need not draft."""
+        """What a sequence emits in a plain step's time: not less than one token, for it need not draft."""
         return max(1.0, self.tokens / self.plain_steps)
 
-    def price(self) -> Price:
+    def price(self) -> DraftCost:
         """In plain steps. With time first assumptions come back, or what once seemed too dear would never be tried."""
         if self.solved is None or self.steps >= STALE:
             self._fade()
-            self.solved = Price(*np.linalg.solve(self.squares, self.sums).clip(LEAST).tolist())
+            self.solved = DraftCost(*np.linalg.solve(self.squares, self.sums).clip(LEAST).tolist())
         return self.solved
 
     def emitted(self, tokens: float, plain_steps: float) -> None:
@@ -82,11 +82,11 @@ class _Fit:
 
 
 @dataclass
-class Prices:
+class DraftCosts:
     _by_rows: dict[int, _Fit] = field(default_factory=dict)
 
-    def of(self, rows: int) -> Price:
-        """What drafting costs a step of so many rows."""
+    def of(self, rows: int) -> DraftCost:
+        """What drafting costs a step of so many sequences."""
         fit = self._fit(rows)
         return fit.price().times(fit.pace * rows)
 
@@ -94,7 +94,7 @@ class Prices:
         self, rows: int, tokens: int, plain_steps: float, drafted: tuple[int, float] | None
     ) -> None:
         """A step emitted so many tokens and took as long as so many plain ones. `drafted`: the most candidates of a
-        row, and the draft's forwards for them, where these are known."""
+        sequence, and the draft's forwards for them, where these are known."""
         fit = self._fit(rows)
         fit.emitted(tokens / rows, min(plain_steps, SLOWEST * SLOWEST))
         if drafted is not None and drafted[0]:

@@ -1,28 +1,28 @@
 """Speculation control: how many tokens a step drafts, from what steps cost and how much of a draft is accepted.
 
-What is maximised is the tokens per second of the whole batch: Σ over rows of E[tokens | γ] ÷ seconds of a step with γ,
-where a row with acceptance rate α emits (1 − α^(γ+1)) / (1 − α) tokens (Leviathan et al., arXiv 2211.17192, equation
+What is maximised is the tokens per second of the whole batch: Σ over sequences of E[tokens | γ] ÷ seconds of a step with γ,
+where a sequence with acceptance rate α emits (1 − α^(γ+1)) / (1 − α) tokens (Leviathan et al., arXiv 2211.17192, equation
 1). γ = 0 is the plain step, with no draft work at all.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from decoder.policy.draft_cost import Price, Prices
-from decoder.policy.step_times import GAMMA_LEARNS, StepCosts
+from decoder.policy.draft_cost import DraftCost, DraftCosts
+from decoder.policy.step_times import GAMMA_LEARNS, StepTimes
 
 MARGIN = 1.05  # speculation must promise this much more than plain steps: it also pays for drafts' prompts
 PROBE_SHARE = (
     0.005  # of the time that plain steps take, for looking whether drafting would pay again
 )
-RECHECK_STEPS = 50  # drafting steps in a row after which one is plain: or what plain steps cost would be hearsay
+RECHECK_STEPS = 50  # drafting steps in a sequence after which one is plain: or what plain steps cost would be hearsay
 RECHECK_LEARNS = 0.5  # share of that step's surprise that is taken up: there are few of them
 
 
 def expected_tokens(rates_B: Sequence[float], max_gamma: int) -> list[float]:
-    """Σ over rows of the tokens that a step emits, by γ from 0 on.
+    """Σ over sequences of the tokens that a step emits, by γ from 0 on.
 
-    Plain numbers, here and in `StepCosts`: this runs before every step, and a dozen array operations would take 2 % of
+    Plain numbers, here and in `StepTimes`: this runs before every step, and a dozen array operations would take 2 % of
     a small model's.
     """
     powers, total = [1.0] * len(rates_B), [float(len(rates_B))]
@@ -33,20 +33,20 @@ def expected_tokens(rates_B: Sequence[float], max_gamma: int) -> list[float]:
 
 
 @dataclass
-class Control:
-    """Chooses γ for a batch. A row whose request says its own γ keeps it."""
+class GammaController:
+    """Chooses γ for a batch. A sequence whose request says its own γ keeps it."""
 
-    costs: StepCosts
+    step_times: StepTimes
     max_gamma: int
     credit_s: float = 0.0  # time that probes may spend
-    prices: Prices = field(default_factory=Prices)
+    draft_costs: DraftCosts = field(default_factory=DraftCosts)
     _drafted: int = 0  # steps since the last plain one
 
     def gamma(self, rates_B: Sequence[float], rows: int) -> int:
-        """`rates_B` are the acceptance rates of the rows that leave γ to us; the others emit what they emit anyway."""
+        """`rates_B` are the acceptance rates of the sequences that leave γ to us; the others emit what they emit anyway."""
         if not rates_B:
             return 0
-        seconds = self.costs.seconds(rows)
+        seconds = self.step_times.seconds(rows)
         tokens, others = expected_tokens(rates_B, self.max_gamma), rows - len(rates_B)
         speed = [(count + others) / cost for count, cost in zip(tokens, seconds, strict=True)]
         best = speed.index(max(speed))
@@ -59,9 +59,9 @@ class Control:
         """Whether the next step is to be a plain one, whatever drafts."""
         return self._drafted >= RECHECK_STEPS
 
-    def price(self, rows: int) -> Price:
-        """What drafting costs a step of so many rows."""
-        return self.prices.of(rows)
+    def draft_cost(self, rows: int) -> DraftCost:
+        """What drafting costs a step of so many sequences."""
+        return self.draft_costs.of(rows)
 
     def stepped(
         self,
@@ -72,11 +72,13 @@ class Control:
         drafted: tuple[int, float] | None = None,
     ) -> None:
         """`gamma` is what a chain of the draft's had; None: something else was drafted. `drafted`: the most candidates
-        of a row, and the draft's forwards for them, where these are known."""
-        self.prices.observe(rows, tokens, seconds / self.costs.seconds(rows)[0], drafted)
+        of a sequence, and the draft's forwards for them, where these are known."""
+        self.draft_costs.observe(rows, tokens, seconds / self.step_times.seconds(rows)[0], drafted)
         if gamma is not None and gamma <= self.max_gamma:  # a request may ask for more
             rechecked = gamma == 0 and self.rechecks
-            self.costs.observe(rows, gamma, seconds, RECHECK_LEARNS if rechecked else GAMMA_LEARNS)
+            self.step_times.observe(
+                rows, gamma, seconds, RECHECK_LEARNS if rechecked else GAMMA_LEARNS
+            )
         self._drafted = 0 if gamma == 0 else self._drafted + 1
         if gamma == 0:
             self.credit_s = min(self.credit_s + PROBE_SHARE * seconds, seconds)

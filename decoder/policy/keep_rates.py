@@ -6,7 +6,7 @@ model's have `DRAWN`, or less behind masks, and how likely it found them; at a d
 
 Evidence = tuple[
     bool, int, int
-]  # whether the row is greedy; what drafted; how sure of the token that was, by SHARES
+]  # whether the sequence is greedy; what drafted; how sure of the token that was, by SHARES
 
 SHARES = 8  # shares of one that are told apart
 ANY = -1  # share
@@ -26,7 +26,7 @@ def went(passed: int) -> int:
     return EXITS - 2 * passed - 1
 
 
-class Kept:
+class KeepRates:
     """Counts by evidence. One for each kind of token that learns from another past: a route's n-grams, a draft."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Seconds of a step, by rows and γ."""
+"""Seconds of a step, by sequences and γ."""
 
 import math
 from collections.abc import Mapping
@@ -11,21 +11,21 @@ SURPRISE = (
 GAMMA_LEARNS, ROWS_LEARN = 0.05, 0.02  # shares of a surprise that corrections take up
 
 
-class StepCosts:
-    """Seconds of a step, by rows and γ: measured at start, corrected by every step since.
+class StepTimes:
+    """Seconds of a step, by sequences and γ: measured at start, corrected by every step since.
 
-    log seconds = log measured at start + correction of this number of rows + correction of this γ. The first one moves
+    log seconds = log measured at start + correction of this number of sequences + correction of this γ. The first one moves
     slowly and for all γ, so that a γ that has not been tried lately follows what its neighbours show: longer contexts,
     a busier machine.
     """
 
     def __init__(self, max_gamma: int, slots: int) -> None:
-        self.rows = [
+        self.batch_sizes = [
             min(1 << i, slots) for i in range((slots - 1).bit_length() + 1)
-        ]  # numbers of rows told apart
-        self._start = [[0.0] * (max_gamma + 1) for _ in self.rows]
-        self._by_rows = [0.0] * len(self.rows)
-        self._by_gamma = [[0.0] * (max_gamma + 1) for _ in self.rows]
+        ]  # numbers of sequences told apart
+        self._start = [[0.0] * (max_gamma + 1) for _ in self.batch_sizes]
+        self._by_rows = [0.0] * len(self.batch_sizes)
+        self._by_gamma = [[0.0] * (max_gamma + 1) for _ in self.batch_sizes]
 
     def measured(self, rows: int, seconds: Mapping[int, float]) -> None:
         """Seconds by γ, for some of them; in between they are interpolated."""

@@ -1,6 +1,6 @@
 """What a step saw, for signals and log-probabilities: computed on the device, read by whoever needs it later.
 
-Legend: B rows, G drafted positions, T = G + 1 verified positions, K = top-k, V vocabulary, S steps, D tokens that they
+Legend: B sequences, G drafted positions, T = G + 1 verified positions, K = top-k, V vocabulary, S steps, D tokens that they
 draft.
 """
 
@@ -17,14 +17,14 @@ from torch import Tensor
 from decoder.device.transfer import Download
 from decoder.verification.proposal import Proposal
 from decoder.verification.sampling import compiled
-from decoder.verification.verify import Verdict
+from decoder.verification.verify import Verification
 from online.messages import TokenLogprob
 
 Array = NDArray[np.float32]
 
 
 class Observation:
-    """One step's view of all its rows. The numbers travel to the host while the engine goes on."""
+    """One step's view of all its sequences. The numbers travel to the host while the engine goes on."""
 
     def __init__(self, download: Download, record_k: int) -> None:
         self._download, self.record_k = download, record_k
@@ -33,12 +33,12 @@ class Observation:
     def seen(self) -> "Seen":
         return Seen(*self._download.arrays())
 
-    def token_logprob(self, row: int, position: int, token_id: int, top: int) -> TokenLogprob:
+    def token_logprob(self, seq: int, position: int, token_id: int, top: int) -> TokenLogprob:
         seen = self.seen
-        ids, logp = seen.top_ids_BTK[row, position, :top], seen.top_logp_BTK[row, position, :top]
+        ids, logp = seen.top_ids_BTK[seq, position, :top], seen.top_logp_BTK[seq, position, :top]
         pairs = tuple((int(i), _finite(p)) for i, p in zip(ids, logp, strict=True))
         assert seen.emitted_logp_BT is not None, "nobody asked for log-probabilities in this step"
-        return TokenLogprob(token_id, _finite(seen.emitted_logp_BT[row, position]), pairs)
+        return TokenLogprob(token_id, _finite(seen.emitted_logp_BT[seq, position]), pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +56,10 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class StepTrace:
-    """One row's part of an observation."""
+    """One sequence's part of an observation."""
 
     observation: Observation
-    row: int
+    seq: int
     start: int  # index into the output of the first token that the step could emit
     accepted: int
     version: int
@@ -67,17 +67,17 @@ class StepTrace:
     @property
     def drafted(self) -> int:
         """Of a chain its tokens; of a tree those that were walked to, and behind them each node's first candidate."""
-        return int(self.observation.seen.drafted_B[self.row])
+        return int(self.observation.seen.drafted_B[self.seq])
 
 
 def join(steps: Sequence[StepTrace]) -> dict[str, NDArray[Any]]:
-    """All of one row's steps: draft_ids, draft_logp [D]; top_ids, top_logp [D + S, K]; draft_top_logp [D, K]."""
+    """All of one sequence's steps: draft_ids, draft_logp [D]; top_ids, top_logp [D + S, K]; draft_top_logp [D, K]."""
     parts = []
     for step in steps:
         seen, k, b, drafted = (
             step.observation.seen,
             step.observation.record_k,
-            step.row,
+            step.seq,
             step.drafted,
         )
         parts.append(
@@ -102,7 +102,11 @@ def _finite(logp: np.float32) -> float:
 
 
 def observe(
-    logits_BTV: Tensor, proposal: Proposal, verdict: Verdict, record_k: int, report_k: int | None
+    logits_BTV: Tensor,
+    proposal: Proposal,
+    verdict: Verification,
+    record_k: int,
+    report_k: int | None,
 ) -> Observation:
     """`record_k` tokens a position go into signals; `report_k` is the most a client asked for, None if nobody did."""
     k = min(max(record_k, report_k or 0), logits_BTV.shape[-1])

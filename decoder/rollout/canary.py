@@ -32,7 +32,7 @@ class _Running:
     held: bool = False  # there is a verdict, and the route is frozen
 
 
-class Canaries:
+class CanaryController:
     def __init__(
         self,
         drafts: Mapping[str, LiveDraft],

@@ -12,7 +12,7 @@ import torch
 
 from decoder.models.base import ServedModel
 from decoder.policy.acceptance import ROUTE_MEMORY, Acceptance, Ranks
-from decoder.policy.keep_rates import Kept
+from decoder.policy.keep_rates import KeepRates
 from online.artifacts import WEIGHTS
 from online.errors import ArtifactError
 
@@ -29,15 +29,15 @@ class LiveDraft:
         self.share = 0.0  # of the route's requests that the canary drafts for
         self.version = 0  # 0: the weights it was built with, not registered yet
         self.usable = True  # False after a forward failed: the route is decoded plainly until weights are installed
-        self.acceptance = Acceptance(ROUTE_MEMORY)  # of the route's recent rows
+        self.acceptance = Acceptance(ROUTE_MEMORY)  # of the route's recent sequences
         self.ranks = Ranks(self.acceptance)
-        self.kept = Kept()  # of what it drew in chains that stop by themselves
+        self.kept = KeepRates()  # of what it drew in chains that stop by themselves
         self._failed_at = -math.inf
 
     def assigned(self, query_id: str) -> "LiveDraft":
-        """The draft that a new row keeps to its end: this one or, for a share of the rows, the canary.
+        """The draft that a new sequence keeps to its end: this one or, for a share of the sequences, the canary.
 
-        The rows of a cluster without a draft of its own that works have the generic one, or that one's canary.
+        The sequences of a cluster without a draft of its own that works have the generic one, or that one's canary.
         """
         if self.generic is not None and (self.follows or not self.usable):
             return self.generic.assigned(query_id)
@@ -47,11 +47,11 @@ class LiveDraft:
 
     @property
     def serving(self) -> int:
-        """The version that new rows are drafted by."""
+        """The version that new sequences are drafted by."""
         return self.generic.version if self.generic is not None and self.follows else self.version
 
     def follow(self, generic: "LiveDraft") -> None:
-        """Leaves new rows to another route's draft."""
+        """Leaves new sequences to another route's draft."""
         self.generic, self.follows = generic, True
 
     def fail(self) -> None:

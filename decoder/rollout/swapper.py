@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from decoder.device.placement import stay_on_one_core
-from decoder.rollout.canary import Canaries
+from decoder.rollout.canary import CanaryController
 from decoder.rollout.installer import Installer
 from decoder.rollout.live import LiveDraft
 from online.errors import ArtifactError, Conflict, SlipstreamError
@@ -34,7 +34,7 @@ class Swapper:
         registry: Registry,
         first_draft: Callable[[], Candidate],
         guard: RolloutGuard,
-        canaries: Canaries,
+        canaries: CanaryController,
         metrics: ServiceMetrics,
         poll_s: float,
     ) -> None:
@@ -118,7 +118,7 @@ class Swapper:
         return self._registry.register_first(draft.route, generic, "decoder", stood_for.id)
 
     def _follow(self, draft: LiveDraft, generic: LiveDraft) -> None:
-        """The cluster has no draft of its own: nothing is loaded, its rows are the generic draft's."""
+        """The cluster has no draft of its own: nothing is loaded, its sequences are the generic draft's."""
         draft.follow(generic)
         self._errors.pop(draft.route, None)
         if self._followed.get(draft.route) == generic.version:

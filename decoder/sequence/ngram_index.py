@@ -1,6 +1,6 @@
 """Drafting from texts: what followed the last tokens where they stood before, and how sure that makes of a guess.
 
-A row's own text, prompt and output, says most; what it does not know, the outputs that its route has answered with of
+A sequence's own text, prompt and output, says most; what it does not know, the outputs that its route has answered with of
 late may (as in SuffixDecoding, arXiv 2411.04975). How often guesses are kept that the same speaks for is counted: that
 is what is known of the next ones.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import NamedTuple
 
-from decoder.policy.keep_rates import SHARES, Evidence, Kept
+from decoder.policy.keep_rates import SHARES, Evidence, KeepRates
 
 LONGEST = 4  # tokens of a suffix that are looked up
 RECENT_TOKENS = 100_000  # of outputs that a route remembers: 26 MB
@@ -19,13 +19,13 @@ RECENT_TOKENS = 100_000  # of outputs that a route remembers: 26 MB
 Counts = dict[int, int]  # of tokens; the latest is the last
 
 
-class Guess(NamedTuple):
+class NgramGuess(NamedTuple):
     token: int
     evidence: Evidence
     kept: float  # how likely
 
 
-class Followers:
+class NgramCounts:
     """What followed every few tokens of texts, and how often."""
 
     def __init__(self) -> None:
@@ -62,12 +62,12 @@ class Followers:
                     del self._after[suffix]
 
 
-class Recent:
-    """What a route's last outputs say, and how often its rows' guesses were kept."""
+class RouteNgrams:
+    """What a route's last outputs say, and how often its sequences' guesses were kept."""
 
     def __init__(self) -> None:
-        self.followers = Followers()
-        self.kept = Kept()
+        self.followers = NgramCounts()
+        self.kept = KeepRates()
         self._outputs: deque[tuple[list[int], int]] = deque()
         self._tokens = 0
 
@@ -85,17 +85,17 @@ class Recent:
 
 
 @dataclass
-class Suffixes:
-    """A row's. Grows with its text."""
+class NgramLookup:
+    """A sequence's. Grows with its text."""
 
-    recent: Recent
+    recent: RouteNgrams
     greedy: bool
 
     def __post_init__(self) -> None:
-        self._own = Followers()
+        self._own = NgramCounts()
         self._read = 0  # tokens before here are in
 
-    def guess(self, tokens: list[int], drafted: list[int]) -> Guess | None:
+    def guess(self, tokens: list[int], drafted: list[int]) -> NgramGuess | None:
         """The token that has followed most often, of equals the latest, where the longest suffix of a text and of what
         was drafted behind it stood before: in the text itself or else in another. None: it has stood nowhere."""
         if self._read < len(tokens):
@@ -108,5 +108,5 @@ class Suffixes:
                 token, count = max(reversed(counts.items()), key=itemgetter(1))
                 share = count / (sum(counts.values()) + 1)
                 evidence = self.greedy, length, int(SHARES * share)
-                return Guess(token, evidence, self.recent.kept.rate(evidence, share))
+                return NgramGuess(token, evidence, self.recent.kept.rate(evidence, share))
         return None

@@ -1,6 +1,6 @@
-"""What a step is about to do with its rows: tokens to draft, sampling parameters, and the randomness it will use.
+"""What a step is about to do with its sequences: tokens to draft, sampling parameters, and the randomness it will use.
 
-Legend: B rows, N candidates of a row at most, U uniforms of a row.
+Legend: B sequences, N candidates of a sequence at most, U uniforms of a sequence.
 """
 
 from dataclasses import dataclass
@@ -11,33 +11,33 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from decoder.device.transfer import upload
-from decoder.sequence.sequence import Row
-from decoder.verification.lenience import Lenient
+from decoder.sequence.sequence import LiveSequence
+from decoder.verification.lenience import LenientAcceptance
 from decoder.verification.sampling import Sampling
-from decoder.verification.tree_shape import Scheme
+from decoder.verification.tree_shape import DraftSpec
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one step is about to do with its rows."""
+    """What one step is about to do with its sequences."""
 
-    rows: list[Row]
-    schemes: list[Scheme]  # what each row drafts
+    seqs: list[LiveSequence]
+    specs: list[DraftSpec]  # what each sequence drafts
     sampling: Sampling
     draft_uniform_BN: Tensor
     accept_uniform_BN: Tensor
     emit_uniform_B: Tensor
-    lenient: Lenient | None = None  # None: all rows are exact
+    lenient: LenientAcceptance | None = None  # None: all sequences are exact
 
     @property
     def drafted(self) -> list[int]:
-        """Candidates, by row."""
-        return [scheme.candidates for scheme in self.schemes]
+        """Candidates, by sequence."""
+        return [spec.candidates for spec in self.specs]
 
     @property
     def gamma(self) -> int | None:
         """The longest of its chains; None where anything else is drafted."""
-        chained = all(scheme.drafter == "chain" for scheme in self.schemes if scheme.candidates)
+        chained = all(spec.drafter == "chain" for spec in self.specs if spec.candidates)
         return max(self.drafted) if chained else None
 
 
@@ -49,27 +49,27 @@ Uniforms = tuple[
 class Planner:
     def __init__(self, vocab_size: int, device: torch.device | str) -> None:
         self._vocab_size, self._device = vocab_size, device
-        self._known: tuple[list[Row], Sampling, Lenient | None] | None = None
+        self._known: tuple[list[LiveSequence], Sampling, LenientAcceptance | None] | None = None
         self._undrawn: dict[tuple[int, int], Uniforms] = {}
 
-    def plan(self, rows: list[Row], schemes: list[Scheme]) -> StepPlan:
+    def plan(self, seqs: list[LiveSequence], specs: list[DraftSpec]) -> StepPlan:
         (sampling, lenient), drafted = (
-            self._asked_by(rows),
-            [scheme.candidates for scheme in schemes],
+            self._asked_by(seqs),
+            [spec.candidates for spec in specs],
         )
         most = max(drafted)
         if not sampling.all_greedy:
-            return StepPlan(rows, schemes, sampling, *self._draw(rows, drafted, most), lenient)
-        if (key := (len(rows), most)) not in self._undrawn:
-            self._undrawn[key] = self._split(np.zeros((len(rows), 2 * most + 1)), most)
-        return StepPlan(rows, schemes, sampling, *self._undrawn[key])
+            return StepPlan(seqs, specs, sampling, *self._draw(seqs, drafted, most), lenient)
+        if (key := (len(seqs), most)) not in self._undrawn:
+            self._undrawn[key] = self._split(np.zeros((len(seqs), 2 * most + 1)), most)
+        return StepPlan(seqs, specs, sampling, *self._undrawn[key])
 
-    def _draw(self, rows: list[Row], drafted: list[int], most: int) -> Uniforms:
-        uniform = np.zeros((len(rows), 2 * most + 1))
-        for i, (row, count) in enumerate(zip(rows, drafted, strict=True)):
-            if row.query.temperature > 0:
-                # A row draws only for itself, so its randomness does not depend on who shares the batch.
-                own = row.rng.random(2 * count + 1)
+    def _draw(self, seqs: list[LiveSequence], drafted: list[int], most: int) -> Uniforms:
+        uniform = np.zeros((len(seqs), 2 * most + 1))
+        for i, (seq, count) in enumerate(zip(seqs, drafted, strict=True)):
+            if seq.query.temperature > 0:
+                # A sequence draws only for itself, so its randomness does not depend on who shares the batch.
+                own = seq.rng.random(2 * count + 1)
                 uniform[i, :count], uniform[i, most : most + count] = own[:count], own[count:-1]
                 uniform[i, -1] = own[-1]
         return self._split(uniform, most)
@@ -78,10 +78,10 @@ class Planner:
         uniform_BU = upload(uniform, self._device)
         return uniform_BU[:, :most], uniform_BU[:, most:-1], uniform_BU[:, -1]
 
-    def _asked_by(self, rows: list[Row]) -> tuple[Sampling, Lenient | None]:
-        """Made anew only when other rows decode than in the step before."""
-        if self._known is None or self._known[0] != rows:
-            queries = [row.query for row in rows]
+    def _asked_by(self, seqs: list[LiveSequence]) -> tuple[Sampling, LenientAcceptance | None]:
+        """Made anew only when other sequences decode than in the step before."""
+        if self._known is None or self._known[0] != seqs:
+            queries = [seq.query for seq in seqs]
             sampling = Sampling.of(
                 [q.temperature for q in queries],
                 [q.top_k for q in queries],
@@ -89,5 +89,9 @@ class Planner:
                 self._vocab_size,
                 self._device,
             )
-            self._known = rows, sampling, Lenient.of([q.lenience for q in queries], self._device)
+            self._known = (
+                seqs,
+                sampling,
+                LenientAcceptance.of([q.lenience for q in queries], self._device),
+            )
         return self._known[1:]

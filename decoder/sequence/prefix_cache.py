@@ -1,6 +1,6 @@
 """Prefix reuse: contexts that begin alike are encoded once.
 
-A new row takes over the keys and values of the longest common beginning that a live row, or a finished one that was
+A new sequence takes over the keys and values of the longest common beginning that a live sequence, or a finished one that was
 kept, has in its slot. Contexts are shared within a route only: whether a prompt was seen before shows in its latency,
 and that is nobody else's business.
 """
@@ -12,7 +12,7 @@ WORTHWHILE = 16  # tokens; below this a copy costs what it saves
 
 
 @dataclass(slots=True)
-class Context:
+class CachedContext:
     """What a slot holds: the target's keys and values of `tokens`, the draft's of the first `draft_cached` of them."""
 
     slot: int
@@ -22,16 +22,16 @@ class Context:
     draft_version: int = 0
 
 
-class Prefixes:
-    """Contexts of finished rows in slots of their own; the least recently used one makes room."""
+class PrefixCache:
+    """Contexts of finished sequences in slots of their own; the least recently used one makes room."""
 
     def __init__(self, slots: range) -> None:
         self._free = list(slots)
-        self._kept: list[Context] = []  # least recently used first
+        self._kept: list[CachedContext] = []  # least recently used first
 
     def longest(
-        self, route: str, tokens: Sequence[int], draft_version: int, live: Iterable[Context]
-    ) -> tuple[Context, int] | None:
+        self, route: str, tokens: Sequence[int], draft_version: int, live: Iterable[CachedContext]
+    ) -> tuple[CachedContext, int] | None:
         """The context that shares most of `tokens`' beginning, and how many tokens that is.
 
         Among equals the one of which the present draft has encoded most.
@@ -51,8 +51,8 @@ class Prefixes:
             self._touch(best)
         return best, length
 
-    def keep(self, finished: Context) -> int | None:
-        """A slot to copy a finished row's context to; None where nothing would be gained."""
+    def keep(self, finished: CachedContext) -> int | None:
+        """A slot to copy a finished sequence's context to; None where nothing would be gained."""
         if len(finished.tokens) < WORTHWHILE or not (self._free or self._kept):
             return None
         for kept in self._kept:
@@ -76,18 +76,18 @@ class Prefixes:
         self._free += [context.slot for context in self._kept]
         self._kept.clear()
 
-    def _replace(self, kept: Context, finished: Context) -> int:
+    def _replace(self, kept: CachedContext, finished: CachedContext) -> int:
         self._kept.remove(kept)
         finished.slot = kept.slot
         self._kept.append(finished)
         return finished.slot
 
-    def _touch(self, context: Context) -> None:
+    def _touch(self, context: CachedContext) -> None:
         self._kept.remove(context)
         self._kept.append(context)
 
 
-def _same(kept: Context, finished: Context) -> bool:
+def _same(kept: CachedContext, finished: CachedContext) -> bool:
     drafts = (
         kept.draft_version == finished.draft_version and kept.draft_cached >= finished.draft_cached
     )

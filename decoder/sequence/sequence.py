@@ -1,4 +1,4 @@
-"""A row: one sequence that is being decoded, and how a step's verdict turns into text for its client."""
+"""A sequence: one sequence that is being decoded, and how a step's verdict turns into text for its client."""
 
 import time
 from collections.abc import Callable
@@ -9,14 +9,14 @@ from tokenizers import Tokenizer
 from decoder.policy.acceptance import ROW_MEMORY, Acceptance
 from decoder.recording.recorder import Trace
 from decoder.rollout.live import LiveDraft
-from decoder.sequence.ngram_index import Recent, Suffixes
+from decoder.sequence.ngram_index import NgramLookup, RouteNgrams
 from decoder.sequence.text import TextStream
 from online.messages import Delta, FinishReason, Query, SpeculationStats, TokenLogprob
 
 OnDelta = Callable[[Delta], None]
 
 
-class Row:
+class LiveSequence:
     def __init__(
         self,
         query: Query,
@@ -40,7 +40,9 @@ class Row:
             float
         ] = []  # of each output token: its probability, where it was the target's own draw
         self.rng = np.random.Generator(np.random.Philox(query.seed))
-        self.suffixes = Suffixes(Recent(), query.temperature == 0)  # its route's, from admission on
+        self.ngrams = NgramLookup(
+            RouteNgrams(), query.temperature == 0
+        )  # its route's, from admission on
         self.text = TextStream(tokenizer, query.stop)
         self.stats = SpeculationStats()
         self.trace = Trace(query) if recorded else None
@@ -86,7 +88,7 @@ class Row:
         return self.query.max_tokens - self.emitted - 1
 
     def extend(self, token_ids: list[int]) -> tuple[int, str]:
-        """Takes a step's tokens until one of them ends the row. Returns how many were taken, and the text they make."""
+        """Takes a step's tokens until one of them ends the sequence. Returns how many were taken, and the text they make."""
         pieces = []
         taken = 0
         for token_id in token_ids:
@@ -118,7 +120,7 @@ class Row:
             )
 
     def end(self, reason: FinishReason) -> None:
-        """Ends the row from outside, and tells its client."""
+        """Ends the sequence from outside, and tells its client."""
         if self.finish_reason is None:
             self.finish_reason = reason
             self.deliver("", [])

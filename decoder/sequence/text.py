@@ -1,4 +1,4 @@
-"""Text in and out: the tokenizer as the API sees it, and each row's growing text with its stop strings."""
+"""Text in and out: the tokenizer as the API sees it, and each sequence's growing text with its stop strings."""
 
 from collections.abc import Mapping, Sequence
 

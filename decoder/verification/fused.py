@@ -5,7 +5,7 @@ The same as in `decoder/verification/sampling.py`, `decoder/verification/verify.
 makes ten, and none over what nobody needs, as what lies behind a rejection. Importing this module compiles it, in about
 four seconds.
 
-Legend: B rows, G drafted positions, T = G + 1 verified positions, N any rows, K = top-k, V vocabulary.
+Legend: B sequences, G drafted positions, T = G + 1 verified positions, N any sequences, K = top-k, V vocabulary.
 """
 
 from typing import Any
@@ -44,7 +44,7 @@ def most_likely(logits: Tensor) -> Tensor:
 
 
 def probabilities(logits: Tensor, divisor_B: Tensor, greedy_B: Tensor, out: Tensor) -> None:
-    """Temperature and greediness, without top-k and top-p, [B, …, V]. Rows of `out` may lie apart."""
+    """Temperature and greediness, without top-k and top-p, [B, …, V]. Sequences of `out` may lie apart."""
     logits, B, V = logits.contiguous(), len(logits), logits.shape[-1]
     assert logits.dtype == out.dtype == torch.float32, "numbers are read and written as they lie"
     T = logits.numel() // (B * V)
@@ -58,7 +58,7 @@ def sample(probs: Tensor, uniform: Tensor) -> Tensor:
     return token
 
 
-def judge(
+def verify(
     logits_BTV: Tensor,
     probs_BTV: Tensor | None,
     draft_probs_BQV: Tensor,
@@ -74,7 +74,7 @@ def judge(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What a `Verdict` holds. `probs_BTV` is given where it is more than a temperature's doing.
 
-    `scale_B` and `power_B` are given where a row is lenient.
+    `scale_B` and `power_B` are given where a sequence is lenient.
     """
     (B, T, V), (_, N), Q = logits_BTV.shape, tokens_BN.shape, draft_probs_BQV.shape[1]
     logits_BTV, draft_probs_BQV = logits_BTV.contiguous(), draft_probs_BQV.float().contiguous()

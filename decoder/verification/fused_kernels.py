@@ -1,5 +1,5 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-call,no-any-return,attr-defined"
-"""One distribution over the vocabulary, and one row's verification, compiled: what `decoder/verification/fused.py` is made of.
+"""One distribution over the vocabulary, and one sequence's verification, compiled: what `decoder/verification/fused.py` is made of.
 
 Legend: V vocabulary, C columns, K = top-k, G drafted positions, T = G + 1 verified positions.
 """
@@ -170,7 +170,7 @@ def _overlap(p_V: Any, q_V: Any) -> Any:
     return mass
 
 
-# ── one row's verification, as in `decoder/verification/verify.py` ──
+# ── one sequence's verification, as in `decoder/verification/verify.py` ──
 
 
 @njit(**EXACT)
@@ -200,7 +200,7 @@ def walk_greedily(
 
 @njit(**EXACT)
 def _lenient(p: Any, scale: Any, power: Any) -> Any:
-    """f(p), as in `decoder/verification/lenience.py`; of an exact row p itself."""
+    """f(p), as in `decoder/verification/lenience.py`; of an exact sequence p itself."""
     return scale * (p if power == 1 else p**power)
 
 

@@ -13,7 +13,7 @@ only where q > p, while the residual has its mass where p > q. In total variatio
 A token that the target rules out (p = 0, as behind its top-k) stays ruled out, for f(0) = 0. A rejection needs
 q > f(p) ≥ p somewhere, so it leaves a residual. Where f(p) ≥ q everywhere nothing is rejected, and the draft speaks.
 
-Legend: B rows, G drafted positions.
+Legend: B sequences, G drafted positions.
 """
 
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ EXACT = 1.0, 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Lenient:
-    """f(p) = scale · p^power, by row, of rows some of which may be exact. In float64, as they meet uniforms."""
+class LenientAcceptance:
+    """f(p) = scale · p^power, by sequence, of sequences some of which may be exact. In float64, as they meet uniforms."""
 
     scale_B: Tensor
     power_B: Tensor
@@ -37,8 +37,8 @@ class Lenient:
     @classmethod
     def of(
         cls, asked: Sequence[Lenience | None], device: torch.device | str = "cpu"
-    ) -> "Lenient | None":
-        """None where all rows are exact: a batch of them is verified as if there were no other."""
+    ) -> "LenientAcceptance | None":
+        """None where all sequences are exact: a batch of them is verified as if there were no other."""
         factors = [EXACT if one is None else _factors(one) for one in asked]
         if all(each == EXACT for each in factors):
             return None
@@ -49,11 +49,11 @@ class Lenient:
     def exact_B(self) -> Tensor:
         return (self.scale_B == 1) & (self.power_B == 1)
 
-    def of_rows(self, rows: list[int]) -> "Lenient":
-        return Lenient(self.scale_B[rows], self.power_B[rows])
+    def of_rows(self, rows: list[int]) -> "LenientAcceptance":
+        return LenientAcceptance(self.scale_B[rows], self.power_B[rows])
 
     def __call__(self, p_BG: Tensor) -> Tensor:
-        # p^1 may be off by a bit, and an exact row's p must not be.
+        # p^1 may be off by a bit, and an exact sequence's p must not be.
         p_BG, power_B1 = p_BG.double(), self.power_B[:, None]
         return self.scale_B[:, None] * torch.where(power_B1 == 1, p_BG, p_BG**power_B1)
 

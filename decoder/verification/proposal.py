@@ -1,6 +1,6 @@
-"""What a drafter proposes and a verifier walks: tokens that may follow a row's last one, as a tree.
+"""What a drafter proposes and a verifier walks: tokens that may follow a sequence's last one, as a tree.
 
-Legend: B rows, N candidates of a row at most, Q distributions that they were drawn from, V vocabulary.
+Legend: B sequences, N candidates of a sequence at most, Q distributions that they were drawn from, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from decoder.models.kv_cache import Nodes
-from decoder.verification.tree_shape import Shape, chain
+from decoder.models.kv_cache import TreePositions
+from decoder.verification.tree_shape import TreeShape, chain_shape
 
 CHOSEN = -1  # the source of a candidate that was not drawn
 
@@ -19,8 +19,8 @@ CHOSEN = -1  # the source of a candidate that was not drawn
 class Tree:
     """Whom each candidate follows, and what it was drawn from.
 
-    Node 0 is the row's last token and node n + 1 its n-th candidate; a candidate's parent is a node before its own.
-    Siblings are tried in their order. The first ones of a row are a tree of their own, however many.
+    Node 0 is the sequence's last token and node n + 1 its n-th candidate; a candidate's parent is a node before its own.
+    Siblings are tried in their order. The first ones of a sequence are a tree of their own, however many.
     """
 
     parents_BN: Tensor  # a node
@@ -28,14 +28,14 @@ class Tree:
     distinct_B: Tensor  # whether siblings were drawn without replacement, each from what the ones before it left
     visible_BTT: Tensor  # which nodes a node may look at: its ancestors and itself
     depth: int  # of the deepest
-    forks: bool  # False: every row's is a chain
+    forks: bool  # False: every sequence's is a chain
     chains: list[
         bool
-    ]  # by row: each candidate behind the one before. Not for what drawn tokens have to do with it
+    ]  # by sequence: each candidate behind the one before. Not for what drawn tokens have to do with it
 
     @classmethod
-    def of(cls, shape: Shape, rows: int, distinct: bool, device: torch.device | str) -> "Tree":
-        """A shape's, the same in all rows, each candidate from its parent's distribution."""
+    def of(cls, shape: TreeShape, rows: int, distinct: bool, device: torch.device | str) -> "Tree":
+        """A shape's, the same in all sequences, each candidate from its parent's distribution."""
         place = {node: q for q, node in enumerate(shape.expanded)}
         sources_N = torch.tensor(
             [place[parent] for parent in shape.parents], dtype=torch.long, device=device
@@ -65,7 +65,7 @@ class Tree:
             nothing_BN, nothing_BN.clone(), distinct_B, visible_BTT, depth, forks, [False] * rows
         )
 
-    def nodes(self, behind: int) -> Nodes | None:
+    def nodes(self, behind: int) -> TreePositions | None:
         """Where a forward of all nodes stands that is fed so many tokens of the context before them, too; None: where
         any tokens would."""
         if not self.forks:
@@ -75,7 +75,7 @@ class Tree:
             whole_BCC = seen_BTT.new_ones((B, behind + T, behind + T)).tril()
             whole_BCC[:, behind:, behind:] = seen_BTT
             seen_BTT = whole_BCC
-        return Nodes(seen_BTT.sum(-1) - 1, seen_BTT)
+        return TreePositions(seen_BTT.sum(-1) - 1, seen_BTT)
 
     def of_rows(self, rows: list[int]) -> "Tree":
         return replace(
@@ -101,10 +101,10 @@ class Tree:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """Drafted tokens with the distributions they were drawn from. Rows that drafted fewer are padded."""
+    """Drafted tokens with the distributions they were drawn from. Sequences that drafted fewer are padded."""
 
     tokens_BN: Tensor
-    probs_BQV: Tensor  # after temperature, top-k and top-p: what verification needs; Q = 0 where all rows are greedy
+    probs_BQV: Tensor  # after temperature, top-k and top-p: what verification needs; Q = 0 where all sequences are greedy
     logits_BQV: list[Tensor]  # in pieces, as the draft gave them: what signals need
     drafted_B: Tensor
     tree: Tree | None = None  # None: a chain, each candidate drawn from its own distribution
@@ -117,7 +117,7 @@ class Proposal:
     def empty(
         cls, rows: int, gamma: int, vocab_size: int, device: torch.device | str, greedy: bool
     ) -> "Proposal":
-        """Room for `gamma` tokens a row, with none drafted."""
+        """Room for `gamma` tokens a sequence, with none drafted."""
         return cls(
             torch.zeros((rows, gamma), dtype=torch.long, device=device),
             torch.zeros((rows, 0 if greedy else gamma, vocab_size), device=device),
@@ -129,7 +129,7 @@ class Proposal:
     def joined(
         cls, parts: "Sequence[tuple[list[int], Proposal]]", rows: int, vocab_size: int, greedy: bool
     ) -> "Proposal":
-        """One for all rows of what was proposed for some of them each; other rows have drafted nothing."""
+        """One for all sequences of what was proposed for some of them each; other sequences have drafted nothing."""
         device = parts[0][1].tokens_BN.device
         candidates = max(part.candidates for _, part in parts)
         sources = max(sum(piece.shape[1] for piece in part.logits_BQV) for _, part in parts)
@@ -142,7 +142,7 @@ class Proposal:
         tree = None
         if any(part.tree is not None for _, part in parts):
             trees = [
-                part.tree or Tree.of(chain(part.candidates), len(m), False, device)
+                part.tree or Tree.of(chain_shape(part.candidates), len(m), False, device)
                 for m, part in parts
             ]
             tree = Tree.room(rows, candidates, trees, device)
@@ -163,7 +163,7 @@ class Proposal:
     def along(
         self, accepted_B: Tensor, path_BN: Tensor, logits_BTV: Tensor
     ) -> "tuple[Proposal, Tensor]":
-        """Of each row's tree the chain that was walked, and on behind its end to the first candidate of each node, as a
+        """Of each sequence's tree the chain that was walked, and on behind its end to the first candidate of each node, as a
         proposal, with the target's logits at its nodes."""
         tree = self.tree
         if tree is None:

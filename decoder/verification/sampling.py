@@ -1,6 +1,6 @@
 """From logits to tokens. Pure functions; randomness comes in as uniforms in [0, 1).
 
-Legend: B rows, V vocabulary, … any axes between them.
+Legend: B sequences, V vocabulary, … any axes between them.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ COLDEST = 1e-6  # temperature below which logits of 1e9 would overflow float32; 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """The rows' sampling parameters. Which of them matter at all is known on the host: no device is asked."""
+    """The sequences' sampling parameters. Which of them matter at all is known on the host: no device is asked."""
 
     divisor_B: Tensor  # temperature, as logits can bear it; 1 where greedy
     greedy_B: Tensor
@@ -46,7 +46,7 @@ class Sampling:
         )
 
     def select(self, members: list[int]) -> "Sampling":
-        """The parameters of some of the rows."""
+        """The parameters of some of the sequences."""
         return Sampling(
             self.divisor_B[members],
             self.greedy_B[members],
@@ -61,7 +61,7 @@ class Sampling:
 def probabilities(logits: Tensor, sampling: Sampling, out: Tensor | None = None) -> Tensor:
     """The distribution that is sampled from, [B, T, V]: temperature, then top-k, then top-p of what is left.
 
-    Greedy rows get all their mass on the first of the most likely tokens. Logits that are no numbers count as 0: any
+    Greedy sequences get all their mass on the first of the most likely tokens. Logits that are no numbers count as 0: any
     proposal is verified exactly, as long as it is a distribution. `out` may be a part of a larger tensor.
     """
     logits = at_least_float32(logits)

@@ -10,13 +10,13 @@ a q that has all its mass on it; one that q could not give any more is not there
 emitted token has the distribution p that the node began with, whatever the q are, as long as what they are does not
 depend on the uniforms that decide here.
 
-Legend: B rows, N candidates of a row at most, T = N + 1 verified nodes, Q distributions of the draft, V vocabulary.
+Legend: B sequences, N candidates of a sequence at most, T = N + 1 verified nodes, Q distributions of the draft, V vocabulary.
 """
 
 import torch
 from torch import Tensor
 
-from decoder.verification.lenience import Lenient
+from decoder.verification.lenience import LenientAcceptance
 from decoder.verification.proposal import CHOSEN, Tree
 from decoder.verification.sampling import sample
 
@@ -24,7 +24,7 @@ Walked = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # what a `Verdic
 
 
 class _Way:
-    """Where the rows stand while candidates are looked at in their order; children come after their parents."""
+    """Where the sequences stand while candidates are looked at in their order; children come after their parents."""
 
     def __init__(self, tree: Tree, drafted_B: Tensor) -> None:
         self._tree, self._drafted_B = tree, drafted_B
@@ -36,7 +36,7 @@ class _Way:
         self._asked_B = drafted_B == -1  # whether a candidate of this node has been met
 
     def meet(self, n: int) -> tuple[Tensor, Tensor]:
-        """Rows that stand before candidate n, and those whose node's first candidate it is, if drawn by a draft."""
+        """Sequences that stand before candidate n, and those whose node's first candidate it is, if drawn by a draft."""
         meets_B = (self._tree.parents_BN[:, n] == self.node_B) & (n < self._drafted_B)
         first_B = meets_B & ~self._asked_B & (self._tree.sources_BN[:, n] != CHOSEN)
         self.compared_B += first_B
@@ -51,8 +51,8 @@ class _Way:
         self._asked_B = self._asked_B & ~kept_B
 
 
-def walk_greedily(best_BT: Tensor, tokens_BN: Tensor, tree: Tree, drafted_B: Tensor) -> Walked:
-    """`walk` where all of the target's distributions have their mass on one token."""
+def verify_tree_greedy(best_BT: Tensor, tokens_BN: Tensor, tree: Tree, drafted_B: Tensor) -> Walked:
+    """`verify_tree` where all of the target's distributions have their mass on one token."""
     way, overlap_B = _Way(tree, drafted_B), torch.zeros_like(drafted_B)
     for n in range(tokens_BN.shape[1]):
         meets_B, first_B = way.meet(n)
@@ -63,7 +63,7 @@ def walk_greedily(best_BT: Tensor, tokens_BN: Tensor, tree: Tree, drafted_B: Ten
     return way.accepted_B, way.path_BN, next_B, torch.ones_like(next_B), overlap_B, way.compared_B
 
 
-def walk(
+def verify_tree(
     target_probs_BTV: Tensor,
     draft_probs_BQV: Tensor,
     tokens_BN: Tensor,
@@ -72,12 +72,12 @@ def walk(
     greedy_B: Tensor,
     accept_uniform_BN: Tensor,
     emit_uniform_B: Tensor,
-    lenient: Lenient | None = None,
+    lenient: LenientAcceptance | None = None,
 ) -> Walked:
-    """Accepts a path of each row's candidates and draws the token that follows it.
+    """Accepts a path of each sequence's candidates and draws the token that follows it.
 
-    Distributions are those after temperature, top-k and top-p; of greedy rows every candidate counts as chosen.
-    Candidates from `drafted_B[b]` on are padding. A lenient row keeps x with probability min(1, f(p(x)) / q(x)).
+    Distributions are those after temperature, top-k and top-p; of greedy sequences every candidate counts as chosen.
+    Candidates from `drafted_B[b]` on are padding. A lenient sequence keeps x with probability min(1, f(p(x)) / q(x)).
     """
     way, overlap_B = _Way(tree, drafted_B), torch.zeros_like(accept_uniform_BN[:, 0])
     p_BV = rest_BV = target_probs_BTV[:, 0]  # the node's own, and what rejections have left of it
@@ -119,7 +119,7 @@ def walk(
 
 
 def _drawn_from(draft_probs_BQV: Tensor, source_B: Tensor, like_BV: Tensor) -> Tensor:
-    """The distributions that the rows' candidates were drawn from; of chosen ones anything."""
+    """The distributions that the sequences' candidates were drawn from; of chosen ones anything."""
     if draft_probs_BQV.shape[1] == 0:
         return like_BV
     row_B = torch.arange(len(source_B), device=source_B.device)

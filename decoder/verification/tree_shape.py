@@ -24,7 +24,7 @@ def span(members: Sequence[int]) -> Span:
 
 
 @dataclass(frozen=True)
-class Level:
+class TreeLevel:
     """Nodes of one depth that have candidates."""
 
     depth: int
@@ -47,8 +47,8 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Node 0 is a row's last token and node n + 1 its n-th candidate; `parents[n]` is the node that this one follows.
+class TreeShape:
+    """Node 0 is a sequence's last token and node n + 1 its n-th candidate; `parents[n]` is the node that this one follows.
 
     Nodes are in the order of their depth, and siblings side by side: the first ones, however many, are a shape too.
     """
@@ -56,7 +56,7 @@ class Shape:
     parents: tuple[int, ...]
 
     @classmethod
-    def of_widths(cls, widths: Sequence[int]) -> "Shape":
+    def of_widths(cls, widths: Sequence[int]) -> "TreeShape":
         """`widths[d]` candidates behind every node of depth d (arXiv 2401.06706, section 3.1)."""
         parents: list[int] = []
         level = [0]
@@ -67,7 +67,7 @@ class Shape:
         return cls(tuple(parents))
 
     @classmethod
-    def best(cls, rates: Sequence[float], candidates: int, depth: int) -> "Shape":
+    def best(cls, rates: Sequence[float], candidates: int, depth: int) -> "TreeShape":
         """The shape of so many candidates that emits most, where `rates[k]` is the share of nodes whose k-th candidate
         is kept, whatever the node: so a node is reached with the product of the rates on its way, and the best tree has
         those that are most likely reached (as in Sequoia, arXiv 2402.12374, section 3.1, without a bound to the width).
@@ -86,7 +86,7 @@ class Shape:
         return cls._in_order(reached)
 
     @classmethod
-    def _in_order(cls, taken: list[tuple[float, int, int, int]]) -> "Shape":
+    def _in_order(cls, taken: list[tuple[float, int, int, int]]) -> "TreeShape":
         number = {-1: 0}  # of each node by its place
         parents: list[int] = []
         for depth in sorted({each[1] for each in taken}):
@@ -117,14 +117,16 @@ class Shape:
         return self.parents == tuple(range(len(self.parents)))
 
     @cached_property
-    def levels(self) -> "tuple[Level, ...]":
+    def levels(self) -> "tuple[TreeLevel, ...]":
         """The nodes that have candidates, by depth."""
         found, first = [], 0
         for depth in range(self.depth):
             nodes = tuple(
                 node for node, own in enumerate(self.children) if own and self.depths[node] == depth
             )
-            found.append(Level(depth, first, nodes, tuple(self.children[node] for node in nodes)))
+            found.append(
+                TreeLevel(depth, first, nodes, tuple(self.children[node] for node in nodes))
+            )
             first += len(nodes)
         return tuple(found)
 
@@ -157,49 +159,49 @@ class Shape:
             node = n + 1
         return [*found, (len(self.children[node]), None)]
 
-    def first(self, candidates: int) -> "Shape":
+    def first(self, candidates: int) -> "TreeShape":
         return self if candidates >= len(self.parents) else _first(self, candidates)
 
 
 @lru_cache(SHAPES)
-def _first(shape: Shape, candidates: int) -> Shape:
-    return Shape(shape.parents[:candidates])
+def _first(shape: TreeShape, candidates: int) -> TreeShape:
+    return TreeShape(shape.parents[:candidates])
 
 
 @cache
-def chain(gamma: int) -> Shape:
-    return Shape(tuple(range(gamma)))
+def chain_shape(gamma: int) -> TreeShape:
+    return TreeShape(tuple(range(gamma)))
 
 
 @lru_cache(SHAPES)
-def best_shape(rates: tuple[float, ...], candidates: int, depth: int) -> Shape:
-    return Shape.best(rates, candidates, depth)
+def best_shape(rates: tuple[float, ...], candidates: int, depth: int) -> TreeShape:
+    return TreeShape.best(rates, candidates, depth)
 
 
 @cache
-def shape_of_widths(widths: tuple[int, ...]) -> Shape:
-    return Shape.of_widths(widths)
+def shape_of_widths(widths: tuple[int, ...]) -> TreeShape:
+    return TreeShape.of_widths(widths)
 
 
 @dataclass(frozen=True)
-class Scheme:
-    """What a row drafts in a step: by which drafter, in which shape, and how many of the shape's candidates."""
+class DraftSpec:
+    """What a sequence drafts in a step: by which drafter, in which shape, and how many of the shape's candidates."""
 
     drafter: str
-    shape: Shape
+    shape: TreeShape
     candidates: int
     distinct: bool = True  # siblings are drawn without replacement
     lead: int = 0  # of a cascade: how many the draft drafts, before n-grams go on
 
-    def first(self, candidates: int) -> "Scheme":
+    def first(self, candidates: int) -> "DraftSpec":
         """No more candidates than this."""
         return (
             self if candidates >= self.candidates else replace(self, candidates=max(0, candidates))
         )
 
 
-def chain_of(gamma: int, drafter: str = "chain") -> Scheme:
-    return Scheme(drafter, chain(max(gamma, MAX_GAMMA)), gamma)
+def chain_spec(gamma: int, drafter: str = "chain") -> DraftSpec:
+    return DraftSpec(drafter, chain_shape(max(gamma, MAX_GAMMA)), gamma)
 
 
-NOTHING = chain_of(0)
+NO_DRAFT = chain_spec(0)

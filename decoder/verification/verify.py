@@ -2,10 +2,10 @@
 
 Chains as a whole, by block verification (arXiv 2403.10444, algorithm 2), which keeps more of a chain than speculative
 sampling, token by token, does (Leviathan et al., arXiv 2211.17192); trees as in `decoder/verification/tree.py`. For CPUs all of it
-is compiled, too. Pure functions; randomness comes in as uniforms in [0, 1). Rows that ask for lenience give exactness
+is compiled, too. Pure functions; randomness comes in as uniforms in [0, 1). Sequences that ask for lenience give exactness
 up, and only they: see `decoder/verification/lenience.py`.
 
-Legend: B rows, N candidates of a row at most (G of a chain), T = N + 1 verified nodes, V vocabulary.
+Legend: B sequences, N candidates of a sequence at most (G of a chain), T = N + 1 verified nodes, V vocabulary.
 """
 
 from dataclasses import dataclass, fields
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from decoder.device.transfer import to_host
-from decoder.verification.lenience import Lenient
+from decoder.verification.lenience import LenientAcceptance
 from decoder.verification.proposal import CHOSEN, Proposal, Tree
 from decoder.verification.sampling import Sampling, compiled, most_likely, probabilities, sample
-from decoder.verification.tree import walk, walk_greedily
+from decoder.verification.tree import verify_tree, verify_tree_greedy
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Verification:
     accepted_B: Tensor  # candidates kept
     path_BN: Tensor  # which ones, in order; padded
     next_B: Tensor  # the token after them, the target's own
@@ -30,14 +30,14 @@ class Verdict:
     overlap_B: Tensor  # Σ over compared nodes of Σ_x min(p(x), q(x)), where q is of the node's first candidate
     compared_B: Tensor  # nodes on the way that had a candidate of a draft's
 
-    def read(self, tokens_BN: Tensor) -> "list[HostVerdict]":
-        """Everything the host needs, by row, in the step's one transfer."""
+    def read(self, tokens_BN: Tensor) -> "list[VerifiedSequence]":
+        """Everything the host needs, by sequence, in the step's one transfer."""
         columns = to_host(*(getattr(self, field.name) for field in fields(self)), tokens_BN)
-        return list(map(HostVerdict._make, zip(*columns, strict=True)))
+        return list(map(VerifiedSequence._make, zip(*columns, strict=True)))
 
 
-class HostVerdict(NamedTuple):
-    """One row's."""
+class VerifiedSequence(NamedTuple):
+    """One sequence's."""
 
     accepted: int
     path: list[int]
@@ -52,14 +52,14 @@ class HostVerdict(NamedTuple):
         return [*(self.tokens[n] for n in self.path[: self.accepted]), self.next]
 
 
-def judge(
+def verify(
     logits_BTV: Tensor,
     proposal: Proposal,
     sampling: Sampling,
     accept_uniform_BN: Tensor,
     emit_uniform_B: Tensor,
-    lenient: Lenient | None = None,
-) -> Verdict:
+    lenient: LenientAcceptance | None = None,
+) -> Verification:
     """What a step emits, given the target's logits at the last token and at every candidate."""
     tree, own = proposal.tree, (sampling.divisor_B, sampling.greedy_B)
     proposed = proposal.probs_BQV, proposal.tokens_BN
@@ -68,8 +68,8 @@ def judge(
         truncated = sampling.any_truncated and not sampling.all_greedy
         probs = probabilities(logits_BTV, sampling) if truncated else None
         factors = () if lenient is None else (lenient.scale_B, lenient.power_B)
-        return Verdict(
-            *fused.judge(
+        return Verification(
+            *fused.verify(
                 logits_BTV, probs, *proposed, tree, proposal.drafted_B, *own, *drawn, *factors
             )
         )
@@ -77,13 +77,15 @@ def judge(
         best_BT = most_likely(logits_BTV)
         if tree is None or all(tree.chains):
             chosen_BG = None if tree is None else tree.sources_BN == CHOSEN
-            return verify_greedy(best_BT, proposal.tokens_BN, proposal.drafted_B, chosen_BG)
-        return Verdict(*walk_greedily(best_BT, proposal.tokens_BN, tree, proposal.drafted_B))
+            return verify_chain_greedy(best_BT, proposal.tokens_BN, proposal.drafted_B, chosen_BG)
+        return Verification(
+            *verify_tree_greedy(best_BT, proposal.tokens_BN, tree, proposal.drafted_B)
+        )
     probs_BTV = probabilities(logits_BTV, sampling)
     if logits_BTV.shape[1] == 1:
         return _plain(probs_BTV[:, 0], emit_uniform_B)
     if tree is None:
-        return verify(probs_BTV, *proposed, proposal.drafted_B, *drawn, lenient)
+        return verify_block(probs_BTV, *proposed, proposal.drafted_B, *drawn, lenient)
     return _apart(probs_BTV, proposal, tree, sampling.greedy_B, *drawn, lenient)
 
 
@@ -94,9 +96,9 @@ def _apart(
     greedy_B: Tensor,
     accept_uniform_BN: Tensor,
     emit_uniform_B: Tensor,
-    lenient: Lenient | None,
-) -> Verdict:
-    """Chains as a whole, and the other rows."""
+    lenient: LenientAcceptance | None,
+) -> Verification:
+    """Chains as a whole, and the other sequences."""
     parts = []
     for rows in (
         [b for b, chain in enumerate(tree.chains) if chain == wanted] for wanted in (True, False)
@@ -112,12 +114,12 @@ def _apart(
         drafted_B, drawn = proposal.drafted_B[rows], (accept_uniform_BN[rows], emit_uniform_B[rows])
         if tree.chains[rows[0]]:
             q_BNV = _by_candidate(q_BQV, tokens_BN, part.sources_BN)
-            found = verify(
+            found = verify_block(
                 p_BTV, q_BNV, tokens_BN, drafted_B, *drawn, own, part.sources_BN == CHOSEN
             )
         else:
-            found = Verdict(
-                *walk(p_BTV, q_BQV, tokens_BN, part, drafted_B, greedy_B[rows], *drawn, own)
+            found = Verification(
+                *verify_tree(p_BTV, q_BQV, tokens_BN, part, drafted_B, greedy_B[rows], *drawn, own)
             )
         parts.append((rows, found))
     if len(parts) == 1:
@@ -125,10 +127,10 @@ def _apart(
     order_B = (
         torch.tensor([row for rows, _ in parts for row in rows]).argsort().to(probs_BTV.device)
     )
-    return Verdict(
+    return Verification(
         *(
             torch.cat([getattr(found, field.name) for _, found in parts])[order_B]
-            for field in fields(Verdict)
+            for field in fields(Verification)
         )
     )
 
@@ -151,10 +153,10 @@ def _by_candidate(q_BQV: Tensor, tokens_BN: Tensor, sources_BN: Tensor) -> Tenso
     return torch.where((sources_BN == CHOSEN)[..., None], sure_BNV, drawn_BNV)
 
 
-def verify_greedy(
+def verify_chain_greedy(
     best_BT: Tensor, draft_tokens_BG: Tensor, drafted_B: Tensor, chosen_BG: Tensor | None = None
-) -> Verdict:
-    """`verify` where all distributions have their mass on one token: keeps the draft as far as it is the target's."""
+) -> Verification:
+    """`verify_block` where all distributions have their mass on one token: keeps the draft as far as it is the target's."""
     if not draft_tokens_BG.shape[1]:
         nothing_B = torch.zeros_like(drafted_B)
         return _of_chain(
@@ -173,24 +175,24 @@ def verify_greedy(
     )
 
 
-def _plain(probs_BV: Tensor, emit_uniform_B: Tensor) -> Verdict:
+def _plain(probs_BV: Tensor, emit_uniform_B: Tensor) -> Verification:
     next_B = sample(probs_BV, emit_uniform_B)
     nothing_B = torch.zeros_like(next_B)
     next_p_B = probs_BV.gather(1, next_B[:, None]).squeeze(1)
     return _of_chain(next_B[:, None][:, :0], nothing_B, next_B, next_p_B, nothing_B, nothing_B)
 
 
-def verify(
+def verify_block(
     target_probs_BTV: Tensor,
     draft_probs_BGV: Tensor,
     draft_tokens_BG: Tensor,
     drafted_B: Tensor,
     accept_uniform_BG: Tensor,
     emit_uniform_B: Tensor,
-    lenient: Lenient | None = None,
+    lenient: LenientAcceptance | None = None,
     chosen_BG: Tensor | None = None,
-) -> Verdict:
-    """Accepts a prefix of each row's chain and draws the token that follows it.
+) -> Verification:
+    """Accepts a prefix of each sequence's chain and draws the token that follows it.
 
     A prefix of i tokens is worth r_i = min(1, r_{i−1} p_i / q_i). Of those that pass, each by a uniform of its own, the
     longest is kept: the whole chain passes with probability r_γ, and a shorter one with R_i / (R_i + 1 − r_i), where
@@ -199,7 +201,7 @@ def verify(
     it. So q_i, whether there is a token i + 1, and whether it is one that q is sure of (`chosen_BG`) may depend on the
     tokens before, but nothing else on what was drawn, least of all this rule. Distributions are the ones after
     temperature, top-k and top-p. Positions from `drafted_B[b]` on are padding.
-    A lenient row keeps one token after another, x with probability min(1, f(p(x)) / q(x)), and the next one comes from
+    A lenient sequence keeps one token after another, x with probability min(1, f(p(x)) / q(x)), and the next one comes from
     norm(max(0, p − q)).
     """
     target_BGV, told = (
@@ -253,7 +255,7 @@ def _one_by_one(
     tokens_BG1: Tensor,
     drafted_B: Tensor,
     uniform_BG: Tensor,
-    lenient: Lenient,
+    lenient: LenientAcceptance,
 ) -> Tensor:
     p_BG, q_BG = (x_BGV.gather(-1, tokens_BG1).squeeze(-1) for x_BGV in (p_BGV, q_BGV))
     drafted_BG = torch.arange(p_BG.shape[1], device=p_BG.device) < drafted_B[:, None]
@@ -267,9 +269,9 @@ def _of_chain(
     next_p_B: Tensor,
     overlap_B: Tensor,
     compared_B: Tensor,
-) -> Verdict:
+) -> Verification:
     path_BN = torch.arange(tokens_BG.shape[1], device=tokens_BG.device).expand_as(tokens_BG)
-    return Verdict(accepted_B, path_BN, next_B, next_p_B, overlap_B, compared_B)
+    return Verification(accepted_B, path_BN, next_B, next_p_B, overlap_B, compared_B)
 
 
 def _emit_probs(

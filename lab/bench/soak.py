@@ -27,7 +27,7 @@ from decoder.device.placement import stay_on_one_core
 from decoder.models.loading import context_limit
 from lab import rig
 from lab.bench.load import Stream, draft_folders, keep_busy, swaps
-from online.buffer import Bounds
+from online.buffer import BufferLimits
 from online.messages import MAX_GAMMA, Query
 from online.settings import Settings
 
@@ -172,7 +172,7 @@ def main() -> None:
         tempfile.TemporaryDirectory() as folder,
         rig.rig(sized, pair.files.draft, args.slots, max_tokens=args.max_tokens) as serving,
     ):
-        serving.buffer.bounds = Bounds(max(8, args.requests // 20), 2**26, 7 * 86400)
+        serving.buffer.bounds = BufferLimits(max(8, args.requests // 20), 2**26, 7 * 86400)
         soak = Soak(args, serving, mix)
         soak.run(draft_folders(pair.files, Path(folder)))
         leaked = _leaked(serving, pair.prompts[0])

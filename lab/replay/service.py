@@ -26,7 +26,7 @@ from online.buffer import LATEST
 from online.cycles import UNFINISHED
 from online.embedded import start_server
 from online.messages import DrafterName, Query
-from online.prompt_routes import Clusters
+from online.prompt_routes import PromptClusters
 from online.registry import Registry
 from online.settings import Settings
 from online.signals import Signal, decode
@@ -49,7 +49,7 @@ class Service:
         serving: rig.Rig,
         swapper: Swapper,
         config: Replay,
-        clusters: Clusters | None,
+        clusters: PromptClusters | None,
     ) -> None:
         self.shop, self._serving, self._swapper, self._config = shop, serving, swapper, config
         self._clusters = clusters
@@ -246,7 +246,7 @@ def serve(config: Replay, settings: Settings, folder: Path) -> Iterator[Service]
                 settings, connect(settings.sql_url), engine, drafts, installer, serving.metrics
             )
             swapper.sync()
-            sorting = Clusters.of(settings)
+            sorting = PromptClusters.of(settings)
             try:
                 yield Service(shop, serving, swapper, config, sorting)
             finally:

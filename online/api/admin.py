@@ -17,7 +17,7 @@ from online.connections import CYCLE_TASK
 from online.cycles import CycleLedger
 from online.errors import Unavailable
 from online.messages import EngineClient, Loaded
-from online.prompt_routes import Clusters
+from online.prompt_routes import PromptClusters
 from online.registry import Registry, is_generic
 from online.settings import Settings
 from online.tables import Base, Canary, Route
@@ -47,7 +47,7 @@ class Admin:
     buffer: SignalBuffer
     artifacts: ArtifactStore
     celery: Celery
-    clusters: Clusters | None
+    clusters: PromptClusters | None
 
     def route(self, route: Route) -> Json:
         """What should serve the route, what does, and what is on its way."""

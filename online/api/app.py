@@ -27,7 +27,7 @@ from online.cycles import CycleLedger
 from online.errors import InvalidRequest, NotFound, SlipstreamError
 from online.messages import EngineClient, TextCodec
 from online.metrics import ServiceMetrics
-from online.prompt_routes import Clusters
+from online.prompt_routes import PromptClusters
 from online.registry import Registry
 from online.settings import Settings
 
@@ -48,7 +48,7 @@ class ApiParts:
     artifacts: ArtifactStore
     celery: Celery
     metrics: ServiceMetrics
-    clusters: Clusters | None = None  # of the default route, where they are learnt
+    clusters: PromptClusters | None = None  # of the default route, where they are learnt
 
 
 def create_app(

@@ -16,9 +16,9 @@ from online.api.job import ClientGone, Job, unless_gone
 from online.api.schemas import ChatBody, CompletionBody, GenerationBody
 from online.errors import InvalidRequest, NotFound, SlipstreamError
 from online.messages import EngineClient, Lenience, Query, TextCodec
-from online.prompt_routes import Clusters
+from online.prompt_routes import PromptClusters
 from online.settings import Settings
-from online.speculation import Drafting, candidates
+from online.speculation import DraftingOptions, candidates
 
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
 
@@ -48,7 +48,7 @@ class Generator:
         settings: Settings,
         engine: EngineClient,
         codec: TextCodec,
-        clusters: Clusters | None = None,
+        clusters: PromptClusters | None = None,
     ) -> None:
         self._settings, self._engine, self._codec, self._clusters = (
             settings,
@@ -147,7 +147,7 @@ class Generator:
         lenience, asked = self._lenience(body), self._route(body.metadata)
         routes = [asked or self._cluster(prompt, body.store is not False) for prompt in prompts]
         drafting = [
-            (body.speculation or Drafting()).over(self._settings.drafting(route))
+            (body.speculation or DraftingOptions()).over(self._settings.drafting(route))
             for route in routes
         ]
         return [

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from online.messages import LenienceFunction
-from online.speculation import Drafting
+from online.speculation import DraftingOptions
 
 
 def _encodable(text: str) -> str:
@@ -41,7 +41,7 @@ class LenienceOptions(BaseModel):
     )
 
 
-class Speculation(Drafting):
+class Speculation(DraftingOptions):
     lenience: LenienceOptions | None = Field(
         None,
         description="lossy: drafted tokens are kept more often than the target's distribution allows; null: exact",

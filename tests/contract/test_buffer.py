@@ -6,7 +6,7 @@ import pytest
 import redis
 
 from online import buffer as buffers
-from online.buffer import Bounds, Depth, MemoryBuffer, RedisBuffer, SignalBuffer
+from online.buffer import BufferLimits, Depth, MemoryBuffer, RedisBuffer, SignalBuffer
 from tests.conftest import missing
 
 Make = Callable[..., SignalBuffer]
@@ -17,16 +17,17 @@ NEWEST = "99999999999999-0"
 def make(request: pytest.FixtureRequest, redis_urls: dict[str, str]) -> Make:
     """Makes a buffer with given bounds; several share what they hold, as processes do."""
     if request.param == "memory":
-        held: dict[Bounds, MemoryBuffer] = {}
+        held: dict[BufferLimits, MemoryBuffer] = {}
         return lambda signals=1000, bytes=2**20, retention_s=3600: held.setdefault(
-            Bounds(signals, bytes, retention_s), MemoryBuffer(Bounds(signals, bytes, retention_s))
+            BufferLimits(signals, bytes, retention_s),
+            MemoryBuffer(BufferLimits(signals, bytes, retention_s)),
         )
     if request.param not in redis_urls:
         missing(request.param)
     client = redis.Redis.from_url(redis_urls[request.param])
     client.flushall()
     return lambda signals=1000, bytes=2**20, retention_s=3600: RedisBuffer(
-        client, Bounds(signals, bytes, retention_s)
+        client, BufferLimits(signals, bytes, retention_s)
     )
 
 
@@ -108,7 +109,7 @@ def test_age_is_bounded_without_any_new_entry(make: Make) -> None:
 
 def _expire(buffer: SignalBuffer) -> None:
     assert isinstance(buffer, MemoryBuffer)
-    buffer.bounds = Bounds(buffer.bounds.signals, buffer.bounds.bytes, -1)
+    buffer.bounds = BufferLimits(buffer.bounds.signals, buffer.bounds.bytes, -1)
     buffer.trim("r")
 
 

@@ -14,9 +14,9 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from decoder.models.base import LanguageModel, ServedModel, fit_vocabulary
-from decoder.models.cuda_graphs import Graphs
+from decoder.models.cuda_graphs import CudaGraphs
 from decoder.models.fingerprint import fingerprint
-from decoder.models.kv_cache import Nodes
+from decoder.models.kv_cache import TreePositions
 from decoder.models.llama import Llama
 from decoder.models.loading import ModelFiles, over_slots, refuse_windows, save_first_draft
 from decoder.rollout.live import LiveDraft
@@ -85,7 +85,7 @@ def captured_model() -> tuple[ServedModel, Callable[[list[int]], torch.Tensor]]:
     served, whole = module("llama"), served_model("llama")[1]
     model = over_slots([served.double()], SLOTS, CAPACITY, V)[0]
     assert isinstance(model, Llama)
-    model.graphs = Graphs(model._forward, SLOTS, CAPACITY, model.device, lambda work: work)
+    model.graphs = CudaGraphs(model._forward, SLOTS, CAPACITY, model.device, lambda work: work)
     return model, whole
 
 
@@ -213,7 +213,7 @@ def test_prompts_may_come_in_pieces(make: Make) -> None:
 TREES = {"a chain": (0, 1, 2), "a bush": (0, 0, 1, 1, 2), "twigs first": (0, 1, 0, 3, 3)}
 
 
-def nodes_of(parents: list[tuple[int, ...]], first: int) -> Nodes:
+def nodes_of(parents: list[tuple[int, ...]], first: int) -> TreePositions:
     """All nodes from the `first` on, of trees of one size."""
     size = len(parents[0]) + 1
     visible = torch.zeros(len(parents), size, size, dtype=torch.bool)
@@ -223,7 +223,7 @@ def nodes_of(parents: list[tuple[int, ...]], first: int) -> Nodes:
             if node:
                 visible[b, node] |= visible[b, tree[node - 1]]
     visible = visible.to(DEVICE)
-    return Nodes(visible.sum(-1)[:, first:] - 1, visible[:, first:])
+    return TreePositions(visible.sum(-1)[:, first:] - 1, visible[:, first:])
 
 
 @pytest.mark.parametrize("cut", [None, 1, 3], ids=["at once", "root first", "in two parts"])
@@ -241,7 +241,9 @@ def test_nodes_of_a_tree_see_their_own_ancestors_only(make: Make, cut: int | Non
     logits = []
     for begin, end in parts:
         every = nodes_of(trees, begin)
-        part = Nodes(every.depth_BT[:, : end - begin], every.visible_BTC[:, : end - begin, :end])
+        part = TreePositions(
+            every.depth_BT[:, : end - begin], every.visible_BTC[:, : end - begin, :end]
+        )
         logits.append(model.forward(rows, tokens[:, begin:end], starts, 4 + end, part))
     found = torch.cat(logits, 1)
     for b, tree in enumerate(trees):
@@ -336,7 +338,7 @@ def test_captured_shapes_are_padded_and_nobody_notices() -> None:
         return work
 
     feed(model, slice(0, 4), [[5, 6], [7, 8, 9], [10], [11, 12]], [0] * 4)
-    model.graphs = Graphs(model._forward, SLOTS, CAPACITY, model.device, capture)
+    model.graphs = CudaGraphs(model._forward, SLOTS, CAPACITY, model.device, capture)
     for start in (2, 3):  # the second step replays what the first one captured
         logits = feed(model, slice(0, 3), [[21, 22], [31, 32], [41, 42]], [start, start, 1])
     assert len(replays) == 1

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from decoder.models.kv_cache import Nodes, Rows, SlotCache
+from decoder.models.kv_cache import KVCache, Slots, TreePositions
 from decoder.models.ops import Norms, Operations, Rotations, TorchOperations
 from decoder.models.ops_cpu import FusedOperations
-from decoder.verification.tree_shape import Shape
+from decoder.verification.tree_shape import TreeShape
 
 CAPACITY, HEADS, KV_HEADS, SIZE = 24, 6, 2, 16
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
@@ -53,7 +53,7 @@ def test_norms_and_gates(dtype: torch.dtype, tokens: int) -> None:
 @pytest.mark.parametrize("normed", [False, True], ids=["bare", "head norms"])
 @pytest.mark.parametrize(("rows", "tokens"), [(slice(0, 1), 1), (slice(1, 4), 3), ([0, 2, 3], 2)])
 def test_turned_heads_and_their_places(
-    dtype: torch.dtype, normed: bool, rows: Rows, tokens: int
+    dtype: torch.dtype, normed: bool, rows: Slots, tokens: int
 ) -> None:
     count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
     starts = torch.tensor(
@@ -63,7 +63,7 @@ def test_turned_heads_and_their_places(
     q_norm, k_norm = (torch.randn(SIZE).to(dtype) if normed else None for _ in "qk")
     seen: list[list[torch.Tensor]] = []
     for ops in both(dtype):
-        cache = SlotCache(4, CAPACITY)
+        cache = KVCache(4, CAPACITY)
         cache.grow(KV_HEADS, SIZE, dtype, torch.device("cpu"))
         place = ops.place(rows, starts, tokens, CAPACITY)
         q = ops.turn(qkv.clone(), HEADS, place, Norms(q_norm, k_norm, 1e-6), cache, 0).clone()
@@ -80,11 +80,11 @@ def test_turned_heads_and_their_places(
 
 @pytest.mark.parametrize("rows", [slice(1, 4), [0, 2, 3]], ids=["a view", "a copy"])
 @pytest.mark.parametrize("first", [0, 2])
-def test_places_of_the_nodes_of_trees(rows: Rows, first: int) -> None:
+def test_places_of_the_nodes_of_trees(rows: Slots, first: int) -> None:
     """Positions by depth, cells one behind another, and sight of the context and the node's own ancestors."""
-    shapes = [Shape((0, 0, 1, 1)), Shape((0, 1, 2, 0)), Shape((0, 0, 0, 3))]
+    shapes = [TreeShape((0, 0, 1, 1)), TreeShape((0, 1, 2, 0)), TreeShape((0, 0, 0, 3))]
     visible_BTC = torch.stack([shape.visible for shape in shapes])[:, first:]
-    nodes = Nodes(visible_BTC.sum(-1) - 1, visible_BTC)
+    nodes = TreePositions(visible_BTC.sum(-1) - 1, visible_BTC)
     starts, tokens = (
         torch.tensor([4, 0, CAPACITY - 3]),
         5 - first,
@@ -95,7 +95,7 @@ def test_places_of_the_nodes_of_trees(rows: Rows, first: int) -> None:
     qkv = torch.randn(3 * tokens, (HEADS + 2 * KV_HEADS) * SIZE)
     seen = []
     for ops in (torch_ops, fused):
-        cache = SlotCache(4, CAPACITY)
+        cache = KVCache(4, CAPACITY)
         cache.grow(KV_HEADS, SIZE, torch.float32, torch.device("cpu"))
         place = ops.place(rows, starts, tokens, 12, nodes)
         q = ops.turn(qkv.clone(), HEADS, place, Norms(None, None, 1e-6), cache, 0).clone()

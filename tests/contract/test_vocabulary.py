@@ -9,17 +9,17 @@ from torch import Tensor
 
 from decoder.recording.observation import look
 from decoder.verification import fused as vocabulary
-from decoder.verification.lenience import Lenient
+from decoder.verification.lenience import LenientAcceptance
 from decoder.verification.proposal import CHOSEN, Proposal, Tree
 from decoder.verification.sampling import Sampling, most_likely, probabilities, sample
-from decoder.verification.tree_shape import Shape, chain
-from decoder.verification.verify import judge
+from decoder.verification.tree_shape import TreeShape, chain_shape
+from decoder.verification.verify import verify
 from online.messages import Lenience
 
 SIZES = [3, 64, 1000, 4099]
 B, G = 6, 3
 TEMPERATURES = [0.0, 1.0, 0.3, 0.0, 2.0, 1.0]
-LENIENT = Lenient.of(
+LENIENT = LenientAcceptance.of(
     [None, Lenience("lin", 0.3), None, None, Lenience("exp", 0.4), Lenience("sq", 0.6)]
 )
 
@@ -55,7 +55,7 @@ def test_probabilities_and_samples(size: int) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("top_k", [0, 2])
 @pytest.mark.parametrize("lenient", [None, LENIENT], ids=["exact", "lenient"])
-def test_verdicts(size: int, top_k: int, lenient: Lenient | None) -> None:
+def test_verdicts(size: int, top_k: int, lenient: LenientAcceptance | None) -> None:
     """Of rows that draft nothing, something and all, greedy and not, with drafts near the target and far from it."""
     reached = set()
     for _ in range(20):
@@ -73,9 +73,9 @@ def test_verdicts(size: int, top_k: int, lenient: Lenient | None) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("distinct", [False, True], ids=["with replacement", "without"])
 @pytest.mark.parametrize("lenient", [None, LENIENT], ids=["exact", "lenient"])
-def test_verdicts_on_trees(size: int, distinct: bool, lenient: Lenient | None) -> None:
+def test_verdicts_on_trees(size: int, distinct: bool, lenient: LenientAcceptance | None) -> None:
     """Of candidates that were drawn, and of some that were chosen."""
-    shape, reached = Shape((0, 0, 0, 1, 1, 2, 4)), set()
+    shape, reached = TreeShape((0, 0, 0, 1, 1, 2, 4)), set()
     for _ in range(20):
         logits_BTV = 2 * torch.randn(B, 8, size)
         draft_BQV = logits_BTV[:, list(shape.expanded)] + torch.rand(B, 1, 1) * torch.randn(
@@ -103,7 +103,9 @@ def test_verdicts_on_trees(size: int, distinct: bool, lenient: Lenient | None) -
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("lenient", [None, LENIENT], ids=["exact", "lenient"])
-def test_verdicts_on_chains_of_drawn_and_chosen(size: int, lenient: Lenient | None) -> None:
+def test_verdicts_on_chains_of_drawn_and_chosen(
+    size: int, lenient: LenientAcceptance | None
+) -> None:
     """Distributions are there of drawn ones only, and some rows are trees."""
     reached, drawn_of = (
         set(),
@@ -121,7 +123,7 @@ def test_verdicts_on_chains_of_drawn_and_chosen(size: int, lenient: Lenient | No
         )
         tokens_BN = torch.where(drawn_of == CHOSEN, best_BN[:, :4], drawn_BN)
         tree = replace(
-            Tree.of(chain(4), B, True, "cpu"),
+            Tree.of(chain_shape(4), B, True, "cpu"),
             sources_BN=drawn_of,
             chains=[True] * (B - 1) + [False],
         )
@@ -134,8 +136,8 @@ def test_verdicts_on_chains_of_drawn_and_chosen(size: int, lenient: Lenient | No
 def judged_alike(logits_BTV: Tensor, proposal: Proposal, *more: Any) -> set[int]:
     """How many candidates were kept."""
     compiled, reference = (
-        judge(logits_BTV, proposal, *more),
-        judge(logits_BTV.double(), proposal, *more),
+        verify(logits_BTV, proposal, *more),
+        verify(logits_BTV.double(), proposal, *more),
     )
     walked_BN = (
         torch.arange(proposal.candidates) < compiled.accepted_B[:, None]
@@ -178,7 +180,7 @@ def test_logits_that_are_no_numbers_end_nowhere_else() -> None:
         logits_BTV, own = torch.full((B, G + 1, 100), broken), sampling(100)
         proposal = Proposal.empty(B, G, 100, "cpu", greedy=False)
         drawn = torch.rand(B, G, dtype=torch.float64), torch.rand(B, dtype=torch.float64)
-        assert judge(logits_BTV, proposal, own, *drawn).next_B.max() < 100
+        assert verify(logits_BTV, proposal, own, *drawn).next_B.max() < 100
         ids = vocabulary.observe(
             logits_BTV, proposal.logits_BQV, proposal.tokens_BN, torch.full((B,), G), 8
         )[0]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from online.prompt_routes import Clusters
+from online.prompt_routes import PromptClusters
 from online.signals import decode
 from tests.e2e.conftest import Served, serve, tiny_settings
 from tests.loop.conftest import until
@@ -21,7 +21,7 @@ LATEST = "99999999999999-0"
 def sorted_out(pair: TinyPair, redis_url: str, tmp_path: Path) -> Iterator[Served]:
     """A decoder that has seen two kinds of prompts before it was started again."""
     settings = tiny_settings(pair, tmp_path, redis_url, learnt_routes=2)
-    clusters = Clusters(settings)
+    clusters = PromptClusters(settings)
     for _, ids in stream(2, 700):
         clusters.route(ids, learn=True)
     clusters.save()
@@ -143,4 +143,4 @@ def test_clusters_are_kept_when_the_decoder_ends(
     settings = tiny_settings(pair, tmp_path, redis_url, learnt_routes=2)
     with serve(settings) as served:
         ask(served, 0)
-    assert Clusters(settings)._router.prompts == 1
+    assert PromptClusters(settings)._router.prompts == 1

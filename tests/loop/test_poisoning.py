@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from online.artifacts import ArtifactStore
-from online.buffer import Bounds, MemoryBuffer
+from online.buffer import BufferLimits, MemoryBuffer
 from online.cycles import CycleLedger
 from online.registry import Candidate, Registry
 from online.settings import Settings
@@ -45,7 +45,7 @@ class Workplace:
         database = connect(settings.sql_url)
         self.registry, self.ledger = Registry(database), CycleLedger(database)
         self.buffer, self.artifacts = (
-            MemoryBuffer(Bounds(10_000, 2**30, 3600)),
+            MemoryBuffer(BufferLimits(10_000, 2**30, 3600)),
             ArtifactStore(settings.artifacts_path),
         )
         self.shop = cycle.Workshop(

@@ -9,17 +9,17 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from decoder.policy.bandit import FLOOR, STRETCH, Choice, Situation
+from decoder.policy.bandit import FLOOR, STRETCH, DrafterBandit, Workload
 
-HERE = Situation("default", 3, greedy=False)
+HERE = Workload("default", 3, greedy=False)
 
 
 def play(
-    choice: Choice,
+    choice: DrafterBandit,
     means: Sequence[float],
     steps: int,
     rng: np.random.Generator,
-    where: Situation = HERE,
+    where: Workload = HERE,
 ) -> float:
     """Tokens per second, where way i emits `means[i]` tokens in about a second."""
     tokens = seconds = 0.0
@@ -31,11 +31,11 @@ def play(
     return tokens / seconds
 
 
-def made(ways: int) -> Choice:
-    return Choice([str(i) for i in range(ways)])
+def made(ways: int) -> DrafterBandit:
+    return DrafterBandit([str(i) for i in range(ways)])
 
 
-def fastest(choice: Choice) -> str:
+def fastest(choice: DrafterBandit) -> str:
     return max((belief.log_speed, name) for name, belief in choice.beliefs(HERE).items())[1]
 
 
@@ -94,12 +94,12 @@ def test_others_get_their_share_and_no_more() -> None:
 
 def test_a_try_does_not_pay_for_what_was_drafted_without_it() -> None:
     """Catching up counts for the way in use, and not for one that is tried."""
-    choice = Choice(("old", "new"))
+    choice = DrafterBandit(("old", "new"))
     for _ in range(4 * STRETCH):
         choice.choose(HERE)
         choice.stepped(2, 1.0, before=1.0)
     assert choice.beliefs(HERE)["old"].log_speed < math.log(1.9)
-    tried = Choice(("old", "new"))
+    tried = DrafterBandit(("old", "new"))
     for _ in range(2 * STRETCH):
         tried.choose(HERE)
         tried.stepped(2, 1.0, before=1.0)
@@ -108,7 +108,7 @@ def test_a_try_does_not_pay_for_what_was_drafted_without_it() -> None:
 
 def test_situations_are_told_apart() -> None:
     """What is best for one row need not be for eight."""
-    choice = Choice(("slow", "fast"))
+    choice = DrafterBandit(("slow", "fast"))
     for _ in range(40 * STRETCH):
         for rows, good in ((0, "fast"), (3, "slow")):
             choice.stepped(3 if choice.choose(HERE._replace(rows=rows)) == good else 1, 1.0)
@@ -147,7 +147,7 @@ def test_short_situations_learn_together() -> None:
         rng, choice = np.random.default_rng(seed), made(4)
         common, worth, best = rng.normal(0, 0.15, 4), 0.0, 0.0
         speeds = {
-            Situation("default", rows, greedy): 2.0**rows * np.exp(common + rng.normal(0, 0.05, 4))
+            Workload("default", rows, greedy): 2.0**rows * np.exp(common + rng.normal(0, 0.05, 4))
             for rows in (1, 2, 3)
             for greedy in (False, True)
         }

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sqlalchemy import Engine
 
-from decoder.rollout.canary import Canaries
+from decoder.rollout.canary import CanaryController
 from decoder.rollout.installer import Installer
 from decoder.rollout.live import LiveDraft, fraction
 from online.artifacts import ArtifactStore
@@ -141,7 +141,7 @@ class Tried:
     """A canary that the ledger says is running, in an engine that has taken it up."""
 
     tiny: Bench
-    canaries: Canaries
+    canaries: CanaryController
     ledger: CanaryLedger
     version: int
 
@@ -163,7 +163,7 @@ def tried(tiny: Bench, pair: TinyPair, sqlite: Engine, tmp_path: Path) -> Tried:
         open_canary(session, "default", version, 1, 0.5, "test", "test")
     active(tiny).share = 0.0
     installer = Installer(tiny.engine.between_steps, artifacts, lambda: "same")
-    canaries = Canaries(
+    canaries = CanaryController(
         {"default": active(tiny)}, installer, registry, ledger, Rules(20, 400, 0.03), tiny.metrics
     )
     canaries.follow()

@@ -12,17 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from decoder.drafters import chain as chains
-from decoder.drafters.base import Group, cascade, model
+from decoder.drafters import cascade, model
+from decoder.drafters import chain_shape as chains
+from decoder.drafters.base import DraftGroup
 from decoder.drafters.chain import Chain
 from decoder.models.ragged import integers, ragged
-from decoder.policy.draft_cost import FREE, Price
-from decoder.policy.keep_rates import DRAWN, Kept
-from decoder.sequence.ngram_index import Guess
+from decoder.policy.draft_cost import NO_COST, DraftCost
+from decoder.policy.keep_rates import DRAWN, KeepRates
+from decoder.sequence.ngram_index import NgramGuess
 from decoder.verification.proposal import CHOSEN, Proposal, Tree
 from decoder.verification.sampling import Sampling
-from decoder.verification.tree_shape import chain
-from decoder.verification.verify import judge
+from decoder.verification.tree_shape import chain_shape
+from decoder.verification.verify import verify
 from lab import enumeration
 from lab.enumeration import DRAFT, TARGET, Case, distance, of_all, told
 from tests.tabular import TableModel
@@ -32,8 +33,8 @@ V = 4
 CONTEXTS = [[1, 2, 3], [0, 1], [2, 2, 2, 2]]
 CACHED, DRAFTED = [1, 1, 0], [4, 2, 3]
 SEEN = False, 1, 0  # evidence
-CHEAP, DEAR = Price(0.0, 0.15, 0.1), Price(0.0, 0.4, 0.1)  # of one row
-Guesses = Callable[[list[int]], Guess | None]
+CHEAP, DEAR = DraftCost(0.0, 0.15, 0.1), DraftCost(0.0, 0.4, 0.1)  # of one row
+Guesses = Callable[[list[int]], NgramGuess | None]
 
 
 def made(context: list[int], held: int, most: int, guess: Guesses, **more: Any) -> Chain:
@@ -41,8 +42,8 @@ def made(context: list[int], held: int, most: int, guess: Guesses, **more: Any) 
     given_ = {
         "lead": most,
         "acceptance": 1.0,
-        "share": FREE,
-        "known": Kept(),
+        "share": NO_COST,
+        "known": KeepRates(),
         "greedy": False,
         **more,
     }
@@ -68,11 +69,11 @@ def test_guesses_do_not_change_what_the_model_drafts(
     fed = [context[start:] for context, start in zip(CONTEXTS, CACHED, strict=True)]
     starts_B, longest = integers(CACHED, "cpu"), max(map(len, CONTEXTS))
     unseen_BT, unseen_B = ragged(fed, "cpu"), integers(list(map(len, fed)), "cpu")
-    shaped = drafted_B, chain(4), sampling, uniform_BN
+    shaped = drafted_B, chain_shape(4), sampling, uniform_BN
     expected = model.propose(primed(), rows, unseen_BT, unseen_B, starts_B, longest, *shaped)
 
-    def guess(drafted: list[int]) -> Guess | None:
-        return Guess(int(rng.integers(V)), SEEN, 0.9) if rng.random() < 0.7 else None
+    def guess(drafted: list[int]) -> NgramGuess | None:
+        return NgramGuess(int(rng.integers(V)), SEEN, 0.9) if rng.random() < 0.7 else None
 
     table = primed()
     rows_of = [made(*asked, guess) for asked in zip(CONTEXTS, CACHED, DRAFTED, strict=True)]
@@ -108,8 +109,8 @@ def test_right_guesses_save_forwards() -> None:
     right, forwards = drafted(lambda _: None)
     assert forwards == 4
 
-    def guess(drafted: list[int]) -> Guess:
-        return Guess(right[len(drafted)], SEEN, 0.9)
+    def guess(drafted: list[int]) -> NgramGuess:
+        return NgramGuess(right[len(drafted)], SEEN, 0.9)
 
     assert drafted(guess) == (right, 1)
     assert drafted(guess, acceptance=0.9) == (right, 0)
@@ -123,20 +124,20 @@ class Draft(TableModel):
         return enumeration.logits(DRAFT, list(context[1:]), self._dtype).double().numpy()  # type: ignore[no-any-return]
 
 
-def guess(drafted: list[int]) -> Guess | None:
+def guess(drafted: list[int]) -> NgramGuess | None:
     """Sure of some, less so of others."""
     kept = (0.4, 0.95, 0.0)[(sum(drafted) + len(drafted)) % 3]
-    return Guess((2 * sum(drafted) + 1) % 3, SEEN, kept) if kept else None
+    return NgramGuess((2 * sum(drafted) + 1) % 3, SEEN, kept) if kept else None
 
 
-def other(drafted: list[int]) -> Guess | None:
+def other(drafted: list[int]) -> NgramGuess | None:
     """Of another row: as sure, of other tokens, and not at the same places."""
     return guess([*drafted, len(drafted) + 1])
 
 
-def known() -> Kept:
+def known() -> KeepRates:
     """What seemed likely to the model was kept, and nothing else."""
-    found = Kept()
+    found = KeepRates()
     for share in range(9):
         for _ in range(50):
             found.seen((False, DRAWN, share), share >= 4)
@@ -149,7 +150,7 @@ def step(
     dtype: torch.dtype,
     masks: int = 0,
     beside: Sequence[float] = (),
-    each: Price = CHEAP,
+    each: DraftCost = CHEAP,
 ) -> Proposal | None:
     """`beside`: uniforms of another row that shares the step and has its own guesses."""
     count = 2 if beside else 1
@@ -169,7 +170,7 @@ def step(
     )
     those: Any = [SimpleNamespace(tokens=[0])] * count
     nothing: Any = None
-    group = Group(
+    group = DraftGroup(
         nothing, nothing, slice(0, count), those, [3] * count, sampling, uniform_BN, 3, "cpu", price
     )
     return chains.finished(rows, logits_BQV, probs_BQV, group)
@@ -214,7 +215,7 @@ def _case(
     q_BQV = torch.zeros((len(ends), 3, 3), dtype=dtype)
     for b, (_, _, q_QV, _) in enumerate(ends):
         q_BQV[b, : len(q_QV)] = q_QV
-    tree = Tree.of(chain(3), len(ends), False, "cpu")
+    tree = Tree.of(chain_shape(3), len(ends), False, "cpu")
     tree = replace(
         tree, sources_BN=torch.tensor([[*sources, 0, 0, 0][:3] for _, sources, _, _ in ends])
     )
@@ -237,7 +238,7 @@ def test_what_is_emitted_is_the_targets(setting: str, masks: int, dtype: torch.d
     assert case.probability_B.sum().item() == pytest.approx(1)
     assert len({*case.proposal.drafted_B.tolist()}) > 1
     assert len({*case.proposal.tree.sources_BN.flatten().tolist()}) > 2
-    assert distance(judge, case) <= LIMIT
+    assert distance(verify, case) <= LIMIT
 
 
 @either
@@ -249,7 +250,7 @@ def test_it_is_exact_beside_another_row(
     """How long that one gets depends on whether the model is asked again, and so on what the first one has drawn."""
     case = outcomes(SETTINGS["plain"], dtype, masks=masks, beside=beside, each=DEAR)
     assert case.probability_B.sum().item() == pytest.approx(1)
-    assert distance(judge, case) <= LIMIT
+    assert distance(verify, case) <= LIMIT
 
 
 def test_to_leave_out_what_was_drawn_for_others_being_short_would_not_be_exact(
@@ -258,17 +259,18 @@ def test_to_leave_out_what_was_drawn_for_others_being_short_would_not_be_exact(
     """They are short for what was drawn."""
     monkeypatch.setattr(Chain, "fixed", 0)
     assert (
-        distance(judge, outcomes(SETTINGS["plain"], torch.float64, beside=(0.1,), each=DEAR)) > 1e-2
+        distance(verify, outcomes(SETTINGS["plain"], torch.float64, beside=(0.1,), each=DEAR))
+        > 1e-2
     )
 
 
 def test_a_candidate_has_to_be_worth_its_place_in_all_rows() -> None:
     """What one row is sure of, others pay for; a request that says how much to draft has it."""
-    price = Price(0.0, 0.6, 0.0)
+    price = DraftCost(0.0, 0.6, 0.0)
 
     def longest(*kept: float, **more: Any) -> int:
         rows = [
-            made([0], 0, 6, lambda _, kept=one: Guess(1, SEEN, kept), lead=0, share=price)
+            made([0], 0, 6, lambda _, kept=one: NgramGuess(1, SEEN, kept), lead=0, share=price)
             for one in kept
         ]
         for name, value in more.items():
@@ -279,7 +281,7 @@ def test_a_candidate_has_to_be_worth_its_place_in_all_rows() -> None:
     assert longest(0.4) == 0
     assert longest(0.9, 0.4) == 5  # 0.9^5 + 0.4^5 is
     assert longest(0.4, 0.4) == 1
-    assert longest(0.4, 0.9, share=FREE) == 6
+    assert longest(0.4, 0.9, share=NO_COST) == 6
 
 
 def test_drafting_at_all_has_to_be_worth_its_start() -> None:
@@ -287,11 +289,16 @@ def test_drafting_at_all_has_to_be_worth_its_start() -> None:
 
     def longest(start: float, drawn: bool = False) -> int:
         one = made(
-            [0], 0, 3, lambda _: Guess(1, SEEN, 0.5), share=Price(0.0, 0.1, 0.0), known=known()
+            [0],
+            0,
+            3,
+            lambda _: NgramGuess(1, SEEN, 0.5),
+            share=DraftCost(0.0, 0.1, 0.0),
+            known=known(),
         )
         if drawn:
             one.draw([1], [0.0], masked=False)
-        return chains.complete([one], Price(start, 0.1, 0.0))  # 0.5 + 0.25 + 0.125 are kept
+        return chains.complete([one], DraftCost(start, 0.1, 0.0))  # 0.5 + 0.25 + 0.125 are kept
 
     assert (longest(0.57), longest(0.58)) == (3, 0)
     assert longest(0.58, drawn=True) == 1
@@ -299,7 +306,7 @@ def test_drafting_at_all_has_to_be_worth_its_start() -> None:
 
 def test_the_model_is_asked_where_the_rows_together_gain_its_forward() -> None:
     """One row's 0.5 is not worth 0.8, two rows' are; whose draft lags is not asked, and is caught up if that pays."""
-    price, nobody = Price(0.0, 0.1, 0.7), lambda _: None
+    price, nobody = DraftCost(0.0, 0.1, 0.7), lambda _: None
 
     def asked(*lags: bool) -> tuple[int, list[int], list[bool]]:
         rows = [made([1], 0, 1, nobody, acceptance=0.5, share=price, lags=lag) for lag in lags]

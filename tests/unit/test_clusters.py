@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from online.clustering import POOL
-from online.prompt_routes import SAVE_EVERY, Clusters
+from online.prompt_routes import SAVE_EVERY, PromptClusters
 from online.settings import Settings
 from tests.unit.test_router import prompt, stream
 
@@ -18,27 +18,27 @@ def settings(folder: Path, learnt_routes: int = 2) -> Settings:
     return Settings(data_dir=folder / "data", learnt_routes=learnt_routes)
 
 
-def routes(clusters: Clusters, count: int, seed: int = 0) -> list[str]:
+def routes(clusters: PromptClusters, count: int, seed: int = 0) -> list[str]:
     return [clusters.route(ids, learn=True) for _, ids in stream(2, count, seed)]
 
 
 def test_prompts_are_the_default_route_s_until_there_are_clusters(tmp_path: Path) -> None:
     """Then each is its cluster's."""
-    found = routes(Clusters(settings(tmp_path)), POOL + 100)
+    found = routes(PromptClusters(settings(tmp_path)), POOL + 100)
     assert set(found[:POOL]) == {"default"}
     assert set(found[POOL:]) - {"default"} == ROUTES
 
 
 def test_without_learnt_routes_there_are_none(tmp_path: Path) -> None:
     """Nor a router."""
-    assert Clusters.of(settings(tmp_path, 0)) is None
+    assert PromptClusters.of(settings(tmp_path, 0)) is None
 
 
 def test_a_cluster_keeps_its_identity_over_restarts(tmp_path: Path) -> None:
     """The state is written as soon as clusters begin, also without an orderly end."""
-    before = Clusters(settings(tmp_path))
+    before = PromptClusters(settings(tmp_path))
     routes(before, POOL)
-    again = Clusters(settings(tmp_path))
+    again = PromptClusters(settings(tmp_path))
     assert routes(again, 100, seed=1) == routes(before, 100, seed=1)
     assert again.size("default-c1") == before.size("default-c1")
     assert (again.size("default"), again.size("default-c3")) == (None, None)
@@ -46,7 +46,7 @@ def test_a_cluster_keeps_its_identity_over_restarts(tmp_path: Path) -> None:
 
 def test_the_state_is_written_rarely(tmp_path: Path) -> None:
     """Once when clusters begin, and then every so many prompts; nothing else is left beside it."""
-    clusters, path = Clusters(settings(tmp_path)), tmp_path / "data" / "clusters.npz"
+    clusters, path = PromptClusters(settings(tmp_path)), tmp_path / "data" / "clusters.npz"
     routes(clusters, POOL)
     first = path.read_bytes()
     routes(clusters, SAVE_EVERY - 1, seed=1)
@@ -60,27 +60,27 @@ def test_a_damaged_state_fails_nothing(tmp_path: Path) -> None:
     """Clusters begin anew."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "clusters.npz").write_bytes(b"junk")
-    assert set(routes(Clusters(settings(tmp_path)), POOL + 50)) == {"default", *ROUTES}
+    assert set(routes(PromptClusters(settings(tmp_path)), POOL + 50)) == {"default", *ROUTES}
 
 
 def test_a_place_that_can_t_be_written_fails_nothing(tmp_path: Path) -> None:
     """Clusters live in memory then."""
     (tmp_path / "data").write_text("a file, where a folder should be")
-    clusters = Clusters(settings(tmp_path))
+    clusters = PromptClusters(settings(tmp_path))
     assert set(routes(clusters, POOL + 50)) == {"default", *ROUTES}
     clusters.save()
 
 
 def test_clusters_beyond_those_wanted_now_are_the_default_route_s(tmp_path: Path) -> None:
     """Fewer than before: the others stay in the state, and have their drafts again when they are wanted again."""
-    routes(Clusters(settings(tmp_path)), POOL)
-    assert set(routes(Clusters(settings(tmp_path, 1)), 50)) == {"default", "default-c1"}
-    assert set(routes(Clusters(settings(tmp_path, 2)), 50)) >= ROUTES
+    routes(PromptClusters(settings(tmp_path)), POOL)
+    assert set(routes(PromptClusters(settings(tmp_path, 1)), 50)) == {"default", "default-c1"}
+    assert set(routes(PromptClusters(settings(tmp_path, 2)), 50)) >= ROUTES
 
 
 def test_many_threads_may_ask_at_once(tmp_path: Path) -> None:
     """Every prompt is counted once."""
-    clusters, rng = Clusters(settings(tmp_path)), random.Random(0)
+    clusters, rng = PromptClusters(settings(tmp_path)), random.Random(0)
     prompts = [prompt(i % 2, rng) for i in range(POOL + 400)]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda ids: clusters.route(ids, learn=True), prompts))
@@ -92,6 +92,6 @@ def test_many_threads_may_ask_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("learn", [True, False])
 def test_what_is_not_stored_is_not_learnt_from(tmp_path: Path, learn: bool) -> None:
     """Prompts that must leave nothing make no clusters."""
-    clusters = Clusters(settings(tmp_path))
+    clusters = PromptClusters(settings(tmp_path))
     found = [clusters.route(ids, learn=learn) for _, ids in stream(2, POOL + 50)]
     assert bool(set(found) & ROUTES) is learn

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from decoder.policy.acceptance import FIRST_GUESS, ROUTE_MEMORY, ROW_MEMORY, Acceptance
-from decoder.policy.gamma import MARGIN, PROBE_SHARE, Control, expected_tokens
-from decoder.policy.step_times import StepCosts
+from decoder.policy.gamma import MARGIN, PROBE_SHARE, GammaController, expected_tokens
+from decoder.policy.step_times import StepTimes
 
 MAX_GAMMA, SLOTS = 6, 8
 
@@ -23,12 +23,12 @@ def straight(plain: float, drafted: float) -> dict[int, float]:
     return {gamma: plain + gamma * drafted for gamma in range(MAX_GAMMA + 1)}
 
 
-def control(plain: float, drafted: float, slots: int = SLOTS) -> Control:
+def control(plain: float, drafted: float, slots: int = SLOTS) -> GammaController:
     """One that has measured such steps, for every number of rows."""
-    costs = StepCosts(MAX_GAMMA, slots)
-    for rows in costs.rows:
+    costs = StepTimes(MAX_GAMMA, slots)
+    for rows in costs.batch_sizes:
         costs.measured(rows, straight(plain, drafted))
-    return Control(costs, MAX_GAMMA)
+    return GammaController(costs, MAX_GAMMA)
 
 
 # ── costs ──
@@ -36,7 +36,7 @@ def control(plain: float, drafted: float, slots: int = SLOTS) -> Control:
 
 def test_seconds_between_measured_ones_are_interpolated() -> None:
     """Three measurements make a whole row; beyond the last one nothing is made up."""
-    costs = StepCosts(MAX_GAMMA, SLOTS)
+    costs = StepTimes(MAX_GAMMA, SLOTS)
     costs.measured(4, {0: 1.0, 1: 2.0, 5: 4.0})
     assert costs.seconds(4) == pytest.approx([1, 2, 2.5, 3, 3.5, 4, 4])
 
@@ -46,19 +46,19 @@ def test_numbers_of_rows_have_the_costs_of_the_next_measured_one(
     slots: int, data: st.DataObject
 ) -> None:
     """Every number up to that of slots, whether or not it is a power of two."""
-    costs = StepCosts(2, slots)
-    assert costs.rows[-1] == slots
-    for rows in costs.rows:
+    costs = StepTimes(2, slots)
+    assert costs.batch_sizes[-1] == slots
+    for rows in costs.batch_sizes:
         costs.measured(rows, {0: float(rows), 2: float(rows)})
     rows = data.draw(st.integers(1, slots))
     assert costs.seconds(rows)[0] == pytest.approx(
-        min(known for known in costs.rows if known >= rows)
+        min(known for known in costs.batch_sizes if known >= rows)
     )
 
 
 def test_observed_steps_move_the_estimate_to_what_they_took() -> None:
     """Of this γ all the way; of other numbers of rows not at all."""
-    costs = control(1.0, 0.5).costs
+    costs = control(1.0, 0.5).step_times
     for _ in range(200):
         costs.observe(4, 2, 5.0)
     assert costs.seconds(4)[2] == pytest.approx(5.0, rel=0.01)
@@ -67,7 +67,7 @@ def test_observed_steps_move_the_estimate_to_what_they_took() -> None:
 
 def test_a_gamma_that_is_not_tried_follows_its_neighbours() -> None:
     """When the others become four times slower it does so too, though not all the way: nobody has seen it."""
-    costs = control(1.0, 0.5).costs
+    costs = control(1.0, 0.5).step_times
     before = np.array(costs.seconds(4))
     for _ in range(200):
         for gamma in (0, 1, 2, 3):
@@ -80,7 +80,7 @@ def test_a_gamma_that_is_not_tried_follows_its_neighbours() -> None:
 
 def test_one_slow_step_says_little() -> None:
     """A thousandfold pause of the machine moves the estimate by a few percent."""
-    costs = control(1.0, 0.5).costs
+    costs = control(1.0, 0.5).step_times
     before = np.array(costs.seconds(4))
     costs.observe(4, 2, 1000 * before[2])
     assert (np.array(costs.seconds(4)) < 1.05 * before).all()
@@ -88,7 +88,7 @@ def test_one_slow_step_says_little() -> None:
 
 def test_a_measurement_replaces_what_steps_before_it_showed() -> None:
     """Steps are observed while they are being timed; what counts afterwards is the timing."""
-    costs = StepCosts(MAX_GAMMA, SLOTS)
+    costs = StepTimes(MAX_GAMMA, SLOTS)
     for gamma in (0, 1, MAX_GAMMA):
         for _ in range(8):
             costs.observe(4, gamma, 0.01)
@@ -135,11 +135,11 @@ def test_drafting_that_costs_what_it_gains_is_left_out(rate: float) -> None:
     """Equal speeds for all γ; and a gain within the margin, which drafts' prompts would eat."""
     tokens = np.array(expected_tokens([rate], MAX_GAMMA))
     for gain, drafts in ((1.0, False), (0.99 * MARGIN, False), (1.05 * MARGIN, True)):
-        costs = StepCosts(MAX_GAMMA, SLOTS)
+        costs = StepTimes(MAX_GAMMA, SLOTS)
         costs.measured(
             1, {gamma: tokens[gamma] / (gain if gamma else 1.0) for gamma in range(MAX_GAMMA + 1)}
         )
-        assert (Control(costs, MAX_GAMMA).gamma([rate], 1) > 0) == drafts
+        assert (GammaController(costs, MAX_GAMMA).gamma([rate], 1) > 0) == drafts
 
 
 def test_rows_with_a_gamma_of_their_own_make_others_wait_for_less() -> None:
@@ -158,10 +158,10 @@ def test_the_choice_is_the_fastest_by_what_is_known(
     rates: list[float], seconds: list[float]
 ) -> None:
     """No γ promises more tokens a second than the chosen one, but for the margin of the plain step."""
-    costs = StepCosts(MAX_GAMMA, SLOTS)
+    costs = StepTimes(MAX_GAMMA, SLOTS)
     costs.measured(4, dict(enumerate(seconds)))
     speed = np.array(expected_tokens(rates, MAX_GAMMA)) / costs.seconds(4)
-    chosen = Control(costs, MAX_GAMMA).gamma(rates, len(rates)) if len(rates) > 2 else None
+    chosen = GammaController(costs, MAX_GAMMA).gamma(rates, len(rates)) if len(rates) > 2 else None
     if chosen:
         assert speed[chosen] == pytest.approx(speed.max())
         assert speed[chosen] > MARGIN * speed[0]
@@ -172,9 +172,9 @@ def test_the_choice_is_the_fastest_by_what_is_known(
 def test_a_request_may_ask_for_more_than_is_accounted_for() -> None:
     """Its steps say nothing about the γ that there are."""
     made = control(1.0, 0.5)
-    before = made.costs.seconds(1)
+    before = made.step_times.seconds(1)
     made.stepped(1, MAX_GAMMA + 1, 30.0, 1)
-    assert made.costs.seconds(1) == before
+    assert made.step_times.seconds(1) == before
 
 
 def test_probes_take_a_share_of_plain_steps() -> None:
@@ -278,10 +278,10 @@ class Loop:
     steps_by_gamma: np.ndarray = field(default_factory=lambda: np.zeros(MAX_GAMMA + 1, int))
 
     def __post_init__(self) -> None:
-        costs = StepCosts(MAX_GAMMA, self.rows)
-        for rows in costs.rows:
+        costs = StepTimes(MAX_GAMMA, self.rows)
+        for rows in costs.batch_sizes:
             costs.measured(rows, {gamma: float(self.seconds[gamma]) for gamma in (0, 1, MAX_GAMMA)})
-        self.control = Control(costs, MAX_GAMMA)
+        self.control = GammaController(costs, MAX_GAMMA)
         self.route = Acceptance(ROUTE_MEMORY)
         self.running = [self._new() for _ in range(self.rows)]
 

@@ -10,10 +10,10 @@ from online.buffer import Entry
 from online.signals import Signal
 from tests.signals import signal
 from trainer.batches import held_out
-from trainer.curriculum import Bounds, Exam, curriculum, drawn, fair
+from trainer.curriculum import CurriculumLimits, Exam, curriculum, drawn, fair
 from trainer.gate import MIN_REQUESTS
 
-BOUNDS = Bounds(replay=400, exam=200, client_share=0.5, fewest=0)
+BOUNDS = CurriculumLimits(replay=400, exam=200, client_share=0.5, fewest=0)
 
 
 def requests(count: int, name: str = "r", client: str = "", **more: object) -> list[Signal]:
@@ -52,7 +52,9 @@ def test_the_same_signals_make_the_same_curriculum() -> None:
 def test_bounds_keep_the_newest() -> None:
     """Of the replay and of each stratum."""
     window, older = requests(400, "w"), requests(400, "o")
-    found = curriculum(window, older, Bounds(replay=10, exam=12, client_share=0.5, fewest=0))
+    found = curriculum(
+        window, older, CurriculumLimits(replay=10, exam=12, client_share=0.5, fewest=0)
+    )
     assert ids(found.exam.new) == ids([s for s in reversed(window) if held_out(s)][:12])
     assert ids(found.exam.earlier) == ids([s for s in older if held_out(s)][:12])
     assert [i for i in ids(found.passes[0]) if i[0] == "o"] == ids(
@@ -181,7 +183,7 @@ def test_every_window_replays_in_an_order_of_its_own() -> None:
 def test_passes_replay_all_that_is_older(count: int, size: int) -> None:
     """Every pass has the window and as much of the older ones, and together they have all of those."""
     window, older = requests(8, "w"), requests(count, "o")
-    bounds = Bounds(replay=size, exam=200, client_share=1, fewest=0)
+    bounds = CurriculumLimits(replay=size, exam=200, client_share=1, fewest=0)
     learnt = [s.request_id for s in older if not held_out(s)]
     replayed = [
         [i for i in ids(lessons) if i[0] == "o"]

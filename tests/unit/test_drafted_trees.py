@@ -10,16 +10,16 @@ from torch import Tensor
 from decoder.drafters.model import propose
 from decoder.verification.proposal import Proposal
 from decoder.verification.sampling import Sampling, probabilities
-from decoder.verification.tree_shape import Shape, chain
+from decoder.verification.tree_shape import TreeShape, chain_shape
 from lab.enumeration import outcome_masses
 from tests.tabular import TableModel
 from tests.unit.test_exactness import PROMPT, SETTINGS, V, either
 
-BUSH = Shape((0, 0, 1, 1, 2))
+BUSH = TreeShape((0, 0, 1, 1, 2))
 
 
 def drafted(
-    shape: Shape,
+    shape: TreeShape,
     setting: tuple[float, int, float],
     uniform_BN: Tensor,
     distinct: bool,
@@ -37,7 +37,7 @@ def drafted(
     )
 
 
-def context(shape: Shape, tokens: list[int], node: int) -> list[int]:
+def context(shape: TreeShape, tokens: list[int], node: int) -> list[int]:
     ancestors = [n for n in range(1, node + 1) if shape.visible[node, n]]
     return [*PROMPT, *(tokens[n - 1] for n in ancestors)]
 
@@ -75,7 +75,7 @@ def test_candidates_are_drawn_from_what_the_draft_says(
 
 @either
 def test_greedy_rows_get_the_most_likely_tokens(dtype: torch.dtype) -> None:
-    shape = Shape.of_widths((3, 2))
+    shape = TreeShape.of_widths((3, 2))
     found = drafted(shape, SETTINGS["greedy"], torch.zeros(1, 9, dtype=torch.float64), True, dtype)
     tokens, table = found.tokens_BN[0].tolist(), TableModel(V, 3, dtype=dtype)
     for node, own in itertools.chain.from_iterable(
@@ -87,21 +87,21 @@ def test_greedy_rows_get_the_most_likely_tokens(dtype: torch.dtype) -> None:
 
 def test_shapes() -> None:
     """Widths, the best shape under a budget against all others, and what a chain is."""
-    assert Shape.of_widths((2, 1)).parents == (0, 0, 1, 2)
-    assert (chain(3).is_chain, BUSH.is_chain) == (True, False)
+    assert TreeShape.of_widths((2, 1)).parents == (0, 0, 1, 2)
+    assert (chain_shape(3).is_chain, BUSH.is_chain) == (True, False)
     rates, depth = [0.6, 0.2, 0.1], 3
     for candidates in range(1, 7):
-        best = Shape.best(rates, candidates, depth)
+        best = TreeShape.best(rates, candidates, depth)
         assert len(best.parents) == candidates
         assert value(best, rates) == pytest.approx(
             max(value(each, rates) for each in every(candidates, depth, len(rates)))
         )
 
 
-def every(candidates: int, depth: int, width: int) -> list[Shape]:
+def every(candidates: int, depth: int, width: int) -> list[TreeShape]:
     """All shapes of so many candidates in the order of their depth."""
     found = [
-        Shape(parents)
+        TreeShape(parents)
         for parents in itertools.product(range(candidates), repeat=candidates)
         if all(parent <= n for n, parent in enumerate(parents)) and list(parents) == sorted(parents)
     ]
@@ -114,7 +114,7 @@ def every(candidates: int, depth: int, width: int) -> list[Shape]:
     ]
 
 
-def value(shape: Shape, rates: list[float]) -> float:
+def value(shape: TreeShape, rates: list[float]) -> float:
     """Expected candidates kept."""
     reached, rank = [1.0], {}
     for parent in shape.parents:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from decoder.models.kv_cache import Nodes, Rows
+from decoder.models.kv_cache import Slots, TreePositions
 from online.errors import Overloaded, Unavailable
 from tests.device import DEVICE
 from tests.engines import Bench, bench, query, target_alone
@@ -323,7 +323,12 @@ class _Always(TableModel):
         return np.where(np.arange(VOCABULARY) == self._token, 5.0, 0.0)
 
     def forward(
-        self, rows: Rows, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: Nodes | None = None
+        self,
+        rows: Slots,
+        ids_BT: Tensor,
+        starts_B: Tensor,
+        upto: int,
+        nodes: TreePositions | None = None,
     ) -> Tensor:
         if self.fails:
             self.fails -= 1

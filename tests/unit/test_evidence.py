@@ -1,11 +1,11 @@
 """What is counted of drafted tokens."""
 
-from decoder.policy.keep_rates import ANY, Kept
+from decoder.policy.keep_rates import ANY, KeepRates
 
 
 def test_what_became_of_tokens_says_how_likely_the_next_ones_are_kept() -> None:
     """Apart for each kind of evidence; and what was long ago counts less."""
-    known = Kept()
+    known = KeepRates()
     for _ in range(200):
         known.seen((True, 4, 6), True)
         known.seen((False, 4, 6), False)
@@ -19,7 +19,7 @@ def test_what_became_of_tokens_says_how_likely_the_next_ones_are_kept() -> None:
 
 def test_tokens_of_any_share_are_counted_together() -> None:
     """Each once, whether it has a share or not."""
-    known = Kept()
+    known = KeepRates()
     for share, kept in [(1, 0.0), (6, 1.0), (ANY, 1.0), (ANY, 0.5)]:
         known.seen((True, 0, share), kept)
     assert abs(known.rate((True, 0, ANY), 0.0) - 2.5 / 12) < 0.002

@@ -18,8 +18,8 @@ from torch import Tensor
 from decoder.drafters.model import propose as propose_tokens
 from decoder.verification.proposal import Proposal
 from decoder.verification.sampling import Sampling, probabilities, sample
-from decoder.verification.tree_shape import chain
-from decoder.verification.verify import Verdict, judge, verify
+from decoder.verification.tree_shape import chain_shape
+from decoder.verification.verify import Verification, verify, verify_block
 from lab.enumeration import LEFT, boundary, outcome_masses
 from tests.tabular import TableModel
 
@@ -35,7 +35,7 @@ SETTINGS = {
 }
 # Logits of float64 go through torch's operations, as a GPU's do; those of float32 on a CPU through compiled ones.
 either = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["torch", "compiled"])
-Judge = Callable[[Tensor, Proposal, Sampling, Tensor, Tensor], Verdict]
+Judge = Callable[[Tensor, Proposal, Sampling, Tensor, Tensor], Verification]
 
 
 def reference_distribution(
@@ -103,7 +103,7 @@ def propose(draft: TableModel, sampling: Sampling, uniform_CG: Tensor, drafted: 
         torch.zeros(count, dtype=torch.long),
         len(PROMPT),
         torch.full((count,), drafted),
-        chain(G),
+        chain_shape(G),
         sampling,
         uniform_CG,
     )
@@ -141,7 +141,7 @@ def emitted_joint(
     proposal, probability_C = enumerate_drafts(draft, sampling, drafted)
     logits_BTV = target_logits(target, proposal.tokens_BN)
 
-    def run(accept_CG: Tensor, emit_C: Tensor) -> Verdict:
+    def run(accept_CG: Tensor, emit_C: Tensor) -> Verification:
         return judged(logits_BTV, proposal, sampling, accept_CG, emit_C)
 
     anything_C, never = torch.full((count,), 0.5, dtype=torch.float64), 1 - 2.0**-53
@@ -201,16 +201,16 @@ def total_variation(
 
 def always_accepts(
     logits_BTV: Tensor, proposal: Proposal, sampling: Sampling, u: Tensor, e: Tensor
-) -> Verdict:
+) -> Verification:
     """A mutant: keeps every drafted token."""
-    return judge(logits_BTV, proposal, sampling, u * 0 - 1, e)
+    return verify(logits_BTV, proposal, sampling, u * 0 - 1, e)
 
 
 def skips_residual(
     logits_BTV: Tensor, proposal: Proposal, sampling: Sampling, u: Tensor, e: Tensor
-) -> Verdict:
+) -> Verification:
     """A mutant: after a rejection it draws from the target as if nothing had been rejected."""
-    honest = judge(logits_BTV, proposal, sampling, u, e)
+    honest = verify(logits_BTV, proposal, sampling, u, e)
     row_B = torch.arange(len(honest.accepted_B))
     next_B = sample(probabilities(logits_BTV, sampling)[row_B, honest.accepted_B], e)
     return replace(honest, next_B=next_B)
@@ -218,9 +218,9 @@ def skips_residual(
 
 def greedily_accepts(
     logits_BTV: Tensor, proposal: Proposal, sampling: Sampling, u: Tensor, e: Tensor
-) -> Verdict:
+) -> Verification:
     """A mutant of the greedy path: compares the draft with itself."""
-    honest = judge(logits_BTV, proposal, sampling, u, e)
+    honest = verify(logits_BTV, proposal, sampling, u, e)
     next_B = logits_BTV[torch.arange(len(u)), proposal.drafted_B].argmax(-1)
     return replace(honest, accepted_B=proposal.drafted_B, next_B=next_B)
 
@@ -231,7 +231,7 @@ def test_emitted_distribution_is_the_targets(
     setting: tuple[float, int, float], dtype: torch.dtype
 ) -> None:
     """Draft, verify and emit together give exactly the target's distribution over the next γ + 1 tokens."""
-    assert total_variation(judge, setting, G, dtype) <= LIMIT
+    assert total_variation(verify, setting, G, dtype) <= LIMIT
 
 
 @either
@@ -241,7 +241,7 @@ def test_rows_that_draft_less_than_their_batch_are_exact(
     drafted: int, setting: str, dtype: torch.dtype
 ) -> None:
     """Padding behind a row's own draft changes nothing."""
-    assert total_variation(judge, SETTINGS[setting], drafted, dtype) <= LIMIT
+    assert total_variation(verify, SETTINGS[setting], drafted, dtype) <= LIMIT
 
 
 @either
@@ -254,7 +254,9 @@ def test_a_plain_step_draws_from_the_target(
     sampling = Sampling.of(*([value] for value in setting), V)  # type: ignore[arg-type]
     proposal = Proposal.empty(1, 0, V, "cpu", sampling.all_greedy)
     logits_BTV = target_logits(target, proposal.tokens_BN)
-    run = lambda u: judge(logits_BTV, proposal, sampling, torch.zeros(1, 0, dtype=torch.float64), u)
+    run = lambda u: verify(
+        logits_BTV, proposal, sampling, torch.zeros(1, 0, dtype=torch.float64), u
+    )
     expected = reference_distribution(target.logits(PROMPT), *setting)
     assert (
         np.abs(outcome_masses(lambda u: run(u).next_B, 1, V)[0].numpy() - expected).sum() / 2
@@ -286,7 +288,7 @@ def test_greedy_emits_the_targets_tokens_whatever_is_drafted(dtype: torch.dtype)
         best.append(int(target.logits([*PROMPT, *best]).argmax()))
     logits_BTV = target_logits(target, tokens_BG)
     for drafted in range(G + 1):
-        verdict = judge(logits_BTV, *_greedy(tokens_BG, drafted))
+        verdict = verify(logits_BTV, *_greedy(tokens_BG, drafted))
         for tokens, accepted, following in zip(
             tokens_BG.tolist(), verdict.accepted_B, verdict.next_B, strict=True
         ):
@@ -301,10 +303,10 @@ def test_greedy_rows_are_judged_alike_in_greedy_and_in_mixed_batches(dtype: torc
     tokens_BG = torch.tensor([*itertools.product(range(V), repeat=G), [0] * G])
     logits_BTV = target_logits(TableModel(V, 5, V**G + 1, dtype=dtype), tokens_BG)
     proposal, sampling, accept_BG, emit_B = _greedy(tokens_BG, G)
-    short = judge(logits_BTV, proposal, sampling, accept_BG, emit_B)
+    short = verify(logits_BTV, proposal, sampling, accept_BG, emit_B)
     one_hot_BGV = torch.nn.functional.one_hot(tokens_BG, V).double()
     mixed = Sampling.of([*[0.0] * V**G, 1.0], [0] * (V**G + 1), [1.0] * (V**G + 1), V)
-    long = judge(logits_BTV, replace(proposal, probs_BQV=one_hot_BGV), mixed, accept_BG, emit_B)
+    long = verify(logits_BTV, replace(proposal, probs_BQV=one_hot_BGV), mixed, accept_BG, emit_B)
     for field in ("accepted_B", "next_B", "next_p_B", "overlap_B"):
         assert torch.equal(
             getattr(short, field)[:-1].double(), getattr(long, field)[:-1].double()
@@ -312,7 +314,7 @@ def test_greedy_rows_are_judged_alike_in_greedy_and_in_mixed_batches(dtype: torc
 
 
 def _greedy(tokens_BG: Tensor, drafted: int) -> tuple[Proposal, Sampling, Tensor, Tensor]:
-    """A batch of greedy rows that draft `tokens_BG`, as `judge` takes it."""
+    """A batch of greedy rows that draft `tokens_BG`, as `verify` takes it."""
     count = len(tokens_BG)
     proposal = replace(
         Proposal.empty(count, G, V, "cpu", greedy=True),
@@ -332,7 +334,7 @@ def test_draft_equal_to_the_target_is_always_accepted() -> None:
     """With p = q nothing is rejected, and an empty residual never decides a token."""
     probs = torch.tensor([[[0.5, 0.5, 0.0, 0.0]] * 2])
     almost_one = torch.tensor([[1 - 2.0**-53]], dtype=torch.float64)
-    verdict = verify(
+    verdict = verify_block(
         probs, probs[:, :1], torch.tensor([[1]]), torch.tensor([1]), almost_one, almost_one[0]
     )
     assert verdict.accepted_B.tolist() == [1]
@@ -352,7 +354,9 @@ def test_samples_agree_with_the_target_by_chi_square(dtype: torch.dtype) -> None
     q_BGV = q.expand(count, 1, V)
     proposal = Proposal(tokens[:, None], q_BGV, [q_BGV.log()], torch.ones(count, dtype=torch.long))
     sampling = Sampling.of([1.0] * count, [0] * count, [1.0] * count, V)
-    verdict = judge(p.log().expand(count, 2, V), proposal, sampling, uniform[:, 1:2], uniform[:, 2])
+    verdict = verify(
+        p.log().expand(count, 2, V), proposal, sampling, uniform[:, 1:2], uniform[:, 2]
+    )
     first = torch.where(verdict.accepted_B > 0, tokens, verdict.next_B)
     observed = np.bincount(first.numpy(), minlength=V)
     expected = count * p.double().numpy()
@@ -370,5 +374,5 @@ def test_a_draft_of_no_numbers_stays_exact(dtype: torch.dtype) -> None:
             return np.full(V, np.nan)
 
     target = TableModel(V, 3, V**G, dtype=dtype)
-    emitted = emitted_joint(judge, target, Broken(V, 0, V**G, dtype=dtype), SETTINGS["plain"], G)
+    emitted = emitted_joint(verify, target, Broken(V, 0, V**G, dtype=dtype), SETTINGS["plain"], G)
     assert np.abs(emitted - target_joint(target, SETTINGS["plain"], G + 1)).sum() / 2 <= LIMIT

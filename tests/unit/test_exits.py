@@ -9,10 +9,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from decoder.drafters import early_exit as exits
-from decoder.drafters.base import Group
+from decoder.drafters.base import DraftGroup
 from decoder.models.loading import over_slots
-from decoder.policy.draft_cost import FREE, Price
-from decoder.policy.keep_rates import SHARES, Kept, left, went
+from decoder.policy.draft_cost import NO_COST, DraftCost
+from decoder.policy.keep_rates import SHARES, KeepRates, left, went
 from decoder.verification.sampling import Sampling
 from tests.unit.test_graph import Context
 
@@ -35,25 +35,25 @@ def module() -> LlamaForCausalLM:
 def group(
     module: LlamaForCausalLM,
     uniform_BN: torch.Tensor,
-    kept: Kept | None = None,
-    price: Price = FREE,
-) -> Group:
+    kept: KeepRates | None = None,
+    price: DraftCost = NO_COST,
+) -> DraftGroup:
     """What is known of tokens that left at an exit, or did not, is in `kept`; nothing is known to be accepted less."""
     (model,) = over_slots([module], 2, 40, V)
-    draft: Any = SimpleNamespace(model=model, kept=kept or Kept())
+    draft: Any = SimpleNamespace(model=model, kept=kept or KeepRates())
     rows: Any = [Context(list(tokens)) for tokens in CONTEXTS]
     for row in rows:
         row.draft, row.acceptance = draft, SimpleNamespace(rate=0.5)
         row.query = SimpleNamespace(temperature=1.0)
     sampling, scheme = Sampling.of([1.0, 1.0], [0, 0], [1.0, 1.0], V), SimpleNamespace()
-    return Group(
+    return DraftGroup(
         draft, scheme, slice(0, 2), rows, [DRAFTED] * 2, sampling, uniform_BN, V, "cpu", price
     )  # type: ignore[arg-type]
 
 
-def good_from(share: int) -> Kept:
+def good_from(share: int) -> KeepRates:
     """Tokens of exits are kept where the exit was so sure, and not otherwise; those that went on, sometimes."""
-    known = Kept()
+    known = KeepRates()
     for passed in range(1, LAYERS):
         for at in range(SHARES):
             for _ in range(400):
@@ -106,19 +106,19 @@ def test_another_layer_has_to_be_worth_its_price(
 ) -> None:
     """Where an exit is worse than what comes after it."""
     uniform_BN = torch.full((2, DRAFTED), 0.5, dtype=torch.float64)
-    asked = group(module, uniform_BN, good_from(SHARES), Price(0.0, 0.0, price))
+    asked = group(module, uniform_BN, good_from(SHARES), DraftCost(0.0, 0.0, price))
     exits.ExitDrafter().propose(asked)
     assert asked.forwards == pytest.approx(1 + (DRAFTED - 1) * layers / LAYERS)
 
 
 def test_what_became_of_tokens_is_learnt(module: LlamaForCausalLM) -> None:
     """At an exit that nothing is known of tokens are drawn; when they turn out bad, no more."""
-    known, forwards = Kept(), []
+    known, forwards = KeepRates(), []
     for seed in range(60):
         uniform_BN = torch.rand(
             2, DRAFTED, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
         )
-        asked = group(module, uniform_BN, known, Price(0.0, 0.0, 0.01))
+        asked = group(module, uniform_BN, known, DraftCost(0.0, 0.0, 0.01))
         drafter = exits.ExitDrafter()
         drafter.propose(asked)
         assert asked.forwards is not None
@@ -145,9 +145,9 @@ def test_what_was_kept_is_a_context_like_any_other(module: LlamaForCausalLM) -> 
     found = drafter.propose(asked)
     kept = [[0, 1, 2, 3], [0, 1]]
     drafter.settle(asked, kept)
-    for row, path, tokens in zip(asked.rows, kept, found.tokens_BN.tolist(), strict=True):
+    for row, path, tokens in zip(asked.seqs, kept, found.tokens_BN.tolist(), strict=True):
         row.tokens += [*(tokens[n] for n in path), 11]
         row.draft_cached = min(row.draft_cached, len(row.tokens) - 1)
     again = drafter.propose(asked)
-    for b, row in enumerate(asked.rows):
+    for b, row in enumerate(asked.seqs):
         assert torch.allclose(again.logits_BQV[0][b, 0], told(module, row.tokens)[-1], atol=1e-4)

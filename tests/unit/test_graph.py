@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from decoder.drafters.base import Group, graph
+from decoder.drafters import graph
+from decoder.drafters.base import DraftGroup
 from decoder.verification.proposal import Proposal, Tree
 from decoder.verification.sampling import Sampling
-from decoder.verification.verify import judge
+from decoder.verification.verify import verify
 from lab.enumeration import DRAFT, TARGET, Case, Setting, V, distance, logits, of_all, told
 from tests.tabular import TableModel
 from tests.unit.test_exactness import LIMIT
@@ -38,12 +39,12 @@ class Context:
         self.draft_cached = tokens
 
 
-def group(sampling: Sampling, uniform_BN: Tensor, candidates: int = CANDIDATES) -> Group:
+def group(sampling: Sampling, uniform_BN: Tensor, candidates: int = CANDIDATES) -> DraftGroup:
     count = len(uniform_BN)
     draft: Any = SimpleNamespace(model=Draft(V, 0, count, dtype=DTYPE))
     rows: Any = [Context([0]) for _ in range(count)]
     scheme: Any = None
-    return Group(
+    return DraftGroup(
         draft, scheme, slice(0, count), rows, [candidates] * count, sampling, uniform_BN, V, "cpu"
     )
 
@@ -128,7 +129,7 @@ def test_what_is_emitted_is_the_targets(monkeypatch: pytest.MonkeyPatch) -> None
     proposal, probability_B = drafted()
     assert probability_B.sum().item() == pytest.approx(1)
     assert shares(proposal) > 10
-    assert distance(judge, *cases(proposal, probability_B)) <= LIMIT
+    assert distance(verify, *cases(proposal, probability_B)) <= LIMIT
 
 
 def test_sharing_between_depths_would_not_be_exact(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +139,7 @@ def test_sharing_between_depths_would_not_be_exact(monkeypatch: pytest.MonkeyPat
         graph, "Graph", lambda last_token, greedy, made=graph.Graph: made(last_token, True)
     )
     proposal, probability_B = drafted()
-    assert distance(judge, *cases(proposal, probability_B)) > 1e-3
+    assert distance(verify, *cases(proposal, probability_B)) > 1e-3
 
 
 def test_fewer_tokens_are_computed_than_are_drafted_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from decoder.verification.lenience import Lenient
+from decoder.verification.lenience import LenientAcceptance
 from decoder.verification.proposal import Proposal
 from decoder.verification.sampling import Sampling, probabilities, sample
-from decoder.verification.verify import Verdict, judge
+from decoder.verification.verify import Verification, verify
 from online.messages import Lenience
 from tests.engines import bench, query
 from tests.tabular import TableModel
@@ -72,8 +72,8 @@ def due(p: np.ndarray, lenience: Lenience) -> np.ndarray:
 
 
 def leniently(*lenience: Lenience | None) -> Judge:
-    """`judge` for rows that ask for `lenience`, in turns."""
-    return partial(judge, lenient=Lenient.of(list(lenience) * (V**G // len(lenience))))
+    """`verify` for rows that ask for `lenience`, in turns."""
+    return partial(verify, lenient=LenientAcceptance.of(list(lenience) * (V**G // len(lenience))))
 
 
 def models(dtype: torch.dtype) -> tuple[TableModel, TableModel]:
@@ -131,11 +131,11 @@ def test_what_is_kept_in_addition_is_the_distance_from_the_target(
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
 def test_epsilon_1_is_exact(setting: Setting, dtype: torch.dtype) -> None:
     """Whatever the function; also where a batch's other rows are the reason for a look at ε."""
-    assert Lenient.of([None, *(Lenience(one.function, 1.0) for one in LENIENCES)]) is None
+    assert LenientAcceptance.of([None, *(Lenience(one.function, 1.0) for one in LENIENCES)]) is None
     ones_C = torch.ones(V**G, dtype=torch.float64)
     target, draft = models(dtype)
     emitted = emitted_joint(
-        partial(judge, lenient=Lenient(ones_C, ones_C)), target, draft, setting, G
+        partial(verify, lenient=LenientAcceptance(ones_C, ones_C)), target, draft, setting, G
     )
     assert apart(emitted, target_joint(target, setting, G + 1)) <= LIMIT
 
@@ -151,17 +151,17 @@ def beside(
     sampling: Sampling,
     accept_uniform_BG: Tensor,
     emit_uniform_B: Tensor,
-) -> Verdict:
-    """`judge` of rows that ask for `own` in a batch where each is followed by a copy of it that asks for `other`."""
+) -> Verification:
+    """`verify` of rows that ask for `own` in a batch where each is followed by a copy of it that asks for `other`."""
     twice = lambda tensor: tensor.repeat_interleave(2, 0)
     doubled = Proposal(
         twice(proposal.tokens_BN), twice(proposal.probs_BQV), [], twice(proposal.drafted_B)
     )
     members = [i for i in range(len(logits_BTV)) for _ in range(2)]
     drawn = twice(accept_uniform_BG), twice(emit_uniform_B)
-    lenient = Lenient.of([own, other] * len(logits_BTV))
-    verdict = judge(twice(logits_BTV), doubled, sampling.select(members), *drawn, lenient)
-    return Verdict(*(getattr(verdict, field.name)[::2] for field in fields(verdict)))
+    lenient = LenientAcceptance.of([own, other] * len(logits_BTV))
+    verdict = verify(twice(logits_BTV), doubled, sampling.select(members), *drawn, lenient)
+    return Verification(*(getattr(verdict, field.name)[::2] for field in fields(verdict)))
 
 
 @either
@@ -191,7 +191,7 @@ def test_exact_rows_are_judged_to_the_last_bit_as_without_lenient_ones(
     tokens_BG = sample(q_BGV, torch.rand(count, G, dtype=torch.float64))
     proposal = Proposal(tokens_BG, q_BGV, [], torch.arange(count) % (G + 1))
     drawn = torch.rand(count, G, dtype=torch.float64), torch.rand(count, dtype=torch.float64)
-    alone = judge(logits_BTV, proposal, own, *drawn)
+    alone = verify(logits_BTV, proposal, own, *drawn)
     for lenience in LENIENCES:
         together = beside(None, lenience, logits_BTV, proposal, own, *drawn)
         for field in fields(alone):
@@ -205,14 +205,14 @@ def test_exact_rows_are_judged_to_the_last_bit_as_without_lenient_ones(
 
 def always_accepts(
     logits_BTV: Tensor, proposal: Proposal, sampling: Sampling, u: Tensor, e: Tensor
-) -> Verdict:
+) -> Verification:
     """Keeps every drafted token."""
     return leniently(LENIENCES[0])(logits_BTV, proposal, sampling, u * 0 - 1, e)
 
 
 def skips_residual(
     logits_BTV: Tensor, proposal: Proposal, sampling: Sampling, u: Tensor, e: Tensor
-) -> Verdict:
+) -> Verification:
     """Draws from the target after a rejection."""
     honest = leniently(LENIENCES[0])(logits_BTV, proposal, sampling, u, e)
     probs_BV = probabilities(logits_BTV, sampling)[torch.arange(len(u)), honest.accepted_B]
@@ -225,7 +225,7 @@ def skips_residual(
     [
         always_accepts,
         skips_residual,
-        judge,
+        verify,
         leniently(Lenience("sq", 0.6)),
         leniently(Lenience("exp", 0.6)),
         leniently(LENIENCES[0], None),
@@ -252,20 +252,20 @@ def test_enumeration_catches_a_neighbours_lenience(dtype: torch.dtype) -> None:
 
 def first(
     p: Sequence[float], q: Sequence[float], token: int, lenience: Lenience, dtype: torch.dtype
-) -> Verdict:
+) -> Verification:
     """The verdict on one drafted token, of the largest uniforms."""
     last = torch.tensor([[1 - 2.0**-53]], dtype=torch.float64)
     logits_BTV = torch.tensor([[p, p]], dtype=dtype).log()
     proposal = Proposal(
         torch.tensor([[token]]), torch.tensor([[q]], dtype=dtype), [], torch.tensor([1])
     )
-    return judge(
+    return verify(
         logits_BTV,
         proposal,
         Sampling.of([1.0], [0], [1.0], len(p)),
         last,
         last[0],
-        Lenient.of([lenience]),
+        LenientAcceptance.of([lenience]),
     )
 
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decoder.sequence.prefix_cache import WORTHWHILE, Context, Prefixes, common_prefix
+from decoder.sequence.prefix_cache import WORTHWHILE, CachedContext, PrefixCache, common_prefix
 
 FIRST = 8  # the first slot that is not a row's
 
@@ -13,11 +13,11 @@ def numbers(length: int, start: int = 0) -> list[int]:
     return list(range(start, start + length))
 
 
-def finished(tokens: list[int], route: str = "a", slot: int = 0) -> Context:
-    return Context(slot, route, tokens, draft_cached=len(tokens), draft_version=3)
+def finished(tokens: list[int], route: str = "a", slot: int = 0) -> CachedContext:
+    return CachedContext(slot, route, tokens, draft_cached=len(tokens), draft_version=3)
 
 
-def found_slot(prefixes: Prefixes, tokens: list[int], route: str = "a") -> int | None:
+def found_slot(prefixes: PrefixCache, tokens: list[int], route: str = "a") -> int | None:
     """The slot whose context `tokens` would begin with."""
     found = prefixes.longest(route, tokens, 0, [])
     return None if found is None else found[0].slot
@@ -48,7 +48,7 @@ def test_common_prefix_is_counted_as_one_by_one(
 
 def test_the_longest_common_beginning_wins() -> None:
     """Among kept contexts and live ones alike, whatever their order."""
-    prefixes = Prefixes(range(FIRST, FIRST + 2))
+    prefixes = PrefixCache(range(FIRST, FIRST + 2))
     prompt = numbers(60)
     prefixes.keep(finished([*prompt[:20], 99, 99]))
     prefixes.keep(finished([*prompt[:40], 99, 99]))
@@ -60,7 +60,7 @@ def test_the_longest_common_beginning_wins() -> None:
 
 def test_the_whole_prompt_may_be_found() -> None:
     """A prompt that was seen before, and one that is the beginning of one."""
-    prefixes = Prefixes(range(FIRST, FIRST + 1))
+    prefixes = PrefixCache(range(FIRST, FIRST + 1))
     prefixes.keep(finished(numbers(40)))
     assert prefixes.longest("a", numbers(40), 0, [])[1] == 40  # type: ignore[index]
     assert prefixes.longest("a", numbers(25), 0, [])[1] == 25  # type: ignore[index]
@@ -68,7 +68,7 @@ def test_the_whole_prompt_may_be_found() -> None:
 
 def test_contexts_are_shared_within_a_route_only() -> None:
     """Not with another route's kept context, nor with its live one."""
-    prefixes = Prefixes(range(FIRST, FIRST + 1))
+    prefixes = PrefixCache(range(FIRST, FIRST + 1))
     prefixes.keep(finished(numbers(40), route="a"))
     assert prefixes.longest("b", numbers(40), 0, [finished(numbers(40), route="a")]) is None
     assert prefixes.longest("a", numbers(40), 0, []) is not None
@@ -77,9 +77,9 @@ def test_contexts_are_shared_within_a_route_only() -> None:
 def test_less_than_is_worthwhile_is_not_shared() -> None:
     """One token below the limit is encoded afresh; the limit itself is copied."""
     live = [finished(numbers(WORTHWHILE))]
-    assert Prefixes(range(0)).longest("a", numbers(WORTHWHILE - 1), 0, live) is None
-    assert Prefixes(range(0)).longest("a", [*numbers(WORTHWHILE - 1), 99, 99], 0, live) is None
-    assert Prefixes(range(0)).longest("a", [*numbers(WORTHWHILE), 99], 0, live) == (
+    assert PrefixCache(range(0)).longest("a", numbers(WORTHWHILE - 1), 0, live) is None
+    assert PrefixCache(range(0)).longest("a", [*numbers(WORTHWHILE - 1), 99, 99], 0, live) is None
+    assert PrefixCache(range(0)).longest("a", [*numbers(WORTHWHILE), 99], 0, live) == (
         live[0],
         WORTHWHILE,
     )
@@ -90,7 +90,7 @@ def test_less_than_is_worthwhile_is_not_shared() -> None:
 
 def test_a_kept_context_gets_a_slot_of_its_own() -> None:
     """Each of them another one, until there are no more."""
-    prefixes = Prefixes(range(FIRST, FIRST + 3))
+    prefixes = PrefixCache(range(FIRST, FIRST + 3))
     slots = [prefixes.keep(finished(numbers(20, start))) for start in (0, 100, 200)]
     assert sorted(slots) == [FIRST, FIRST + 1, FIRST + 2]  # type: ignore[type-var]
     assert [found_slot(prefixes, numbers(20, start)) for start in (0, 100, 200)] == slots
@@ -98,7 +98,7 @@ def test_a_kept_context_gets_a_slot_of_its_own() -> None:
 
 def test_the_least_recently_used_context_makes_room() -> None:
     """Being found counts as use, and so does being what another row ended with."""
-    prefixes = Prefixes(range(FIRST, FIRST + 3))
+    prefixes = PrefixCache(range(FIRST, FIRST + 3))
     slots = {start: prefixes.keep(finished(numbers(20, start))) for start in (0, 100, 200)}
     assert found_slot(prefixes, numbers(20, 0)) == slots[0]
     assert prefixes.keep(finished(numbers(20, 100))) is None
@@ -113,7 +113,7 @@ def test_the_least_recently_used_context_makes_room() -> None:
 
 def test_a_conversation_that_went_on_replaces_its_beginning() -> None:
     """Its next turn takes over the slot; nobody else has to make room."""
-    prefixes = Prefixes(range(FIRST, FIRST + 2))
+    prefixes = PrefixCache(range(FIRST, FIRST + 2))
     other = prefixes.keep(finished(numbers(20, 500)))
     first = prefixes.keep(finished(numbers(20)))
     assert prefixes.keep(finished(numbers(35))) == first
@@ -123,7 +123,7 @@ def test_a_conversation_that_went_on_replaces_its_beginning() -> None:
 
 def test_what_a_kept_context_contains_is_not_kept_again() -> None:
     """Neither the same context, nor a beginning of it."""
-    prefixes = Prefixes(range(FIRST, FIRST + 2))
+    prefixes = PrefixCache(range(FIRST, FIRST + 2))
     assert prefixes.keep(finished(numbers(40))) is not None
     assert prefixes.keep(finished(numbers(40))) is None
     assert prefixes.keep(finished(numbers(20))) is None
@@ -131,7 +131,7 @@ def test_what_a_kept_context_contains_is_not_kept_again() -> None:
 
 def test_routes_neither_replace_nor_contain_each_other() -> None:
     """The same tokens of another route are another context."""
-    prefixes = Prefixes(range(FIRST, FIRST + 2))
+    prefixes = PrefixCache(range(FIRST, FIRST + 2))
     mine, theirs = (
         prefixes.keep(finished(numbers(40))),
         prefixes.keep(finished(numbers(40), route="b")),
@@ -145,14 +145,14 @@ def test_routes_neither_replace_nor_contain_each_other() -> None:
 
 def test_nothing_shorter_than_worthwhile_is_kept() -> None:
     """It could never be found."""
-    prefixes = Prefixes(range(FIRST, FIRST + 1))
+    prefixes = PrefixCache(range(FIRST, FIRST + 1))
     assert prefixes.keep(finished(numbers(WORTHWHILE - 1))) is None
     assert prefixes.keep(finished(numbers(WORTHWHILE))) == FIRST
 
 
 def test_without_slots_nothing_is_kept() -> None:
     """Contexts are still shared with live rows."""
-    prefixes = Prefixes(range(FIRST, FIRST))
+    prefixes = PrefixCache(range(FIRST, FIRST))
     assert prefixes.keep(finished(numbers(40))) is None
     assert found_slot(prefixes, numbers(40)) is None
     assert prefixes.longest("a", numbers(40), 0, [finished(numbers(40))]) is not None
@@ -160,7 +160,7 @@ def test_without_slots_nothing_is_kept() -> None:
 
 def test_clearing_forgets_contexts_and_frees_their_slots() -> None:
     """After a fault nobody knows what the slots hold."""
-    prefixes = Prefixes(range(FIRST, FIRST + 2))
+    prefixes = PrefixCache(range(FIRST, FIRST + 2))
     for start in (0, 100):
         prefixes.keep(finished(numbers(20, start)))
     prefixes.clear()
@@ -176,7 +176,7 @@ def test_clearing_forgets_contexts_and_frees_their_slots() -> None:
 )
 def test_two_kept_contexts_never_share_a_slot(history: list[tuple[str, list[int], bool]]) -> None:
     """Whatever comes and is looked up: a found context is the latest that was copied to its slot, on its route."""
-    prefixes = Prefixes(range(FIRST, FIRST + 3))
+    prefixes = PrefixCache(range(FIRST, FIRST + 3))
     held: dict[int, tuple[str, list[int]]] = {}
     for route, tail, looks in history:
         tokens = [*[7] * (WORTHWHILE - 4), *tail]

@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 
-from decoder.policy.draft_cost import FIRST, LEAST, Prices
+from decoder.policy.draft_cost import FIRST, LEAST, DraftCosts
 
 
 def test_nothing_is_known_at_first() -> None:
-    assert Prices().of(4) == pytest.approx(4 * FIRST)
+    assert DraftCosts().of(4) == pytest.approx(4 * FIRST)
 
 
 def test_candidates_and_forwards_are_told_apart() -> None:
     """From steps that had more of the one or of the other, each number of rows by itself."""
-    rng, prices = np.random.default_rng(0), Prices()
+    rng, prices = np.random.default_rng(0), DraftCosts()
     for _ in range(600):
         candidates = int(rng.integers(1, 8))
         forwards = int(rng.integers(0, candidates + 1))
@@ -24,7 +24,7 @@ def test_candidates_and_forwards_are_told_apart() -> None:
 
 
 def test_chains_alone_say_what_both_cost_together() -> None:
-    rng, prices = np.random.default_rng(0), Prices()
+    rng, prices = np.random.default_rng(0), DraftCosts()
     for gamma in rng.integers(1, 6, 900).tolist():
         prices.observe(1, 1, 1.05 + gamma * 0.3, (gamma, gamma))
     _, candidate, forward = prices.of(1)
@@ -33,7 +33,7 @@ def test_chains_alone_say_what_both_cost_together() -> None:
 
 
 def test_nothing_is_ever_free_and_one_slow_step_is_not_everything() -> None:
-    rng, prices = np.random.default_rng(0), Prices()
+    rng, prices = np.random.default_rng(0), DraftCosts()
     for candidates in rng.integers(1, 6, 600).tolist():
         prices.observe(1, 1, 1.1 - 0.02 * candidates, (candidates, 0.0))
     assert prices.of(1).candidate == LEAST
@@ -43,7 +43,7 @@ def test_nothing_is_ever_free_and_one_slow_step_is_not_everything() -> None:
 
 def test_long_steps_of_many_candidates_count_as_long_as_they_take() -> None:
     """With eight rows sixteen candidates take five plain steps: that is no fault of the machine's."""
-    rng, prices = np.random.default_rng(0), Prices()
+    rng, prices = np.random.default_rng(0), DraftCosts()
     for candidates in rng.integers(1, 17, 300).tolist():
         prices.observe(8, 8, 1.1 + 0.25 * candidates, (candidates, 0.0))
     assert prices.of(8).candidate / 8 == pytest.approx(0.25, abs=0.01)
@@ -51,7 +51,7 @@ def test_long_steps_of_many_candidates_count_as_long_as_they_take() -> None:
 
 def test_time_is_worth_what_the_rows_make_of_it() -> None:
     """In the time of a plain step: twice as many tokens, and never less than one each."""
-    prices = Prices()
+    prices = DraftCosts()
     for _ in range(1000):
         prices.observe(4, 12, 1.5, None)
         prices.observe(1, 1, 2.0, None)
@@ -60,7 +60,7 @@ def test_time_is_worth_what_the_rows_make_of_it() -> None:
 
 
 def test_what_was_too_dear_is_tried_again() -> None:
-    prices = Prices()
+    prices = DraftCosts()
     for _ in range(100):
         prices.observe(1, 1, 4.0, (1, 0.0))
     dear = prices.of(1).candidate

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from online import clustering as router
-from online.clustering import Router, features, groups
+from online.clustering import ClusterRouter, features, groups
 
 TEMPLATE_START, TEMPLATE_END = list(range(10)), list(range(10, 20))
 
@@ -37,14 +37,14 @@ def damaged() -> bytes:
     return bytes(state)
 
 
-def trained(most: int = 4, kinds: int = 2, count: int = 700) -> Router:
-    made = Router(most)
+def trained(most: int = 4, kinds: int = 2, count: int = 700) -> ClusterRouter:
+    made = ClusterRouter(most)
     for _, ids in stream(kinds, count):
         made.assign(ids)
     return made
 
 
-def purity(made: Router, kinds: int) -> float:
+def purity(made: ClusterRouter, kinds: int) -> float:
     """Share of new prompts that are of the kind that most of their cluster's are of."""
     found: dict[int | None, Counter[int]] = {}
     for kind, ids in stream(kinds, 300, seed=1):
@@ -62,14 +62,14 @@ def test_two_kinds_of_prompts_are_told_apart() -> None:
 
 def test_the_first_prompts_belong_to_no_cluster() -> None:
     """One prompt says too little: clusters begin when enough have come."""
-    made = Router(2)
+    made = ClusterRouter(2)
     assert {made.assign(ids) for _, ids in stream(2, router.POOL)} == {None}
     assert sum(made.sizes) == router.POOL
 
 
 def test_what_every_prompt_has_does_not_make_prompts_alike() -> None:
     """A template of 200 tokens around eight words changes nothing."""
-    made, rng, found = Router(2), random.Random(0), []
+    made, rng, found = ClusterRouter(2), random.Random(0), []
     for i in range(router.POOL + 200):
         words = prompt(i % 2, rng, tokens=8)[10:-10]
         found.append(made.assign([*range(1000, 1100), *words, *range(1100, 1200)]))
@@ -111,7 +111,7 @@ def test_what_is_alike_is_one_cluster() -> None:
 
 def test_the_same_prompts_give_the_same_clusters() -> None:
     """In the same order."""
-    one, other = Router(4), Router(4)
+    one, other = ClusterRouter(4), ClusterRouter(4)
     assert [one.assign(ids) for _, ids in stream(3, 900)] == [
         other.assign(ids) for _, ids in stream(3, 900)
     ]
@@ -121,27 +121,27 @@ def test_the_same_prompts_give_the_same_clusters() -> None:
 def test_a_router_goes_on_where_it_was_kept(count: int) -> None:
     """Before its first clusters, and with them: what it says of later prompts is what it would have said."""
     one = trained(count=count)
-    other = Router.from_bytes(one.to_bytes(), 4)
+    other = ClusterRouter.from_bytes(one.to_bytes(), 4)
     assert other.sizes == one.sizes
     rest = [ids for _, ids in stream(3, 700, seed=2)]
     assert [other.assign(ids) for ids in rest] == [one.assign(ids) for ids in rest]
 
 
 @pytest.mark.parametrize(
-    "state", [b"", b"junk", b"PK\x03\x04", Router(2).to_bytes()[:-40], damaged()]
+    "state", [b"", b"junk", b"PK\x03\x04", ClusterRouter(2).to_bytes()[:-40], damaged()]
 )
 def test_what_is_no_state_is_refused(state: bytes) -> None:
     """Whatever it is, by the same error."""
     with pytest.raises(ValueError, match="not the state of a router"):
-        Router.from_bytes(state, 2)
+        ClusterRouter.from_bytes(state, 2)
 
 
 def test_a_state_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not guessed at."""
-    state = Router(2).to_bytes()
+    state = ClusterRouter(2).to_bytes()
     monkeypatch.setattr(router, "FORMAT", 2)
     with pytest.raises(ValueError, match="version 1"):
-        Router.from_bytes(state, 2)
+        ClusterRouter.from_bytes(state, 2)
 
 
 def test_a_prompt_that_must_leave_nothing_leaves_nothing() -> None:

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from online.settings import Settings
-from online.speculation import Drafting
+from online.speculation import DraftingOptions
 from online.stack import environment
 
 HASH = "a" * 64
@@ -33,7 +33,10 @@ def test_children_get_the_settings_of_their_parent(
         generation_keys=(f"app:{HASH}",),
         admin_keys=(f"ops:{HASH}",),
         tick_s=0.25,
-        drafters={"a": Drafting(drafter="tree", widths=[2, 1]), "b": Drafting(gamma=3)},
+        drafters={
+            "a": DraftingOptions(drafter="tree", widths=[2, 1]),
+            "b": DraftingOptions(gamma=3),
+        },
         artifacts_dir=tmp_path / "weights",
         database_url="postgresql://u:p%40ss@h/d",
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import decoder.policy.gamma
-from decoder.policy.draft_cost import FIRST, Price, Prices
+from decoder.policy.draft_cost import FIRST, DraftCost, DraftCosts
 from decoder.policy.keep_rates import ANY, DRAWN
 from decoder.verification.sampling import Sampling, probabilities
 from online.messages import Query
@@ -33,10 +33,10 @@ def believe(tiny: Bench, plain: float, drafted: float) -> None:
 
     `plain` and `drafted` (with γ = 4) are multiples of a plain step.
     """
-    costs = tiny.engine.batch.control.costs
+    costs = tiny.engine.batch.controller.step_times
 
     def change() -> None:
-        for rows in costs.rows:
+        for rows in costs.batch_sizes:
             step = float(costs.seconds(rows)[0])
             costs.measured(rows, {0: plain * step, 4: drafted * step})
 
@@ -117,7 +117,7 @@ def test_a_cascade_asks_a_draft_again_that_has_been_replaced(
     pair: TinyPair, monkeypatch: pytest.MonkeyPatch, learn: Callable[[Bench, Path], None]
 ) -> None:
     """What a spoilt one's tokens were worth says nothing of the next one's."""
-    monkeypatch.setattr(Prices, "of", lambda *_: Price(0.0, 0.05, 0.2))
+    monkeypatch.setattr(DraftCosts, "of", lambda *_: DraftCost(0.0, 0.05, 0.2))
     asked = {"drafter": "cascade", "max_tokens": 200, "temperature": 1.0}
     with bench(pair, drafts={"default": pair.spoilt}) as tiny:
         believe(tiny, *PLAIN_IS_DEAR)
@@ -133,7 +133,7 @@ def test_a_canarys_row_is_drafted_for_among_others(
     pair: TinyPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Drafts that share a step share what drafting costs it: one row's gain need not be worth the time of all."""
-    monkeypatch.setattr(Prices, "of", lambda self, rows: Price(0.05, 0.05, 0.3).times(rows))
+    monkeypatch.setattr(DraftCosts, "of", lambda self, rows: DraftCost(0.05, 0.05, 0.3).times(rows))
     with bench(pair, drafts={"default": pair.draft, "own": pair.draft}, slots=4) as tiny:
         asked = [
             free(PROMPTS[1], f"q{i}", drafter="cascade", temperature=1.0, seed=i) for i in range(4)
@@ -236,11 +236,11 @@ def overlaps(pair: TinyPair, asked: Query, found: Finished) -> np.ndarray:
 
 def test_timing_steps_at_start_leaves_no_trace(pair: TinyPair, tiny: Bench) -> None:
     """Costs are known, and metrics, acceptance and kept contexts are as new."""
-    costs, draft = tiny.engine.batch.control.costs, tiny.engine.batch.drafts["default"]
-    for rows in costs.rows:
+    costs, draft = tiny.engine.batch.controller.step_times, tiny.engine.batch.drafts["default"]
+    for rows in costs.batch_sizes:
         assert max(costs.seconds(rows)) < 0.5, "a second is what a step costs that was not timed"
     assert draft.acceptance.rate == pytest.approx(decoder.policy.gamma.FIRST_GUESS)
-    assert tiny.engine.batch.control.price(4) == pytest.approx(4 * FIRST)
+    assert tiny.engine.batch.controller.draft_cost(4) == pytest.approx(4 * FIRST)
     assert (tiny.counter("vllm:generation_tokens"), tiny.counter(DRAFTS), tiny.engine.running) == (
         0,
         0,

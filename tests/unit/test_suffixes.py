@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from decoder.sequence import ngram_index as suffixes
-from decoder.sequence.ngram_index import LONGEST, Followers, Recent, Suffixes
+from decoder.sequence.ngram_index import LONGEST, NgramCounts, NgramLookup, RouteNgrams
 
 texts = st.lists(st.integers(0, 2), min_size=1, max_size=30)
 
@@ -28,10 +28,10 @@ def following(texts: list[list[int]], suffix: list[int]) -> list[int]:
 def test_guesses_what_followed_the_longest_suffix_most_often(
     text: list[int], drafted: list[int], others: list[list[int]]
 ) -> None:
-    recent, whole = Recent(), [*text, *drafted]
+    recent, whole = RouteNgrams(), [*text, *drafted]
     for other in others:
         recent.answered(other, 0)
-    guess = Suffixes(recent, greedy=False).guess(text, drafted)
+    guess = NgramLookup(recent, greedy=False).guess(text, drafted)
     for length in range(min(LONGEST, len(whole)), 0, -1):
         if found := following([text], whole[-length:]) or following(others, whole[-length:]):
             counts = Counter(found)
@@ -45,15 +45,17 @@ def test_guesses_what_followed_the_longest_suffix_most_often(
 
 def test_grows_with_its_text() -> None:
     """Read piece by piece it says what it says of the whole."""
-    rng, grown = np.random.default_rng(1), Suffixes(Recent(), greedy=True)
+    rng, grown = np.random.default_rng(1), NgramLookup(RouteNgrams(), greedy=True)
     text = rng.integers(0, 3, 60).tolist()
     for end in range(1, len(text) + 1, 3):
-        assert grown.guess(text[:end], []) == Suffixes(Recent(), greedy=True).guess(text[:end], [])
+        assert grown.guess(text[:end], []) == NgramLookup(RouteNgrams(), greedy=True).guess(
+            text[:end], []
+        )
 
 
 @given(st.lists(texts, min_size=1, max_size=6))
 def test_what_is_removed_leaves_nothing(all_texts: list[list[int]]) -> None:
-    followers = Followers()
+    followers = NgramCounts()
     for text in all_texts:
         followers.add(text, 1)
     for text in all_texts:
@@ -63,7 +65,7 @@ def test_what_is_removed_leaves_nothing(all_texts: list[list[int]]) -> None:
 
 def test_a_route_forgets_its_oldest_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suffixes, "RECENT_TOKENS", 50)
-    recent = Recent()
+    recent = RouteNgrams()
     for n in range(20):
         recent.answered([1, 2, 3, 100 + n, *range(10, 20)], 3)
     assert recent.followers.get((3, 119)) == {10: 1}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from decoder.verification.proposal import CHOSEN, Tree
-from decoder.verification.verify import Verdict, judge
+from decoder.verification.verify import Verification, verify
 from lab.enumeration import BEHIND, CHAINS, SHAPES, WAYS, Case, distance
 from tests.unit.test_exactness import LIMIT, SETTINGS, either
 
@@ -25,7 +25,7 @@ def test_emitted_distribution_is_the_targets(
 ) -> None:
     case = Case.of(SHAPES[shape], way_, SETTINGS[setting], dtype)
     assert case.probability_B.sum().item() == pytest.approx(1)
-    assert distance(judge, case) <= LIMIT
+    assert distance(verify, case) <= LIMIT
 
 
 @either
@@ -37,7 +37,7 @@ def test_chains_verified_as_a_whole_emit_the_targets(
     """By the longest prefix that passes."""
     case = Case.of(SHAPES["chain"], way_, SETTINGS[setting], dtype)
     assert case.probability_B.sum().item() == pytest.approx(1)
-    assert distance(judge, case) <= LIMIT
+    assert distance(verify, case) <= LIMIT
 
 
 @either
@@ -81,8 +81,8 @@ def test_what_was_drawn_may_count_as_chosen(dtype: torch.dtype) -> None:
     )
 
 
-def judging(tree: Tree) -> Callable[..., Verdict]:
+def judging(tree: Tree) -> Callable[..., Verification]:
     """What takes the proposal for another tree's."""
-    return lambda logits_BTV, proposal, *more: judge(
+    return lambda logits_BTV, proposal, *more: verify(
         logits_BTV, replace(proposal, tree=tree), *more
     )
