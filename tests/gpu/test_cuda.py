@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from decoder.models.llama import Llama
-from decoder.verification.verify import judge
+from decoder.verification.verify import verify
 from lab.enumeration import CHAINS, SHAPES, WAYS, Case, distance, on
 from tests.device import DEVICE
 from tests.engines import Bench, bench, query, target_alone
@@ -29,7 +29,7 @@ PROMPTS = [(40, 50, 60), (70,), tuple(range(80, 120))]
 def test_what_is_emitted_has_the_targets_distribution(
     shape: str, way: str, setting: tuple[float, int, float]
 ) -> None:
-    assert distance(on(DEVICE, judge), Case.of(SHAPES[shape], way, setting, torch.float32)) <= LIMIT
+    assert distance(on(DEVICE, verify), Case.of(SHAPES[shape], way, setting, torch.float32)) <= LIMIT
 
 
 @pytest.fixture

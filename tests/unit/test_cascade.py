@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from decoder.drafters import cascade, model
-from decoder.drafters import chain_shape as chains
+from decoder.drafters import chain as chains
 from decoder.drafters.base import DraftGroup
 from decoder.drafters.chain import Chain
 from decoder.models.ragged import integers, ragged
