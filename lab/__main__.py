@@ -16,18 +16,6 @@ COMMANDS = {
         "replay real queries through the whole loop, and compare ways to learn",
     ),
     "gate": ("lab.gate", "how often the gate is wrong, on real signals"),
-    "recipes": (
-        "lab.recipes",
-        "what recipes learn from the same answers: divergences, branches, selection",
-    ),
-    "truncation": (
-        "lab.truncation",
-        "how much of a distribution has to be logged: gain kept and bytes, by k",
-    ),
-    "gkd": (
-        "lab.gkd",
-        "learning from logged distributions, beside TRL's trainer that runs the target",
-    ),
     "warm-up": (
         "lab.warmup.align",
         "a draft for a target without traffic: initialise, answer prompts, distil, register",

@@ -6,7 +6,6 @@ from importlib import import_module
 BENCHMARKS = {
     "decode": "this engine beside transformers: tokens per second alone and in batches",
     "drafters": "every way to draft beside the chain: τ, verified tokens, tokens per second",
-    "serve": "the REST API under Poisson arrivals: time to first token, inter-token latency, goodput",
     "swap": "100 draft swaps under load: requests dropped, longest pause",
     "tap": "what recording signals costs",
     "soak": "a long mixed load with swaps, cancellations and long prompts: nothing leaks, everyone is answered",

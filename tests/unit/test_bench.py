@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lab.bench import gpu, serve, soak, swap, tap
+from lab.bench import gpu, soak, swap, tap
 from lab.bench.load import Swap
 from tests.tiny import TinyPair
 
@@ -126,14 +126,6 @@ def test_a_gap_with_a_swap_ends_with_the_step_after_it() -> None:
     ends = np.array([1.0, 2.0, 5.0, 6.0])
     around, others = swap.gaps(ends, [Swap(0.0, 2.5, 3.0), Swap(6.0, 6.5, 7.0)])
     assert (around, others) == ([3.0], [1.0, 1.0])
-
-
-def test_a_piece_of_several_tokens_is_as_many_gaps() -> None:
-    """Percentiles of equal gaps are the gap; goodput counts who was within both limits."""
-    slow = serve.Reply(first_s=0.2, gaps_s=[0.2, 0.2], tokens=3, steps=2, finished=True)
-    fast = serve.Reply(first_s=0.1, gaps_s=[0.01, 0.01], tokens=3, steps=2, finished=True)
-    lost = serve.Reply(error="gone")
-    assert [reply.within(0.15, 0.1) for reply in (slow, fast, lost)] == [False, True, False]
 
 
 def test_the_benchmark_of_a_gpu_is_ready(
