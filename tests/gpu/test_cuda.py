@@ -29,7 +29,9 @@ PROMPTS = [(40, 50, 60), (70,), tuple(range(80, 120))]
 def test_what_is_emitted_has_the_targets_distribution(
     shape: str, way: str, setting: tuple[float, int, float]
 ) -> None:
-    assert distance(on(DEVICE, verify), Case.of(SHAPES[shape], way, setting, torch.float32)) <= LIMIT
+    assert (
+        distance(on(DEVICE, verify), Case.of(SHAPES[shape], way, setting, torch.float32)) <= LIMIT
+    )
 
 
 @pytest.fixture

@@ -18,9 +18,7 @@ def test_the_gate_s_study_ends_with_its_figures(command: Command, pair: TinyPair
     assert figures["answers"] == 10
 
 
-@pytest.mark.parametrize(
-    "name", ["gate", "cold-start", "g2sd", "two-stage"]
-)
+@pytest.mark.parametrize("name", ["gate", "cold-start", "g2sd", "two-stage"])
 def test_what_can_t_be_read_is_told_in_a_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
