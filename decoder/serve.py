@@ -37,10 +37,11 @@ from online.connections import celery_app, git_commit, signal_buffer
 from online.cycles import CycleLedger
 from online.metrics import ServiceMetrics
 from online.prompt_routes import PromptClusters
-from online.registry import Candidate, Registry
+from online.registry import Registry
 from online.rollout import RolloutGuard, Rules
 from online.settings import Settings
 from online.tables import connect
+from online.versions import Candidate
 
 log = logging.getLogger("slipstream.serve")
 

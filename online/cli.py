@@ -10,8 +10,9 @@ from pydantic import ValidationError
 
 from online.api.auth import new_key
 from online.errors import SlipstreamError
+from online.processes import beat_command, decoder_command, worker_command
 from online.settings import Settings
-from online.stack import Stack, beat_command, decoder_command, worker_command
+from online.stack import Stack
 
 COMMANDS = {
     "up": "run the whole service on this machine until Ctrl-C",

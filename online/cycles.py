@@ -11,21 +11,19 @@ from sqlalchemy import Engine, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from online.buffer import id_order
-from online.canaries import open_canary
-from online.errors import Conflict, NotFound
-from online.registry import (
-    Candidate,
+from online.activations import (
     add_activation,
-    add_version,
     newest_activation,
     raced,
-    record,
     require_route,
-    running_canary,
     serving_version,
 )
-from online.tables import Cycle, Version, now, transaction
+from online.audit import record
+from online.buffer import id_order
+from online.canaries import open_canary, running_canary
+from online.errors import Conflict, NotFound
+from online.tables import MAX_ID, Cycle, Version, now, transaction
+from online.versions import Candidate, add_version
 
 UNFINISHED = ("queued", "running")
 
@@ -255,7 +253,7 @@ def _unfinished(session: Session, route: str) -> Cycle | None:
 
 
 def _require(session: Session, cycle_id: int) -> Cycle:
-    cycle = session.get(Cycle, cycle_id) if 0 < cycle_id < 2**31 else None
+    cycle = session.get(Cycle, cycle_id) if 0 < cycle_id <= MAX_ID else None
     if cycle is None:
         raise NotFound(f"no cycle {cycle_id}", param="cycle")
     return cycle

@@ -3,48 +3,32 @@
 `slipstream up` runs it. Ctrl-C, or the end of this process however it comes, ends every child.
 """
 
-import json
 import logging
-import os
-import signal
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
-from pathlib import Path
 from typing import IO
 
-from online.embedded import die_with_parent, free_port, start_server
+from online.embedded_redis import start_server
 from online.errors import Unavailable
+from online.processes import (
+    ROOT,
+    beat_command,
+    decoder_command,
+    die_with_parent,
+    end_group,
+    environment,
+    free_port,
+    worker_command,
+)
 from online.settings import Settings
 
 log = logging.getLogger("slipstream.stack")
 
-ROOT = Path(__file__).resolve().parent.parent
 READY_LIMIT_S = 120.0
-STOP_LIMIT_S = 5.0
 RESTART_PAUSE_S = 2.0
-
-
-def worker_command() -> list[str]:
-    return _celery(
-        "worker", "--loglevel=warning", "--concurrency=1", "--without-gossip", "--without-mingle"
-    )
-
-
-def beat_command(settings: Settings) -> list[str]:
-    schedule = settings.data_dir.absolute() / "beat-schedule"
-    return _celery("beat", "--loglevel=warning", f"--schedule={schedule}", "--pidfile=")
-
-
-def decoder_command() -> list[str]:
-    return [sys.executable, "-m", "decoder.serve"]
-
-
-def _celery(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "celery", "-A", "trainer.tasks", *arguments]
 
 
 class Stack:
@@ -151,38 +135,3 @@ class Stack:
 
     def _log(self, name: str) -> IO[bytes]:
         return (self.logs / f"{name}.log").open("ab")
-
-
-def environment(settings: Settings) -> Mapping[str, str]:
-    """The settings as SLIPSTREAM_* variables for a child, on top of what this process was given."""
-    own = {}
-    for name, value in settings.model_dump(exclude_none=True).items():
-        text = (
-            ",".join(value)
-            if isinstance(value, tuple)
-            else json.dumps(value)
-            if isinstance(value, dict)
-            else value
-        )
-        own[f"SLIPSTREAM_{name.upper()}"] = str(text)
-    return {
-        **os.environ,
-        **own,
-        "PYTHONUNBUFFERED": "1",
-        "SLIPSTREAM_DATA_DIR": str(settings.data_dir.absolute()),
-    }
-
-
-def end_group(child: "subprocess.Popen[bytes]") -> None:
-    """Ends a child that leads its own session, and every process it started there."""
-    if child.poll() is None:
-        child.terminate()
-        try:
-            child.wait(STOP_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            pass
-    try:
-        os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    child.wait()

@@ -33,6 +33,7 @@ from online.errors import InvalidRequest, Unavailable
 CYCLE_STATES = ("queued", "running", "promoted", "canary", "held", "rejected", "empty", "failed")
 CANARY_STATES = ("running", "promoted", "aborted", "superseded")
 ACTIVATION_KINDS = ("initial", "promotion", "manual", "rollback", "auto_rollback")
+MAX_ID = 2**31 - 1  # largest value of an id column
 
 
 class UtcDateTime(TypeDecorator[datetime]):

@@ -16,7 +16,7 @@ from sqlalchemy import Engine, create_engine, text
 
 from decoder.device.placement import stay_on_one_core
 from migrations import upgrade
-from online.embedded import servers, start_server
+from online.embedded_redis import servers, start_server
 from online.tables import connect
 from tests.tiny import TinyPair, make_pair
 

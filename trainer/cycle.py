@@ -27,10 +27,11 @@ from online.buffer import Entry, SignalBuffer, id_order
 from online.connections import git_commit, signal_buffer
 from online.cycles import CycleLedger, Lease, LeaseLost
 from online.errors import SignalError, SlipstreamError
-from online.registry import Candidate, Registry, is_generic
+from online.registry import Registry
 from online.settings import Settings
 from online.signals import Signal, decode
 from online.tables import Version, connect, now
+from online.versions import Candidate, is_generic
 from trainer.batches import usable
 from trainer.choice import choose, configured
 from trainer.curriculum import Curriculum, CurriculumLimits, Exam, curriculum, drawn

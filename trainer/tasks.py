@@ -13,7 +13,7 @@ from functools import cache
 from online.canaries import CanaryLedger
 from online.connections import CYCLE_TASK, TICK_TASK, celery_app, signal_buffer
 from online.cycles import CycleLedger, Lease, LeaseLost
-from online.embedded import die_with_parent
+from online.processes import die_with_parent
 from online.registry import Registry
 from online.settings import Settings
 from online.tables import connect

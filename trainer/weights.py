@@ -10,9 +10,10 @@ from torch import nn
 
 from online.artifacts import ArtifactStore
 from online.errors import ArtifactError
-from online.registry import Registry, is_generic
+from online.registry import Registry
 from online.settings import Settings
 from online.tables import Version
+from online.versions import is_generic
 
 log = logging.getLogger("slipstream.trainer")
 

@@ -17,9 +17,10 @@ from decoder.rollout.live import LiveDraft
 from online.errors import ArtifactError, Conflict, SlipstreamError
 from online.messages import Loaded, SpeculationStats
 from online.metrics import ServiceMetrics
-from online.registry import GENERIC, Candidate, Registry, is_generic
+from online.registry import Registry
 from online.rollout import Regression, RolloutGuard
 from online.tables import Version
+from online.versions import GENERIC, Candidate, is_generic
 
 log = logging.getLogger("slipstream.swap")
 

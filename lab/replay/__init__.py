@@ -166,7 +166,7 @@ def _begin(count: int) -> None:
     import torch
     import transformers
 
-    from online.embedded import die_with_parent
+    from online.processes import die_with_parent
 
     if (end := die_with_parent()) is not None:
         end()

@@ -24,7 +24,7 @@ from lab.replay.streams import Asked
 from migrations import upgrade
 from online.buffer import LATEST
 from online.cycles import UNFINISHED
-from online.embedded import start_server
+from online.embedded_redis import start_server
 from online.messages import DrafterName, Query
 from online.prompt_routes import PromptClusters
 from online.registry import Registry

@@ -8,9 +8,10 @@ from migrations import upgrade
 from online.artifacts import ArtifactStore
 from online.connections import git_commit
 from online.errors import Conflict, InvalidRequest
-from online.registry import Candidate, Registry
+from online.registry import Registry
 from online.settings import Settings
 from online.tables import Version, connect
+from online.versions import Candidate
 
 ACTOR = "warm-up"
 

@@ -18,9 +18,10 @@ from online.cycles import CycleLedger
 from online.errors import Unavailable
 from online.messages import EngineClient, Loaded
 from online.prompt_routes import PromptClusters
-from online.registry import Registry, is_generic
+from online.registry import Registry
 from online.settings import Settings
 from online.tables import Base, Canary, Route
+from online.versions import is_generic
 
 Json = dict[str, Any]
 Limit = Annotated[int, Query(ge=1, le=1000)]

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from online.cli import COMMANDS
+from online.processes import ROOT
 from online.settings import Settings
-from online.stack import ROOT
 
 OURS = {"migrate", "decoder", "trainer", "beat"}
 

@@ -9,8 +9,9 @@ import pytest
 from sqlalchemy import Engine
 
 from online.errors import Conflict, InvalidRequest, NotFound, SlipstreamError, Unavailable
-from online.registry import Candidate, Registry, add_version
+from online.registry import Registry
 from online.tables import Version, connect, transaction
+from online.versions import Candidate, add_version
 
 
 @pytest.fixture

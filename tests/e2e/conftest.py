@@ -19,9 +19,10 @@ from online.artifacts import ArtifactStore
 from online.buffer import RedisBuffer
 from online.connections import signal_buffer
 from online.cycles import CycleLedger
-from online.registry import Candidate, Registry, add_version
+from online.registry import Registry
 from online.settings import Settings
 from online.tables import connect, transaction
+from online.versions import Candidate, add_version
 from tests.conftest import copy_into
 from tests.loop.conftest import until
 from tests.tiny import TinyPair

@@ -6,8 +6,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from online.embedded import free_port, start_server
+from online.embedded_redis import start_server
 from online.errors import Unavailable
+from online.processes import free_port
 from online.signals import decode, pseudonym
 from tests.e2e.conftest import Served, serve, tiny_settings
 from tests.loop.conftest import until

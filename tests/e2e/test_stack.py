@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from online.stack import ROOT
+from online.processes import ROOT
 from tests.loop.conftest import until
 from tests.tiny import TinyPair
 

@@ -10,9 +10,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from lab.warmup.lessons import from_target
+from online.processes import ROOT, end_group, environment, worker_command
 from online.settings import Settings
 from online.signals import decode
-from online.stack import ROOT, end_group, environment, worker_command
 from tests.e2e.conftest import Served, serve, tiny_settings
 from tests.loop.conftest import until
 from tests.tiny import TinyPair

@@ -17,11 +17,12 @@ from online.artifacts import ArtifactStore
 from online.buffer import RedisBuffer
 from online.connections import CYCLE_TASK, celery_app, signal_buffer
 from online.cycles import CycleLedger
-from online.registry import Candidate, Registry
+from online.processes import ROOT, beat_command, end_group, environment, worker_command
+from online.registry import Registry
 from online.settings import Settings
 from online.signals import Signal, encode
-from online.stack import ROOT, beat_command, end_group, environment, worker_command
 from online.tables import Cycle, connect
+from online.versions import Candidate
 from tests.conftest import copy_into
 from tests.tiny import TinyPair
 

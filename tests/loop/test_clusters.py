@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from online.cycles import Lease
-from online.registry import GENERIC, Candidate
 from online.tables import Cycle, Version
+from online.versions import GENERIC, Candidate
 from tests.conftest import copy_into
 from tests.loop.conftest import Loop
 from tests.signals import taught

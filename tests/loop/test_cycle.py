@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from online.canaries import CanaryLedger
-from online.registry import Candidate, add_version
 from online.signals import Signal
 from online.tables import connect, transaction
+from online.versions import Candidate, add_version
 from tests.conftest import copy_into
 from tests.loop.conftest import Loop, kill, until
 from tests.signals import taught

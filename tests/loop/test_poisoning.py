@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 from online.artifacts import ArtifactStore
 from online.buffer import BufferLimits, MemoryBuffer
 from online.cycles import CycleLedger
-from online.registry import Candidate, Registry
+from online.registry import Registry
 from online.settings import Settings
 from online.signals import Signal, encode
 from online.tables import Cycle, connect
+from online.versions import Candidate
 from tests.conftest import copy_into
 from tests.signals import taught
 from tests.tiny import TinyPair

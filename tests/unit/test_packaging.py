@@ -4,7 +4,7 @@ import tomllib
 
 from setuptools import find_packages
 
-from online.stack import ROOT
+from online.processes import ROOT
 
 
 def test_every_file_of_a_package_is_packaged() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from online.registry import rollback_target
+from online.activations import rollback_target
 
 START = ("initial", 1)
 

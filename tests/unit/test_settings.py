@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from online.processes import environment
 from online.settings import Settings
 from online.speculation import DraftingOptions
-from online.stack import environment
 
 HASH = "a" * 64
 

@@ -1,18 +1,16 @@
 """A Redis-protocol server for machines that have none: from PATH, else from a wheel, as a child process on loopback."""
 
 import shutil
-import signal
-import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import redis
 
 from online.errors import Unavailable
+from online.processes import die_with_parent, free_port
 
 START_LIMIT_S = 10.0
 
@@ -79,20 +77,3 @@ def start_server(
             time.sleep(0.02)
     process.kill()
     raise Unavailable(f"the Redis server did not start; see {folder / 'redis.log'}")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def die_with_parent() -> Callable[[], None] | None:
-    """On Linux: has the kernel end a child when its parent dies, even by kill -9. Elsewhere None."""
-    if sys.platform != "linux":
-        return None
-    import ctypes  # only here: loaded before the fork, since nothing may be imported after it
-
-    prctl = ctypes.CDLL(None).prctl
-    set_death_signal = 1  # PR_SET_PDEATHSIG
-    return lambda: prctl(set_death_signal, signal.SIGTERM) and None
