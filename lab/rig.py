@@ -4,8 +4,7 @@ import argparse
 import json
 import queue
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,19 +157,6 @@ class Rig:
         self, engine: Engine, recorder: Recorder, buffer: SignalBuffer, metrics: ServiceMetrics
     ) -> None:
         self.engine, self.recorder, self.buffer, self.metrics = engine, recorder, buffer, metrics
-
-    def between_steps(self, work: Callable[[], R]) -> R:
-        """Runs `work` on the engine's thread, the one that spreads over the cores, and waits for what it returns."""
-        done: Future[R] = Future()
-
-        def change() -> None:
-            try:
-                done.set_result(work())
-            except BaseException as error:
-                done.set_exception(error)
-
-        self.engine.between_steps(change)
-        return done.result()
 
     def complete(self, queries: Sequence[Query], at_once: int = 0) -> list[Answer]:
         """Answers in the queries' order; `at_once` of them in flight, as one ends the next is sent (0: all)."""

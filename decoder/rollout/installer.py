@@ -1,9 +1,10 @@
-"""Puts a version into a draft: checked and staged aside, copied in between two steps, the target compared after it."""
+"""Installs a draft version: verify and stage it, copy it in between two steps, check the target."""
 
 import logging
-import queue
 import time
 from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
+from typing import Any
 
 from decoder.rollout.live import LiveDraft
 from online.artifacts import ArtifactStore
@@ -12,59 +13,54 @@ from online.tables import Version
 
 log = logging.getLogger("slipstream.install")
 
-INSTALL_LIMIT_S = 60.0  # a step that takes longer than this has failed anyway
+INSTALL_LIMIT_S = 60.0  # an engine that takes longer to reach the swap counts as hanging
+BetweenSteps = Callable[[Callable[[], float]], Future[float]]
 
 
 class Installer:
     def __init__(
         self,
-        between_steps: Callable[[Callable[[], None]], None],
+        between_steps: BetweenSteps,
         artifacts: ArtifactStore,
         target_fingerprint: Callable[[], str],
     ) -> None:
-        self._between_steps, self._artifacts = between_steps, artifacts
-        self._target_fingerprint = target_fingerprint
-        self.target_fingerprint = target_fingerprint()  # as loaded; no swap may ever change it
+        """`between_steps` is `Engine.between_steps`."""
+        self._between_steps = between_steps
+        self._artifacts = artifacts
+        self._fingerprint_now = target_fingerprint
+        self.target_fingerprint = target_fingerprint()  # as loaded; no swap may change it
         self.target_changed = False
 
     def load(self, draft: LiveDraft, version: Version) -> float:
-        """Has `draft` run `version` from the next step on; returns how long the engine paused for it.
+        """Makes `draft` run `version` from the next step on. Returns the engine's pause in seconds.
 
         Raises:
-            ArtifactError: damaged weights, or ones that this draft can't take. It goes on with those that it has.
+            ArtifactError: the weights are damaged or do not fit; the draft keeps its old ones.
         """
         staged = draft.stage(self._artifacts.verify(version.sha256))
-        pause_s = self._install(lambda: draft.install(staged, version.id))
+        pause_s = self._install(draft, staged, version.id)
         self._check_target(version)
         return pause_s
 
-    def _install(self, install: Callable[[], None]) -> float:
-        """Has the engine's thread run `install` between two steps; returns how long that took."""
-        outcome: queue.SimpleQueue[float | Exception] = queue.SimpleQueue()
-
-        def change() -> None:
+    def _install(self, draft: LiveDraft, staged: Any, version: int) -> float:
+        def change() -> float:
             started = time.perf_counter()
-            try:
-                install()
-            except Exception as error:
-                outcome.put(error)
-            else:
-                outcome.put(time.perf_counter() - started)
+            draft.install(staged, version)
+            return time.perf_counter() - started
 
-        self._between_steps(change)
+        done = self._between_steps(change)
         try:
-            result = outcome.get(timeout=INSTALL_LIMIT_S)
-        except queue.Empty:
-            raise ArtifactError("the engine did not come to the swap") from None
-        if isinstance(result, Exception):
-            raise result
-        return result
+            return done.result(INSTALL_LIMIT_S)
+        except (TimeoutError, CancelledError):
+            done.cancel()
+            raise ArtifactError("the engine did not reach the swap") from None
 
     def _check_target(self, version: Version) -> None:
-        """A draft published into the target has happened to others: outputs go wrong and nothing fails."""
-        if self._target_fingerprint() != self.target_fingerprint:
-            self.target_changed = True
-            log.critical(
-                "the target's weights changed with the swap to version %d: this decoder is unhealthy",
-                version.id,
-            )
+        """A draft copied over the target's weights would change outputs without any error."""
+        if self._fingerprint_now() == self.target_fingerprint:
+            return
+        self.target_changed = True
+        log.critical(
+            "The target's weights changed with the swap to version %d. This decoder is unhealthy.",
+            version.id,
+        )

@@ -101,7 +101,7 @@ def _measure(pair: Pair, gamma: int, tokens: int, device: torch.device) -> dict[
             outcome.append(_forward_s(draft.model, 1, device))
 
         for work in (*[swap] * 5, forwards):
-            serving.between_steps(work)
+            serving.engine.between_steps(work).result()
         *pauses, verify_s, draft_s = outcome
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

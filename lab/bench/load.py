@@ -110,22 +110,13 @@ def swaps(engine: Engine, folders: Sequence[Path], due: Callable[[int], bool]) -
 
 
 def swap(engine: Engine, folder: Path, version: int) -> Swap:
-    """As `decoder/rollout/swapper.py` does it: staged on this thread, installed by the engine's between two steps."""
-    outcome: queue.SimpleQueue[Swap | Exception] = queue.SimpleQueue()
+    """As the installer does it: staged on this thread, installed by the engine between two steps."""
     draft, started = engine.batch.drafts[rig.ROUTE], time.perf_counter()
     staged = draft.stage(folder)
 
-    def change() -> None:
+    def change() -> Swap:
         began = time.perf_counter()
-        try:
-            draft.install(staged, version)
-        except Exception as error:
-            outcome.put(error)
-        else:
-            outcome.put(Swap(started, began, time.perf_counter()))
+        draft.install(staged, version)
+        return Swap(started, began, time.perf_counter())
 
-    engine.between_steps(change)
-    result = outcome.get(timeout=INSTALL_LIMIT_S)
-    if isinstance(result, Exception):
-        raise result
-    return result
+    return engine.between_steps(change).result(INSTALL_LIMIT_S)

@@ -144,7 +144,7 @@ class Service:
             with torch.inference_mode(False), torch.enable_grad():
                 return run(shop, lease)
 
-        self._serving.between_steps(learn)
+        self._serving.engine.between_steps(learn).result()
         self._swapper.sync()
 
     def judge(self, draft: Path, signals: Sequence[Signal]) -> Marks:
@@ -158,7 +158,7 @@ class Service:
             pad_id = int(module.config.pad_token_id or 0)
             return evaluate(module, signals, self._config.gamma, pad_id)
 
-        return self._serving.between_steps(look)
+        return self._serving.engine.between_steps(look).result()
 
     def judge_live(self, signals: Sequence[Signal]) -> Marks:
         """The same of the drafts that are live: of each signal, the one that its prompt gets."""

@@ -113,9 +113,8 @@ def answers(
             serving.complete(queries[at : at + 8 * AT_ONCE])
             done = min(at + 8 * AT_ONCE, len(queries))
             say(f"answered {done} of {len(queries)}, {time.monotonic() - started:.0f} s")
-        serving.between_steps(
-            lambda: None
-        )  # The step that ended the last answers has handed them to the recorder.
+        # The step that ended the last answers has handed them to the recorder.
+        serving.engine.between_steps(lambda: None).result()
         serving.recorder.stop(60)
         records = [entry.record for entry in serving.buffer.before(rig.ROUTE, LATEST, len(queries))]
         vocab_size = serving.engine.batch.target.vocab_size

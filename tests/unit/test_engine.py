@@ -1,6 +1,5 @@
 """The engine on a tiny pair: exact, whoever shares the batch, and still standing after whatever fails."""
 
-import threading
 import time
 from collections.abc import Iterator
 
@@ -104,15 +103,10 @@ def test_a_swap_in_the_middle_changes_acceptance_and_no_token(pair: TinyPair) ->
         ]
         draft = tiny.engine.batch.drafts["default"]
         staged = draft.stage(pair.spoilt)
-        swapped = threading.Event()
-
-        def change() -> None:
-            draft.install(staged, 2)
-            swapped.set()
-
-        tiny.engine.between_steps(change)
+        swapped = tiny.engine.between_steps(lambda: draft.install(staged, 2))
         found = [listener.wait() for listener in running]
-        assert swapped.is_set()
+        assert swapped.done()
+        swapped.result()
         assert [f.ids for f in found] == expected
         again = tiny.run(*[query(p, f"r{i}", max_tokens=120) for i, p in enumerate(PROMPTS[:4])])
         assert [f.ids for f in again] == expected
@@ -274,7 +268,7 @@ def test_a_draft_that_fails_is_left_out_until_the_next_swap(pair: TinyPair, tiny
     assert draft.failed_within(60)
     draft.model = working
     staged = draft.stage(pair.draft)
-    tiny.engine.between_steps(lambda: draft.install(staged, 5))
+    tiny.engine.between_steps(lambda: draft.install(staged, 5)).result()
     assert tiny.run(query(PROMPTS[4], "after"))[0].stats.accepted > 0
 
 
@@ -301,6 +295,30 @@ def test_a_client_that_raises_does_not_reach_the_engine(tiny: Bench) -> None:
 
     tiny.engine.submit(query(name="gone", max_tokens=100, ignore_eos=True), gone)
     assert tiny.run(query(name="here"))[0].reason == "length"
+
+
+def test_a_change_that_raises_reaches_its_caller_and_no_sequence(tiny: Bench) -> None:
+    """The future holds the result or the error; running sequences go on."""
+    running = tiny.submit(query(name="running", max_tokens=100, ignore_eos=True))
+
+    def broken() -> None:
+        raise ArithmeticError("not my day")
+
+    with pytest.raises(ArithmeticError, match="not my day"):
+        tiny.engine.between_steps(broken).result(10)
+    assert tiny.engine.between_steps(lambda: 7).result(10) == 7
+    assert running.wait().reason == "length"
+    faults = tiny.metrics.registry.get_sample_value(
+        "slipstream_engine_faults_total", {"part": "engine"}
+    )
+    assert not faults
+
+
+def test_a_change_after_the_end_is_cancelled(pair: TinyPair) -> None:
+    """Nobody waits for an engine that has stopped."""
+    with bench(pair) as tiny:
+        pass
+    assert tiny.engine.between_steps(lambda: None).cancelled()
 
 
 def test_shutting_down_tells_everyone_who_waits(pair: TinyPair) -> None:
