@@ -14,7 +14,7 @@ from torch import Tensor
 from decoder.models.kv_cache import Slots, slot_at
 from decoder.models.ragged import integers, ragged
 from decoder.policy.draft_cost import NO_COST, DraftCost
-from decoder.policy.keep_rates import DRAWN, Evidence
+from decoder.policy.token_acceptance import DRAWN, Evidence
 from decoder.rollout.live import LiveDraft
 from decoder.sequence.sequence import LiveSequence
 from decoder.verification.proposal import Proposal

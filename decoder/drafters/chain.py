@@ -12,7 +12,7 @@ from torch import Tensor
 from decoder.drafters.base import DraftGroup
 from decoder.models.ragged import integers, ragged
 from decoder.policy.draft_cost import NO_COST, DraftCost
-from decoder.policy.keep_rates import ANY, DRAWN, SHARES, Evidence, KeepRates
+from decoder.policy.token_acceptance import ANY, DRAWN, SHARES, Evidence, KeepRates
 from decoder.sequence.ngram_index import NgramGuess
 from decoder.sequence.sequence import LiveSequence
 from decoder.verification.proposal import CHOSEN, Proposal, Tree

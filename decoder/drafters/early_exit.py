@@ -20,7 +20,7 @@ from torch import Tensor
 from decoder.drafters.base import DraftGroup, begin, keep, learn
 from decoder.models.llama import Llama, Residual
 from decoder.models.ragged import integers
-from decoder.policy.keep_rates import SHARES, Evidence, KeepRates, left, went
+from decoder.policy.token_acceptance import SHARES, Evidence, KeepRates, left, went
 from decoder.sequence.sequence import LiveSequence
 from decoder.verification.proposal import Proposal
 from decoder.verification.sampling import at_least_float32, most_likely, probabilities, sample

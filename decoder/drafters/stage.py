@@ -24,7 +24,7 @@ from decoder.drafters.plain import PlainDrafter
 from decoder.models.ragged import encode, fit, integers, ragged, slots_of
 from decoder.policy.bandit import DrafterBandit, Workload
 from decoder.policy.gamma import GammaController
-from decoder.policy.keep_rates import ANY, DRAWN
+from decoder.policy.token_acceptance import ANY, DRAWN
 from decoder.rollout.live import LiveDraft
 from decoder.sequence.ngram_index import NgramLookup, RouteNgrams
 from decoder.sequence.plan import StepPlan

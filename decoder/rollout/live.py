@@ -12,7 +12,7 @@ import torch
 
 from decoder.models.base import ServedModel
 from decoder.policy.acceptance import ROUTE_MEMORY, Acceptance, Ranks
-from decoder.policy.keep_rates import KeepRates
+from decoder.policy.token_acceptance import KeepRates
 from online.artifacts import WEIGHTS
 from online.errors import ArtifactError
 

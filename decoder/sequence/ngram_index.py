@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import NamedTuple
 
-from decoder.policy.keep_rates import SHARES, Evidence, KeepRates
+from decoder.policy.token_acceptance import SHARES, Evidence, KeepRates
 
 LONGEST = 4  # tokens of a suffix that are looked up
 RECENT_TOKENS = 100_000  # of outputs that a route remembers: 26 MB

@@ -18,7 +18,7 @@ from decoder.drafters.base import DraftGroup
 from decoder.drafters.chain import Chain
 from decoder.models.ragged import integers, ragged
 from decoder.policy.draft_cost import NO_COST, DraftCost
-from decoder.policy.keep_rates import DRAWN, KeepRates
+from decoder.policy.token_acceptance import DRAWN, KeepRates
 from decoder.sequence.ngram_index import NgramGuess
 from decoder.verification.proposal import CHOSEN, Proposal, Tree
 from decoder.verification.sampling import Sampling

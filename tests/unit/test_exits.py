@@ -12,7 +12,7 @@ from decoder.drafters import early_exit as exits
 from decoder.drafters.base import DraftGroup
 from decoder.models.loading import over_slots
 from decoder.policy.draft_cost import NO_COST, DraftCost
-from decoder.policy.keep_rates import SHARES, KeepRates, left, went
+from decoder.policy.token_acceptance import SHARES, KeepRates, left, went
 from decoder.verification.sampling import Sampling
 from tests.unit.test_graph import Context
 

@@ -10,7 +10,7 @@ import torch
 
 import decoder.policy.gamma
 from decoder.policy.draft_cost import FIRST, DraftCost, DraftCosts
-from decoder.policy.keep_rates import ANY, DRAWN
+from decoder.policy.token_acceptance import ANY, DRAWN
 from decoder.verification.sampling import Sampling, probabilities
 from online.messages import Query
 from tests.engines import Bench, Finished, bench, query, reference, target_alone

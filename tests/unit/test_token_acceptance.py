@@ -1,6 +1,6 @@
 """What is counted of drafted tokens."""
 
-from decoder.policy.keep_rates import ANY, KeepRates
+from decoder.policy.token_acceptance import ANY, KeepRates
 
 
 def test_what_became_of_tokens_says_how_likely_the_next_ones_are_kept() -> None:
