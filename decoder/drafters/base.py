@@ -14,7 +14,7 @@ from torch import Tensor
 from decoder.models.kv_cache import Slots, slot_at
 from decoder.models.ragged import integers, ragged
 from decoder.policy.draft_cost import NO_COST, DraftCost
-from decoder.policy.token_acceptance import DRAWN, Evidence
+from decoder.policy.token_acceptance import Evidence, SourceKind
 from decoder.rollout.live import LiveDraft
 from decoder.sequence.sequence import LiveSequence
 from decoder.verification.proposal import Proposal
@@ -84,7 +84,7 @@ def begin(group: DraftGroup) -> Tensor:
         group.slots, ragged(unseen, group.device), starts_B, upto
     )
     for seq in group.seqs:
-        seq.draft_holds(len(seq.tokens))
+        seq.set_draft_cached(len(seq.tokens))
     return behind(logits_BTV, integers([len(tokens) for tokens in unseen], group.device))
 
 
@@ -101,7 +101,7 @@ def keep(group: DraftGroup, kept: Sequence[Sequence[int]]) -> None:
         held = [cells[n] for n in takewhile(cells.__contains__, path)]
         if held != list(range(len(held))):
             group.draft.model.gather(slot_at(group.slots, i), seq.draft_cached, held)
-        seq.draft_holds(seq.draft_cached + len(held))
+        seq.set_draft_cached(seq.draft_cached + len(held))
 
 
 def learn(group: DraftGroup, kept: Sequence[Sequence[int]]) -> None:
@@ -111,5 +111,6 @@ def learn(group: DraftGroup, kept: Sequence[Sequence[int]]) -> None:
     ):
         for n in range(min(len(path) + 1, count)):
             for one in evidence[n]:
-                known = seq.draft.kept if one[1] <= DRAWN else seq.ngrams.recent.kept
-                known.seen(one, n < len(path))
+                from_ngrams = one.source.kind is SourceKind.NGRAM
+                owner = seq.ngram_lookup.route_ngrams if from_ngrams else seq.draft
+                owner.token_acceptance.record(one, n < len(path))

@@ -61,8 +61,8 @@ class CascadeDrafter:
             group.draft.model, group.slots, chains, *shaped
         )
         for seq, one in zip(group.seqs, chains, strict=True):
-            seq.draft_holds(one.held)  # cut back where a rejection comes earlier
-            seq.draft_wanted = one.missed
+            seq.set_draft_cached(one.held)  # cut back where a rejection comes earlier
+            seq.wants_catch_up = one.missed
         return finished(chains, logits_BQV, probs_BQV, group)
 
     def settle(self, group: DraftGroup, kept: Sequence[Sequence[int]]) -> None:
@@ -132,7 +132,7 @@ def _asking(chains: Sequence[Chain], price: DraftCost, masks: int) -> tuple[list
     the time of its forward: they share it."""
     wanting = [one for one in chains if one.open]
     if any(one.tokens for one in chains):
-        price = price._replace(start=0.0)
+        price = price._replace(per_step=0.0)
     if not (places := worthwhile(wanting, price, masks)):
         return [], 0
     for one in wanting:

@@ -12,7 +12,12 @@ from torch import Tensor
 from decoder.drafters.base import DraftGroup
 from decoder.models.ragged import integers, ragged
 from decoder.policy.draft_cost import NO_COST, DraftCost
-from decoder.policy.token_acceptance import ANY, DRAWN, SHARES, Evidence, KeepRates
+from decoder.policy.token_acceptance import (
+    Evidence,
+    TokenAcceptance,
+    confidence_bucket,
+    draft_token,
+)
 from decoder.sequence.ngram_index import NgramGuess
 from decoder.sequence.sequence import LiveSequence
 from decoder.verification.proposal import CHOSEN, Proposal, Tree
@@ -38,7 +43,7 @@ class Chain:
     lead: int  # tokens of the model's, at most
     acceptance: float  # of the model's tokens, as far as is known without what follows
     share: DraftCost  # of what the step costs
-    known: KeepRates  # of the draft's tokens
+    known: TokenAcceptance  # of the draft's tokens
     greedy: bool
     guess: Callable[[list[int]], NgramGuess | None]  # what may follow these drafted tokens
     tokens: list[int] = field(default_factory=list)
@@ -62,10 +67,10 @@ class Chain:
             group.spec.lead,
             seq.acceptance.rate,
             share if seq.query.gamma is None else NO_COST,
-            seq.draft.kept,
-            seq.ngrams.greedy,
-            lambda drafted: seq.ngrams.guess(seq.tokens, drafted),
-            lags=seq.draft_lag > group.feed,
+            seq.draft.token_acceptance,
+            seq.ngram_lookup.greedy,
+            lambda drafted: seq.ngram_lookup.guess(seq.tokens, drafted),
+            lags=seq.draft_uncached > group.feed,
         )
 
     @property
@@ -81,16 +86,19 @@ class Chain:
     def choose(self) -> None:
         """Tokens that n-grams are sure of, before the model is asked."""
         while self.open and (guess := self.guess(self.tokens)) is not None:
-            if guess.kept < self.sure or self.reach * guess.kept < self.share.candidate:
+            if (
+                guess.acceptance < self.sure
+                or self.reach * guess.acceptance < self.share.per_candidate
+            ):
                 return
-            self._add(guess.token, CHOSEN, guess.evidence, guess.kept, guess.kept)
+            self._add(guess.token, CHOSEN, guess.evidence, guess.acceptance, guess.acceptance)
 
     @property
     def sure(self) -> float:
         """How likely n-grams' token must be kept for the model not to be asked: where it is kept, as many follow either
         way, 1 / (1 − acceptance) with itself, and the model's forward is saved."""
         kept = self.expected(0)
-        return kept - self.share.forward * (1 - kept)
+        return kept - self.share.per_forward * (1 - kept)
 
     @property
     def fixed(self) -> int:
@@ -102,13 +110,13 @@ class Chain:
     def grown(self, place: int) -> float:
         """How likely the token there was to be kept before it was drawn; where the chain ends, n-grams go on first."""
         guess = self.guess(self.tokens) if place == len(self.tokens) < self.most else None
-        if guess is not None and (self.asked or self.reach * guess.kept >= LITTLE):
-            self._add(guess.token, CHOSEN, guess.evidence, guess.kept, guess.kept)
+        if guess is not None and (self.asked or self.reach * guess.acceptance >= LITTLE):
+            self._add(guess.token, CHOSEN, guess.evidence, guess.acceptance, guess.acceptance)
         return self.worth[place] if place < len(self.tokens) else 0.0
 
     def expected(self, place: int) -> float:
         """How likely the model's token is kept; `place` is 0, or how many masks it stands behind."""
-        evidence = self.greedy, DRAWN - place, ANY
+        evidence = Evidence(self.greedy, draft_token(place), None)
         return self.known.rate(
             evidence, self.acceptance if place == 0 else MASKED * self.expected(place - 1)
         )
@@ -127,7 +135,7 @@ class Chain:
         likely = 1.0
         while len(found) < min(self.lead, self.most - len(self.tokens)) - 1:
             if (guess := self.guess([*self.tokens, *found])) is None or (
-                likely := likely * guess.kept
+                likely := likely * guess.acceptance
             ) < AHEAD:
                 break
             found.append(guess.token)
@@ -139,9 +147,9 @@ class Chain:
             place = n if masked else 0
             expected, evidence = (
                 self.expected(place),
-                (self.greedy, DRAWN - place, int(SHARES * chance)),
+                Evidence(self.greedy, draft_token(place), confidence_bucket(chance)),
             )
-            if place and self.reach * expected < self.share.candidate:
+            if place and self.reach * expected < self.share.per_candidate:
                 return n
             self._add(token, self.drawn, evidence, expected, self.known.rate(evidence, expected))
             self.drawn, self.lead = self.drawn + 1, self.lead - 1
@@ -159,7 +167,7 @@ class Chain:
 
 def begun(group: DraftGroup) -> list[Chain]:
     """The sequences', before anything is drafted."""
-    share = group.price.times(1 / len(group.seqs))
+    share = group.price.scaled(1 / len(group.seqs))
     return [
         Chain.of(seq, most, share, group)
         for seq, most in zip(group.seqs, group.drafted, strict=True)
@@ -200,10 +208,10 @@ def complete(chains: Sequence[Chain], price: DraftCost) -> int:
     most, gain, fixed = 0, 0.0, max(one.fixed for one in chains)
     while worth := sum(one.grown(most) for one in chains):
         asked = most < fixed or any(one.asked and most < len(one.tokens) for one in chains)
-        if worth < price.candidate and not asked:
+        if worth < price.per_candidate and not asked:
             break
-        most, gain = most + 1, gain + worth - price.candidate
-    return most if fixed or gain >= price.start or any(one.asked for one in chains) else 0
+        most, gain = most + 1, gain + worth - price.per_candidate
+    return most if fixed or gain >= price.per_step or any(one.asked for one in chains) else 0
 
 
 def worthwhile(chains: Sequence[Chain], price: DraftCost, masks: int) -> int:
@@ -215,6 +223,6 @@ def worthwhile(chains: Sequence[Chain], price: DraftCost, masks: int) -> int:
         sum(place) for place in zip_longest(*(one.promises(masks) for one in chains), fillvalue=0.0)
     ]
     gains = [
-        one - price.candidate for one in worth if one >= price.candidate
+        one - price.per_candidate for one in worth if one >= price.per_candidate
     ]  # they only get smaller
-    return len(gains) if sum(gains) >= price.forward + price.start else 0
+    return len(gains) if sum(gains) >= price.per_forward + price.per_step else 0

@@ -20,7 +20,13 @@ from torch import Tensor
 from decoder.drafters.base import DraftGroup, begin, keep, learn
 from decoder.models.llama import Llama, Residual
 from decoder.models.ragged import integers
-from decoder.policy.token_acceptance import SHARES, Evidence, KeepRates, left, went
+from decoder.policy.token_acceptance import (
+    Evidence,
+    TokenAcceptance,
+    confidence_bucket,
+    exit_passed,
+    exit_taken,
+)
 from decoder.sequence.sequence import LiveSequence
 from decoder.verification.proposal import Proposal
 from decoder.verification.sampling import at_least_float32, most_likely, probabilities, sample
@@ -65,7 +71,7 @@ class ExitDrafter:
 class _Choice:
     """A sequence's, of the exits that its tokens leave by."""
 
-    known: KeepRates
+    known: TokenAcceptance
     greedy: bool
     acceptance: float
     drafted: int
@@ -82,7 +88,7 @@ class _Choice:
     @classmethod
     def of(cls, seq: LiveSequence, drafted: int) -> "_Choice":
         rate = seq.acceptance.rate
-        return cls(seq.draft.kept, seq.query.temperature == 0, rate, drafted, rate)
+        return cls(seq.draft.token_acceptance, seq.query.temperature == 0, rate, drafted, rate)
 
     def begin(self) -> None:
         """Another token."""
@@ -92,7 +98,11 @@ class _Choice:
 
     def gain(self, passed: int, sure: float) -> float:
         """Tokens that going deeper promises; `sure` is the probability of the likeliest token behind so many layers."""
-        evidence = [(self.greedy, way(passed), int(SHARES * sure)) for way in (left, went)]
+        confidence = confidence_bucket(sure)
+        evidence = [
+            Evidence(self.greedy, source(passed), confidence)
+            for source in (exit_taken, exit_passed)
+        ]
         # Unless known, any exit is as good as the whole draft: so it is tried.
         self.ways = [(one, self.known.rate(one, self.acceptance)) for one in evidence]
         (_, here), (_, deeper) = self.ways
@@ -157,7 +167,7 @@ class _Ladder:
             for choice, one in zip(self.choices, sure, strict=True)
         ]
         assert isinstance(self._model, Llama)
-        pays = sum(gains) >= self._group.price.forward / len(self._model.layers)
+        pays = sum(gains) >= self._group.price.per_forward / len(self._model.layers)
         return [
             choice.climbs and choice.decide(pays and gain > 0)
             for choice, gain in zip(self.choices, gains, strict=True)

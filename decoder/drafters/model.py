@@ -50,7 +50,7 @@ class ModelDrafter:
         if seq.query.widths:
             shape = shape_of_widths(seq.query.widths)
         else:
-            shape = best_shape(seq.draft.ranks.rates, most if gamma else 0, MAX_GAMMA)
+            shape = best_shape(seq.draft.rank_acceptance.rates, most if gamma else 0, MAX_GAMMA)
         return DraftSpec("tree", shape, len(shape.parents), distinct=not seq.query.replacement)
 
     def propose(self, group: DraftGroup) -> Proposal:
@@ -71,14 +71,14 @@ class ModelDrafter:
         fed = group.shape.expanded[1:]
         group.cells[:] = [{node - 1: cell for cell, node in enumerate(fed)}] * len(group.seqs)
         for seq in group.seqs:
-            seq.draft_holds(len(seq.tokens))
+            seq.set_draft_cached(len(seq.tokens))
         return proposal
 
     def settle(self, group: DraftGroup, kept: Sequence[Sequence[int]]) -> None:
         if self._trees:
             for count, path in zip(group.drafted, kept, strict=True):
                 for met, rank in group.shape.first(count).met(path):
-                    group.draft.ranks.add(met, rank)
+                    group.draft.rank_acceptance.add(met, rank)
         keep(group, kept)
 
 

@@ -44,7 +44,7 @@ class ParallelDrafter:
             probs_BNV = probabilities(logits_BNV, group.sampling)
             tokens_BN = sample(probs_BNV, group.uniform_BN[:, : len(masks) + 1])
         for seq in group.seqs:
-            seq.draft_holds(len(seq.tokens))  # what masks wrote is written over
+            seq.set_draft_cached(len(seq.tokens))  # what masks wrote is written over
         logits = [logits_BNV[:, n : n + 1] for n in range(logits_BNV.shape[1])]
         return Proposal(tokens_BN, probs_BNV, logits, integers(group.drafted, device))
 

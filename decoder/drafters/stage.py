@@ -23,8 +23,9 @@ from decoder.drafters.parallel import ParallelDrafter
 from decoder.drafters.plain import PlainDrafter
 from decoder.models.ragged import encode, fit, integers, ragged, slots_of
 from decoder.policy.bandit import DrafterBandit, Workload
+from decoder.policy.draft_cost import DraftWork
 from decoder.policy.gamma import GammaController
-from decoder.policy.token_acceptance import ANY, DRAWN
+from decoder.policy.token_acceptance import Evidence, draft_token
 from decoder.rollout.live import LiveDraft
 from decoder.sequence.ngram_index import NgramLookup, RouteNgrams
 from decoder.sequence.plan import StepPlan
@@ -86,23 +87,23 @@ class DraftStage:
 
     def take_in(self, seq: LiveSequence) -> None:
         """A sequence joins."""
-        seq.ngrams = NgramLookup(
+        seq.ngram_lookup = NgramLookup(
             self._recent.setdefault(seq.query.route, RouteNgrams()), seq.query.temperature == 0
         )
 
     def take_leave(self, seq: LiveSequence) -> None:
         """A sequence has come to its end: others may draft from what it says, if it may be learnt from."""
         if seq.trace is not None and seq.finish_reason in ("stop", "length"):
-            seq.ngrams.recent.answered(seq.tokens, len(seq.query.prompt_ids))
+            seq.ngram_lookup.route_ngrams.add_output(seq.tokens, len(seq.query.prompt_ids))
 
     @property
-    def work(self) -> tuple[int, float] | None:
+    def work(self) -> DraftWork | None:
         """The most candidates of a sequence in this step, and the draft's forwards for them; None: that is not known."""
         groups = [group for _, group in self._groups]
         forwards = [group.forwards for group in groups if group.forwards is not None]
         if not groups or len(forwards) < len(groups):
             return None
-        return max(max(group.drafted) for group in groups), sum(forwards)
+        return DraftWork(max(max(group.drafted) for group in groups), sum(forwards))
 
     def copy(self, seq: LiveSequence, source: int, destination: int) -> None:
         """What the sequence's draft has encoded of its context goes to another slot."""
@@ -119,23 +120,23 @@ class DraftStage:
             for i, seq in enumerate(seqs)
             if modelled[i] and seq.draft.usable and seq.query.gamma is None
         ]
-        gamma = self.controller.gamma([seqs[i].acceptance.rate for i in ours], len(seqs))
-        if gamma == 0 and self.controller.credit_s > 0:
+        gamma = self.controller.choose_gamma([seqs[i].acceptance.rate for i in ours], len(seqs))
+        if gamma == 0 and self.controller.probe_budget_s > 0:
             self._probe(ours)
         wanted = [
             self._wanted(seq, drafter, gamma) for seq, drafter in zip(seqs, drafters, strict=True)
         ]
         fed = [i for i, spec in enumerate(wanted) if spec.candidates and modelled[i]]
-        late = [i for i in fed if seqs[i].draft_lag > self._feed(seqs)]
+        late = [i for i in fed if seqs[i].draft_uncached > self._feed(seqs)]
         asked = [
             i
             for i in late
-            if drafters[i].waits or seqs[i].draft_wanted or seqs[i].query.gamma is not None
+            if drafters[i].waits or seqs[i].wants_catch_up or seqs[i].query.gamma is not None
         ]
         self._catch_up(asked)
         for i in fed:
             if not seqs[i].draft.usable or (
-                drafters[i].waits and seqs[i].draft_lag > self._feed(seqs)
+                drafters[i].waits and seqs[i].draft_uncached > self._feed(seqs)
             ):
                 wanted[i] = NO_DRAFT
         return wanted
@@ -149,9 +150,7 @@ class DraftStage:
         if not (ours := [seq for seq in seqs if seq.query.drafter == "auto"]):
             return [seq.query.drafter for seq in seqs]
         greedy = 2 * sum(seq.query.temperature == 0 for seq in ours) > len(ours)
-        chosen = self.bandit.choose(
-            Workload(ours[0].query.route, (len(seqs) - 1).bit_length(), greedy)
-        )
+        chosen = self.bandit.choose(Workload.of(ours[0].query.route, len(seqs), greedy))
         asked = (
             "chain" if chosen == PLAIN else chosen
         )  # for those that say how much is to be drafted
@@ -165,9 +164,9 @@ class DraftStage:
         asked = seq.query.gamma
         if drafter.uses_model and not seq.draft.usable:
             return NO_DRAFT
-        most = 0 if self.controller.rechecks else self.controller.max_gamma
+        most = 0 if self.controller.plain_step_due else self.controller.max_gamma
         counts = (gamma, most) if asked is None else (asked, asked)
-        return drafter.spec(seq, *counts).first(seq.room)
+        return drafter.spec(seq, *counts).first(seq.draft_limit)
 
     # ── context ──
 
@@ -183,22 +182,22 @@ class DraftStage:
                 lambda d=draft, f=fed, p=pieces, s=starts: encode(d.model, f, p, s, self._device),  # type: ignore[misc]
             )
             for i, piece in zip(fed, pieces, strict=True):
-                self.seqs[i].draft_holds(self.seqs[i].draft_cached + len(piece))
+                self.seqs[i].set_draft_cached(self.seqs[i].draft_cached + len(piece))
 
     def _probe(self, members: list[int]) -> None:
         """Plain steps say nothing of the draft: now and then a sequence's own output shows what would be accepted."""
-        known = {i: min(self.seqs[i].draft_lag - 1, self.seqs[i].emitted) for i in members}
+        known = {i: min(self.seqs[i].draft_uncached - 1, self.seqs[i].emitted) for i in members}
         ripe = [i for i in members if known[i] >= PROBED]
         if not ripe:
             return
         started = time.perf_counter()
-        best = max(ripe, key=lambda i: known[i] / self.seqs[i].draft_lag)
+        best = max(ripe, key=lambda i: known[i] / self.seqs[i].draft_uncached)
         draft = self.seqs[best].draft
-        if self.seqs[best].draft_lag > DRAFT_PREFILL * self._prefill_tokens:
+        if self.seqs[best].draft_uncached > DRAFT_PREFILL * self._prefill_tokens:
             self._catch_up([best])
         else:
             self._guarded(draft, lambda: self._measure(best, known[best], draft))
-        self.controller.spent(time.perf_counter() - started)
+        self.controller.charge_probe(time.perf_counter() - started)
 
     def _measure(self, slot: int, known: int, draft: LiveDraft) -> None:
         """Σ_x min(p(x), q(x)) is the mean of min(1, q(x) / p(x)) over x from p: over what plain steps emitted."""
@@ -218,11 +217,12 @@ class DraftStage:
         drawn = ~np.isnan(p)
         kept = np.minimum(1, q / p)[drawn]
         overlap, compared = float(kept.sum()), len(kept)
+        evidence = Evidence(seq.ngram_lookup.greedy, draft_token(), None)
         for one in kept.tolist():
-            draft.kept.seen((seq.ngrams.greedy, DRAWN, ANY), one)
+            draft.token_acceptance.record(evidence, one)
         seq.stats.add_probe(overlap, compared)
         seq.acceptance.add(overlap, compared)
-        seq.draft_holds(start + len(fed))
+        seq.set_draft_cached(start + len(fed))
 
     # ── proposals ──
 
@@ -285,7 +285,7 @@ class DraftStage:
                 plan.draft_uniform_BN if everyone else plan.draft_uniform_BN[members],
                 self._vocab_size,
                 self._device,
-                price.times(len(members) / drafting),
+                price.scaled(len(members) / drafting),
                 self._feed(plan.seqs),
             )
             found.append((members, group))

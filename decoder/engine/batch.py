@@ -17,7 +17,7 @@ import torch
 from decoder.drafters.stage import DraftStage
 from decoder.models.base import LanguageModel
 from decoder.models.ragged import encode, fit, integers, ragged
-from decoder.policy.draft_cost import DraftCosts
+from decoder.policy.draft_cost import DraftCostModel
 from decoder.policy.gamma import GammaController
 from decoder.policy.step_times import StepTimes
 from decoder.recording.observation import Observation, StepTrace, observe
@@ -73,16 +73,16 @@ class Batch:
                     gamma: self._timed(dummies(count, gamma))
                     for gamma in {0, 1, self.controller.max_gamma}
                 }
-                self.controller.step_times.measured(count, seconds)
+                self.controller.step_times.calibrate(count, seconds)
         except Exception:
             # A model that can't run says so at its first step, to the request that needs it.
             log.exception("steps could not be timed")
         finally:
             self.clear()
             self._metrics = metrics
-            self.controller.credit_s, self.controller.draft_costs = 0.0, DraftCosts()
+            self.controller.probe_budget_s, self.controller.draft_cost_model = 0.0, DraftCostModel()
             for draft in self.drafts.values():
-                draft.acceptance.forget()
+                draft.acceptance.reset()
 
     def _timed(self, seqs: list[LiveSequence]) -> float:
         """The fastest of a few steps: others are slower for the machine's own reasons. The first ones allocate."""
@@ -118,8 +118,8 @@ class Batch:
         emitted = self._commit(plan, verdicts, observation)
         if not alone:
             seconds = time.perf_counter() - started
-            self.controller.stepped(ready, plan.gamma, seconds, emitted, self._stage.work)
-            self._stage.bandit.stepped(emitted, seconds, started - began)
+            self.controller.observe_step(ready, plan.gamma, seconds, emitted, self._stage.work)
+            self._stage.bandit.observe(emitted, seconds, started - began)
 
     # ── joining and leaving ──
 
@@ -137,7 +137,7 @@ class Batch:
     def _reuse(self, seq: LiveSequence, slot: int, live: list[CachedContext]) -> None:
         """Copies what another context has of the sequence's beginning into the sequence's slot-to-be."""
         draft = seq.draft
-        found = self._prefix_cache.longest(seq.query.route, seq.tokens[:-1], draft.version, live)
+        found = self._prefix_cache.find(seq.query.route, seq.tokens[:-1], draft.version, live)
         if found is None:
             return
         context, seq.cached = found
@@ -161,7 +161,7 @@ class Batch:
             finished.append(seq)
             self._stage.take_leave(seq)
             context = self._context(slot)
-            if (kept := self._prefix_cache.keep(context)) is not None:
+            if (kept := self._prefix_cache.store(context)) is not None:
                 self._copy(seq, slot, kept)
             self._close(slot)
         return finished
@@ -215,7 +215,9 @@ class Batch:
     def _alone(self) -> bool:
         """Whether there is one sequence, with a prompt so short that its first step encodes it along."""
         seq = self.seqs[0] if len(self.seqs) == 1 else None
-        return seq is not None and seq.waits_for_prefill and seq.lag <= self.limits.prefill_tokens
+        return (
+            seq is not None and seq.waits_for_prefill and seq.uncached <= self.limits.prefill_tokens
+        )
 
     # ── verify ──
 
@@ -267,7 +269,7 @@ class Batch:
                 verdict.accepted,
                 verdict.emitted,
             )
-            taken, text = seq.extend(new)
+            taken, text = seq.append(new)
             seq.emitted_p += [*[math.nan] * accepted, verdict.next_p][:taken]
             seq.cached = len(seq.tokens) - 1
             seq.draft_cached = min(seq.draft_cached, seq.cached)

@@ -2,9 +2,9 @@
 
 import math
 
-FIRST_GUESS = 0.7  # acceptance of a draft that nothing is known about: high enough to be tried
+PRIOR_RATE = 0.7  # acceptance of a draft that nothing is known about: high enough to be tried
 ROUTE_MEMORY = 2000.0  # compared positions that a route's mean remembers
-ROW_MEMORY = 32.0
+SEQUENCE_MEMORY = 32.0
 RANKS = 8  # candidates of a node whose acceptance is told apart
 RANK_DECAY = (
     0.3  # how much less than its elder sibling a candidate is kept that nothing is known about
@@ -21,7 +21,7 @@ class Acceptance:
 
     @property
     def rate(self) -> float:
-        prior = self.parent.rate if self.parent else FIRST_GUESS
+        prior = self.parent.rate if self.parent else PRIOR_RATE
         return (self._sum + prior * PRIOR_POSITIONS) / (self._count + PRIOR_POSITIONS)
 
     def add(self, overlap: float, compared: int) -> None:
@@ -30,12 +30,12 @@ class Acceptance:
         if self.parent:
             self.parent.add(overlap, compared)
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """The draft has changed: what was seen says little about the new one."""
         self._sum = self._count = 0.0
 
 
-class Ranks:
+class RankAcceptance:
     """How often a node keeps its k-th candidate, of the nodes that had one: what a tree's shape is chosen by."""
 
     def __init__(self, acceptance: Acceptance) -> None:
@@ -60,5 +60,5 @@ class Ranks:
                 self._met[k] * keep + 1,
             )
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         self._kept, self._met = [0.0] * RANKS, [0.0] * RANKS

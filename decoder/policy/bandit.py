@@ -34,19 +34,23 @@ class Workload(NamedTuple):
     """What is best may differ by these."""
 
     route: str
-    rows: int  # twice as many are one more
+    log2_batch_size: int
     greedy: bool
+
+    @classmethod
+    def of(cls, route: str, batch_size: int, greedy: bool) -> "Workload":
+        return cls(route, (batch_size - 1).bit_length(), greedy)
 
     @property
     def spread(self) -> float:
         """The more sequences, the less one easy text does to a stretch (measured: docs/drafters.md)."""
-        return SPREAD / math.sqrt(2**self.rows)
+        return SPREAD / math.sqrt(2**self.log2_batch_size)
 
     def worth(self, other: "Workload") -> float:
         """Own stretches that the opinion of another one of the same route is worth at most: the less, the farther."""
         if self == other:
             return math.inf
-        apart = abs(self.rows - other.rows) + (self.greedy != other.greedy)
+        apart = abs(self.log2_batch_size - other.log2_batch_size) + (self.greedy != other.greedy)
         return ELSEWHERE / apart**2
 
 
@@ -119,7 +123,7 @@ class DrafterBandit:
         self._now = situation, stretch.tried or stretch.best[situation]
         return self._now[1]
 
-    def stepped(self, tokens: int, seconds: float, before: float = 0.0) -> None:
+    def observe(self, tokens: int, seconds: float, before: float = 0.0) -> None:
         """The step that was chosen for has been taken; without a choice there is nothing to learn. `before`: seconds in
         which drafts were kept up with contexts. That is a part of what a way costs, but not of what it costs to try:
         there it is for what was drafted without them."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-FIRST = np.array([0.05, 0.03, 0.12])  # s, a, b where nothing is known
+PRIOR_COST = np.array([0.05, 0.03, 0.12])  # s, a, b where nothing is known
 PRIOR_STEPS = 10.0  # that first assumptions count for
 MEMORY = 500.0  # steps
 PACE_MEMORY = 200.0
@@ -24,12 +24,21 @@ SLOWEST = 2.0  # times as long as thought: what takes longer was held up by some
 class DraftCost(NamedTuple):
     """In plain steps, or in tokens that sequences would have emitted meanwhile."""
 
-    start: float  # of drafting at all
-    candidate: float
-    forward: float
+    per_step: float  # of drafting at all
+    per_candidate: float
+    per_forward: float
 
-    def times(self, share: float) -> "DraftCost":
-        return DraftCost(self.start * share, self.candidate * share, self.forward * share)
+    def scaled(self, factor: float) -> "DraftCost":
+        return DraftCost(
+            self.per_step * factor, self.per_candidate * factor, self.per_forward * factor
+        )
+
+
+class DraftWork(NamedTuple):
+    """What a step drafted."""
+
+    candidates: int  # of the sequence with the most
+    forwards: float  # of the draft model
 
 
 NO_COST = DraftCost(0.0, 0.0, 0.0)
@@ -40,7 +49,7 @@ class _Fit:
     """Normal equations."""
 
     squares: NDArray[np.float64] = field(default_factory=lambda: PRIOR_STEPS * np.eye(3))
-    sums: NDArray[np.float64] = field(default_factory=lambda: PRIOR_STEPS * FIRST)
+    sums: NDArray[np.float64] = field(default_factory=lambda: PRIOR_STEPS * PRIOR_COST)
     solved: DraftCost | None = None  # until a step is added: it is asked for before every step
     steps: int = 0  # by which all of that has yet to fade
     tokens: float = PRIOR_STEPS  # of a sequence
@@ -78,20 +87,20 @@ class _Fit:
         keep, self.steps = (1 - 1 / MEMORY) ** self.steps, 0
         prior = (1 - keep) * PRIOR_STEPS
         self.squares = self.squares * keep + prior * np.eye(3)
-        self.sums = self.sums * keep + prior * FIRST
+        self.sums = self.sums * keep + prior * PRIOR_COST
 
 
 @dataclass
-class DraftCosts:
+class DraftCostModel:
     _by_rows: dict[int, _Fit] = field(default_factory=dict)
 
-    def of(self, rows: int) -> DraftCost:
+    def cost(self, rows: int) -> DraftCost:
         """What drafting costs a step of so many sequences."""
         fit = self._fit(rows)
-        return fit.price().times(fit.pace * rows)
+        return fit.price().scaled(fit.pace * rows)
 
     def observe(
-        self, rows: int, tokens: int, plain_steps: float, drafted: tuple[int, float] | None
+        self, rows: int, tokens: int, plain_steps: float, drafted: DraftWork | None
     ) -> None:
         """A step emitted so many tokens and took as long as so many plain ones. `drafted`: the most candidates of a
         sequence, and the draft's forwards for them, where these are known."""

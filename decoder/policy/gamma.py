@@ -8,7 +8,7 @@ where a sequence with acceptance rate α emits (1 − α^(γ+1)) / (1 − α) to
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from decoder.policy.draft_cost import DraftCost, DraftCosts
+from decoder.policy.draft_cost import DraftCost, DraftCostModel, DraftWork
 from decoder.policy.step_times import GAMMA_LEARNS, StepTimes
 
 MARGIN = 1.05  # speculation must promise this much more than plain steps: it also pays for drafts' prompts
@@ -38,11 +38,11 @@ class GammaController:
 
     step_times: StepTimes
     max_gamma: int
-    credit_s: float = 0.0  # time that probes may spend
-    draft_costs: DraftCosts = field(default_factory=DraftCosts)
+    probe_budget_s: float = 0.0  # time that probes may spend
+    draft_cost_model: DraftCostModel = field(default_factory=DraftCostModel)
     _drafted: int = 0  # steps since the last plain one
 
-    def gamma(self, rates_B: Sequence[float], rows: int) -> int:
+    def choose_gamma(self, rates_B: Sequence[float], rows: int) -> int:
         """`rates_B` are the acceptance rates of the sequences that leave γ to us; the others emit what they emit anyway."""
         if not rates_B:
             return 0
@@ -50,39 +50,41 @@ class GammaController:
         tokens, others = expected_tokens(rates_B, self.max_gamma), rows - len(rates_B)
         speed = [(count + others) / cost for count, cost in zip(tokens, seconds, strict=True)]
         best = speed.index(max(speed))
-        if speed[best] <= MARGIN * speed[0] or self.rechecks:
+        if speed[best] <= MARGIN * speed[0] or self.plain_step_due:
             return 0
         return best
 
     @property
-    def rechecks(self) -> bool:
+    def plain_step_due(self) -> bool:
         """Whether the next step is to be a plain one, whatever drafts."""
         return self._drafted >= RECHECK_STEPS
 
     def draft_cost(self, rows: int) -> DraftCost:
         """What drafting costs a step of so many sequences."""
-        return self.draft_costs.of(rows)
+        return self.draft_cost_model.cost(rows)
 
-    def stepped(
+    def observe_step(
         self,
         rows: int,
         gamma: int | None,
         seconds: float,
         tokens: int,
-        drafted: tuple[int, float] | None = None,
+        drafted: DraftWork | None = None,
     ) -> None:
         """`gamma` is what a chain of the draft's had; None: something else was drafted. `drafted`: the most candidates
         of a sequence, and the draft's forwards for them, where these are known."""
-        self.draft_costs.observe(rows, tokens, seconds / self.step_times.seconds(rows)[0], drafted)
+        self.draft_cost_model.observe(
+            rows, tokens, seconds / self.step_times.seconds(rows)[0], drafted
+        )
         if gamma is not None and gamma <= self.max_gamma:  # a request may ask for more
-            rechecked = gamma == 0 and self.rechecks
+            rechecked = gamma == 0 and self.plain_step_due
             self.step_times.observe(
                 rows, gamma, seconds, RECHECK_LEARNS if rechecked else GAMMA_LEARNS
             )
         self._drafted = 0 if gamma == 0 else self._drafted + 1
         if gamma == 0:
-            self.credit_s = min(self.credit_s + PROBE_SHARE * seconds, seconds)
+            self.probe_budget_s = min(self.probe_budget_s + PROBE_SHARE * seconds, seconds)
 
-    def spent(self, seconds: float) -> None:
+    def charge_probe(self, seconds: float) -> None:
         """A probe took this long."""
-        self.credit_s -= seconds
+        self.probe_budget_s -= seconds

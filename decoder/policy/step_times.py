@@ -27,7 +27,7 @@ class StepTimes:
         self._by_rows = [0.0] * len(self.batch_sizes)
         self._by_gamma = [[0.0] * (max_gamma + 1) for _ in self.batch_sizes]
 
-    def measured(self, rows: int, seconds: Mapping[int, float]) -> None:
+    def calibrate(self, rows: int, seconds: Mapping[int, float]) -> None:
         """Seconds by γ, for some of them; in between they are interpolated."""
         gammas, i = sorted(seconds), self._bucket(rows)
         known = [seconds[gamma] for gamma in gammas]

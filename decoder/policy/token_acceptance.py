@@ -1,50 +1,96 @@
-"""What speaks for a drafted token, and how often tokens were kept that the same spoke for: what is known of the next.
+"""How often drafted tokens are accepted, counted by what is known of a token before verification.
 
-N-grams' tokens have the length of the suffix that they followed, from 1 on, and the share of what followed it; a
-model's have `DRAWN`, or less behind masks, and how likely it found them; at a draft's exits see `left` and `went`.
+A token's evidence says whether its sequence is greedy, what drafted it, and how confident that was.
+The acceptance rate of earlier tokens with the same evidence predicts the acceptance of the next.
 """
 
-Evidence = tuple[
-    bool, int, int
-]  # whether the sequence is greedy; what drafted; how sure of the token that was, by SHARES
+from enum import IntEnum
+from functools import cache
+from typing import NamedTuple
 
-SHARES = 8  # shares of one that are told apart
-ANY = -1  # share
-DRAWN = 0
-EXITS = -100
-PRIOR_GUESSES = 8.0  # after which what was counted says as much as what one would think
-GUESSES = 500.0  # that a count remembers
+CONFIDENCE_BUCKETS = 8
+PRIOR_TOKENS = 8.0  # counted tokens that weigh as much as the caller's prior
+MEMORY_TOKENS = 500.0
 
 
-def left(passed: int) -> int:
-    """What drafted: the exit behind so many of the draft's layers."""
-    return EXITS - 2 * passed
+class SourceKind(IntEnum):
+    """What drafts a token."""
+
+    NGRAM = 0
+    DRAFT = 1
+    EXIT = 2  # the draft's head after some of its layers
+    PASSED_EXIT = 3  # an exit that the draft passed: the token comes from a deeper layer
 
 
-def went(passed: int) -> int:
-    """A later one, for the token went on from there."""
-    return EXITS - 2 * passed - 1
+class Source(NamedTuple):
+    """What drafted a token. `detail` depends on the kind; the functions below say how."""
+
+    kind: SourceKind
+    detail: int
 
 
-class KeepRates:
-    """Counts by evidence. One for each kind of token that learns from another past: a route's n-grams, a draft."""
+@cache
+def ngram(suffix_length: int) -> Source:
+    """An n-gram that matched a suffix of this many tokens."""
+    return Source(SourceKind.NGRAM, suffix_length)
+
+
+@cache
+def draft_token(masks: int = 0) -> Source:
+    """The draft model, behind this many mask tokens of its own input."""
+    return Source(SourceKind.DRAFT, masks)
+
+
+@cache
+def exit_taken(layers: int) -> Source:
+    """The draft's exit after its first `layers` layers."""
+    return Source(SourceKind.EXIT, layers)
+
+
+@cache
+def exit_passed(layers: int) -> Source:
+    """A layer of the draft beyond the exit after its first `layers` layers."""
+    return Source(SourceKind.PASSED_EXIT, layers)
+
+
+class Evidence(NamedTuple):
+    """What is known of a drafted token before it is verified."""
+
+    greedy: bool
+    source: Source
+    confidence: int | None  # see `confidence_bucket`; None: any
+
+
+def confidence_bucket(probability: float) -> int:
+    """The bucket of a probability that the drafter gives its token."""
+    return int(CONFIDENCE_BUCKETS * probability)
+
+
+class TokenAcceptance:
+    """Acceptance rates by evidence: one table for each route's n-grams, one for each draft."""
 
     def __init__(self) -> None:
-        self._known: dict[
-            Evidence, tuple[float, float]
-        ] = {}  # tokens that were looked at, and those kept
+        # By evidence: tokens verified, tokens accepted. Both decay.
+        self._counts: dict[Evidence, tuple[float, float]] = {}
 
-    def rate(self, evidence: Evidence, otherwise: float) -> float:
-        """How likely such a token is kept, where `otherwise` is what one would think."""
-        looked, kept = self._known.get(evidence, (0.0, 0.0))
-        return (kept + otherwise * PRIOR_GUESSES) / (looked + PRIOR_GUESSES)
+    def rate(self, evidence: Evidence, prior: float) -> float:
+        """The acceptance rate of such tokens; `prior` is the estimate without any counts."""
+        verified, accepted = self._counts.get(evidence, (0.0, 0.0))
+        return (accepted + prior * PRIOR_TOKENS) / (verified + PRIOR_TOKENS)
 
-    def seen(self, evidence: Evidence, kept: float) -> None:
-        """For tokens of its own share, and for those of any."""
-        fade = 1 - 1 / GUESSES
-        for key in {evidence, (*evidence[:2], ANY)}:
-            looked, before = self._known.get(key, (0.0, 0.0))
-            self._known[key] = looked * fade + 1, before * fade + kept
+    def record(self, evidence: Evidence, accepted: float) -> None:
+        """Counts a verified token, under its own confidence and under any confidence.
 
-    def forget(self) -> None:
-        self._known.clear()
+        `accepted` is 0 or 1, or the probability of acceptance where only that is known.
+        """
+        self._count(evidence, accepted)
+        if evidence.confidence is not None:
+            self._count(Evidence(evidence.greedy, evidence.source, None), accepted)
+
+    def _count(self, evidence: Evidence, accepted: float) -> None:
+        decay = 1 - 1 / MEMORY_TOKENS
+        verified, before = self._counts.get(evidence, (0.0, 0.0))
+        self._counts[evidence] = verified * decay + 1, before * decay + accepted
+
+    def reset(self) -> None:
+        self._counts.clear()

@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 
 from decoder.models.base import ServedModel
-from decoder.policy.acceptance import ROUTE_MEMORY, Acceptance, Ranks
-from decoder.policy.token_acceptance import KeepRates
+from decoder.policy.acceptance import ROUTE_MEMORY, Acceptance, RankAcceptance
+from decoder.policy.token_acceptance import TokenAcceptance
 from online.artifacts import WEIGHTS
 from online.errors import ArtifactError
 
@@ -30,8 +30,10 @@ class LiveDraft:
         self.version = 0  # 0: the weights it was built with, not registered yet
         self.usable = True  # False after a forward failed: the route is decoded plainly until weights are installed
         self.acceptance = Acceptance(ROUTE_MEMORY)  # of the route's recent sequences
-        self.ranks = Ranks(self.acceptance)
-        self.kept = KeepRates()  # of what it drew in chains that stop by themselves
+        self.rank_acceptance = RankAcceptance(self.acceptance)
+        self.token_acceptance = (
+            TokenAcceptance()
+        )  # of what it drew in chains that stop by themselves
         self._failed_at = -math.inf
 
     def assigned(self, query_id: str) -> "LiveDraft":
@@ -96,9 +98,9 @@ class LiveDraft:
         """
         self.usable = self.model.install(staged)
         self.version, self.follows = version, False
-        self.acceptance.forget()
-        self.ranks.forget()
-        self.kept.forget()
+        self.acceptance.reset()
+        self.rank_acceptance.reset()
+        self.token_acceptance.reset()
         if not self.usable:
             raise ArtifactError(
                 f"version {version}: the device does not hold the weights that were copied"

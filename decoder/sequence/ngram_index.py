@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import NamedTuple
 
-from decoder.policy.token_acceptance import SHARES, Evidence, KeepRates
+from decoder.policy.token_acceptance import Evidence, TokenAcceptance, confidence_bucket, ngram
 
 LONGEST = 4  # tokens of a suffix that are looked up
 RECENT_TOKENS = 100_000  # of outputs that a route remembers: 26 MB
@@ -22,7 +22,7 @@ Counts = dict[int, int]  # of tokens; the latest is the last
 class NgramGuess(NamedTuple):
     token: int
     evidence: Evidence
-    kept: float  # how likely
+    acceptance: float
 
 
 class NgramCounts:
@@ -66,21 +66,21 @@ class RouteNgrams:
     """What a route's last outputs say, and how often its sequences' guesses were kept."""
 
     def __init__(self) -> None:
-        self.followers = NgramCounts()
-        self.kept = KeepRates()
+        self.counts = NgramCounts()
+        self.token_acceptance = TokenAcceptance()
         self._outputs: deque[tuple[list[int], int]] = deque()
         self._tokens = 0
 
-    def answered(self, tokens: list[int], prompt: int) -> None:
+    def add_output(self, tokens: list[int], prompt: int) -> None:
         """A text of which so many tokens are the prompt has come to its end."""
         first = min(prompt, LONGEST)
         text = tokens[prompt - first :]
-        self.followers.add(text, first)
+        self.counts.add(text, first)
         self._outputs.append((text, first))
         self._tokens += len(text)
         while self._tokens > RECENT_TOKENS and len(self._outputs) > 1:
             oldest, first = self._outputs.popleft()
-            self.followers.remove(oldest, first)
+            self.counts.remove(oldest, first)
             self._tokens -= len(oldest)
 
 
@@ -88,7 +88,7 @@ class RouteNgrams:
 class NgramLookup:
     """A sequence's. Grows with its text."""
 
-    recent: RouteNgrams
+    route_ngrams: RouteNgrams
     greedy: bool
 
     def __post_init__(self) -> None:
@@ -104,9 +104,11 @@ class NgramLookup:
         last = (*tokens[-LONGEST:], *drafted)[-LONGEST:]
         for length in range(len(last), 0, -1):
             suffix = last[-length:]
-            if counts := self._own.get(suffix) or self.recent.followers.get(suffix):
+            if counts := self._own.get(suffix) or self.route_ngrams.counts.get(suffix):
                 token, count = max(reversed(counts.items()), key=itemgetter(1))
                 share = count / (sum(counts.values()) + 1)
-                evidence = self.greedy, length, int(SHARES * share)
-                return NgramGuess(token, evidence, self.recent.kept.rate(evidence, share))
+                evidence = Evidence(self.greedy, ngram(length), confidence_bucket(share))
+                return NgramGuess(
+                    token, evidence, self.route_ngrams.token_acceptance.rate(evidence, share)
+                )
         return None

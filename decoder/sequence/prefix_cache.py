@@ -8,7 +8,7 @@ and that is nobody else's business.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-WORTHWHILE = 16  # tokens; below this a copy costs what it saves
+MIN_PREFIX_TOKENS = 16  # tokens; below this a copy costs what it saves
 
 
 @dataclass(slots=True)
@@ -29,17 +29,17 @@ class PrefixCache:
         self._free = list(slots)
         self._kept: list[CachedContext] = []  # least recently used first
 
-    def longest(
+    def find(
         self, route: str, tokens: Sequence[int], draft_version: int, live: Iterable[CachedContext]
     ) -> tuple[CachedContext, int] | None:
         """The context that shares most of `tokens`' beginning, and how many tokens that is.
 
         Among equals the one of which the present draft has encoded most.
         """
-        best, length, drafted = None, WORTHWHILE, -1
+        best, length, drafted = None, MIN_PREFIX_TOKENS, -1
         for context in (*self._kept, *live):
             if context.route != route or not (
-                common := common_prefix(context.tokens, tokens, length)
+                common := common_prefix_length(context.tokens, tokens, length)
             ):
                 continue
             own = min(context.draft_cached, common) if context.draft_version == draft_version else 0
@@ -51,14 +51,14 @@ class PrefixCache:
             self._touch(best)
         return best, length
 
-    def keep(self, finished: CachedContext) -> int | None:
+    def store(self, finished: CachedContext) -> int | None:
         """A slot to copy a finished sequence's context to; None where nothing would be gained."""
-        if len(finished.tokens) < WORTHWHILE or not (self._free or self._kept):
+        if len(finished.tokens) < MIN_PREFIX_TOKENS or not (self._free or self._kept):
             return None
         for kept in self._kept:
             if kept.route != finished.route:
                 continue
-            common = common_prefix(kept.tokens, finished.tokens, 1)
+            common = common_prefix_length(kept.tokens, finished.tokens, 1)
             if common == len(kept.tokens) and not _same(kept, finished):
                 return self._replace(
                     kept, finished
@@ -94,7 +94,7 @@ def _same(kept: CachedContext, finished: CachedContext) -> bool:
     return len(kept.tokens) == len(finished.tokens) and drafts
 
 
-def common_prefix(one: Sequence[int], other: Sequence[int], at_least: int) -> int:
+def common_prefix_length(one: Sequence[int], other: Sequence[int], at_least: int) -> int:
     """Length of the common beginning; 0 where it is shorter than `at_least`."""
     if len(one) < at_least or len(other) < at_least or one[:at_least] != other[:at_least]:
         return 0

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 from tokenizers import Tokenizer
 
-from decoder.policy.acceptance import ROW_MEMORY, Acceptance
+from decoder.policy.acceptance import SEQUENCE_MEMORY, Acceptance
 from decoder.recording.recorder import Trace
 from decoder.rollout.live import LiveDraft
 from decoder.sequence.ngram_index import NgramLookup, RouteNgrams
@@ -32,15 +32,15 @@ class LiveSequence:
         self.draft: LiveDraft  # which drafts for it, from admission to its end
         self.draft_cached = 0  # the same in the draft's
         self.draft_version = 0  # which began to write them
-        self.draft_wanted = (
+        self.wants_catch_up = (
             False  # a step did without it that would have asked it, had it been up with the context
         )
-        self.acceptance = Acceptance(ROW_MEMORY)
+        self.acceptance = Acceptance(SEQUENCE_MEMORY)
         self.emitted_p: list[
             float
         ] = []  # of each output token: its probability, where it was the target's own draw
         self.rng = np.random.Generator(np.random.Philox(query.seed))
-        self.ngrams = NgramLookup(
+        self.ngram_lookup = NgramLookup(
             RouteNgrams(), query.temperature == 0
         )  # its route's, from admission on
         self.text = TextStream(tokenizer, query.stop)
@@ -67,27 +67,27 @@ class LiveSequence:
         return self.cached < len(self.query.prompt_ids) - 1
 
     @property
-    def lag(self) -> int:
+    def uncached(self) -> int:
         """Tokens that the target's slot lacks. One is the rule: the last token, which is in no cache."""
         return len(self.tokens) - self.cached
 
     @property
-    def draft_lag(self) -> int:
+    def draft_uncached(self) -> int:
         """The same of the draft's slot."""
         return len(self.tokens) - self.draft_cached
 
-    def draft_holds(self, tokens: int) -> None:
+    def set_draft_cached(self, tokens: int) -> None:
         """The draft's slot holds so many tokens of the context."""
         if self.draft_cached == 0:
             self.draft_version = self.draft.version
         self.draft_cached = tokens if self.draft.usable else 0
 
     @property
-    def room(self) -> int:
+    def draft_limit(self) -> int:
         """Tokens that may be drafted: the last one comes from the target anyway."""
         return self.query.max_tokens - self.emitted - 1
 
-    def extend(self, token_ids: list[int]) -> tuple[int, str]:
+    def append(self, token_ids: list[int]) -> tuple[int, str]:
         """Takes a step's tokens until one of them ends the sequence. Returns how many were taken, and the text they make."""
         pieces = []
         taken = 0

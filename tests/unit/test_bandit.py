@@ -26,7 +26,7 @@ def play(
     for _ in range(steps):
         mean = means[int(choice.choose(where))]
         emitted, taken = 1 + int(rng.binomial(8, (mean - 1) / 8)), float(rng.uniform(0.8, 1.2))
-        choice.stepped(emitted, taken)
+        choice.observe(emitted, taken)
         tokens, seconds = tokens + emitted, seconds + taken
     return tokens / seconds
 
@@ -56,8 +56,8 @@ def share_of_best(speeds: Sequence[float], steps: int, seed: int) -> float:
     for step in range(steps):
         if step % 40 == 0:
             text = float(np.exp(rng.normal(0, 0.2)))
-        speed = speeds[int(choice.choose(HERE._replace(rows=0)))]
-        choice.stepped(
+        speed = speeds[int(choice.choose(HERE._replace(log2_batch_size=0)))]
+        choice.observe(
             round(100 * text * (1 + rng.poisson(1.0))), float(np.exp(rng.normal(0, 0.15))) / speed
         )
         seconds += 1 / speed
@@ -97,12 +97,12 @@ def test_a_try_does_not_pay_for_what_was_drafted_without_it() -> None:
     choice = DrafterBandit(("old", "new"))
     for _ in range(4 * STRETCH):
         choice.choose(HERE)
-        choice.stepped(2, 1.0, before=1.0)
+        choice.observe(2, 1.0, before=1.0)
     assert choice.beliefs(HERE)["old"].log_speed < math.log(1.9)
     tried = DrafterBandit(("old", "new"))
     for _ in range(2 * STRETCH):
         tried.choose(HERE)
-        tried.stepped(2, 1.0, before=1.0)
+        tried.observe(2, 1.0, before=1.0)
     assert tried.beliefs(HERE)["new"].log_speed == pytest.approx(math.log(2))
 
 
@@ -111,8 +111,13 @@ def test_situations_are_told_apart() -> None:
     choice = DrafterBandit(("slow", "fast"))
     for _ in range(40 * STRETCH):
         for rows, good in ((0, "fast"), (3, "slow")):
-            choice.stepped(3 if choice.choose(HERE._replace(rows=rows)) == good else 1, 1.0)
-    played = [[choice.choose(HERE._replace(rows=rows)) for _ in range(2)][-1] for rows in (0, 3)]
+            choice.observe(
+                3 if choice.choose(HERE._replace(log2_batch_size=rows)) == good else 1, 1.0
+            )
+    played = [
+        [choice.choose(HERE._replace(log2_batch_size=rows)) for _ in range(2)][-1]
+        for rows in (0, 3)
+    ]
     assert played == ["fast", "slow"]
 
 
@@ -120,7 +125,10 @@ def test_a_new_situation_begins_with_what_others_say() -> None:
     """Nothing that is slow wherever it was tried is tried anew at once; another route's ways are its own."""
     rng, choice = np.random.default_rng(3), made(4)
     play(choice, (1.5, 3.0, 1.5, 1.5), 20 * STRETCH, rng)
-    assert play(choice, (1.5, 3.0, 1.5, 1.5), 8 * STRETCH, rng, HERE._replace(rows=2)) > 0.95 * 3.0
+    assert (
+        play(choice, (1.5, 3.0, 1.5, 1.5), 8 * STRETCH, rng, HERE._replace(log2_batch_size=2))
+        > 0.95 * 3.0
+    )
     other = HERE._replace(route="other")
     tried = {
         choice.choose(other) for _ in range(4 * STRETCH) if play(choice, (2.0,) * 4, 1, rng, other)
@@ -132,7 +140,7 @@ def test_what_others_say_does_not_bind() -> None:
     """What is best for eight rows is given up for one row where its own steps say so."""
     shares = []
     for seed in range(10):
-        rng, choice, alone = np.random.default_rng(seed), made(4), HERE._replace(rows=0)
+        rng, choice, alone = np.random.default_rng(seed), made(4), HERE._replace(log2_batch_size=0)
         play(choice, (2.4, 2.0, 2.0, 1.8), 60 * STRETCH, rng)
         play(choice, (2.0, 2.0, 2.6, 1.8), 20 * STRETCH, rng, alone)
         shares.append(play(choice, (2.0, 2.0, 2.6, 1.8), 40 * STRETCH, rng, alone) / 2.6)
@@ -154,7 +162,7 @@ def test_short_situations_learn_together() -> None:
         for step in range(500):
             where = list(speeds)[step // 12 % len(speeds)]
             speed = speeds[where][int(choice.choose(where))]
-            choice.stepped(
+            choice.observe(
                 round(100 * (1 + rng.poisson(1.0))), float(np.exp(rng.normal(0, 0.15))) / speed
             )
             if step >= 250:

@@ -18,7 +18,7 @@ from decoder.drafters.base import DraftGroup
 from decoder.drafters.chain import Chain
 from decoder.models.ragged import integers, ragged
 from decoder.policy.draft_cost import NO_COST, DraftCost
-from decoder.policy.token_acceptance import DRAWN, KeepRates
+from decoder.policy.token_acceptance import Evidence, TokenAcceptance, draft_token, ngram
 from decoder.sequence.ngram_index import NgramGuess
 from decoder.verification.proposal import CHOSEN, Proposal, Tree
 from decoder.verification.sampling import Sampling
@@ -32,7 +32,7 @@ from tests.unit.test_exactness import LIMIT, SETTINGS, either
 V = 4
 CONTEXTS = [[1, 2, 3], [0, 1], [2, 2, 2, 2]]
 CACHED, DRAFTED = [1, 1, 0], [4, 2, 3]
-SEEN = False, 1, 0  # evidence
+SEEN = Evidence(False, ngram(1), 0)
 CHEAP, DEAR = DraftCost(0.0, 0.15, 0.1), DraftCost(0.0, 0.4, 0.1)  # of one row
 Guesses = Callable[[list[int]], NgramGuess | None]
 
@@ -43,7 +43,7 @@ def made(context: list[int], held: int, most: int, guess: Guesses, **more: Any) 
         "lead": most,
         "acceptance": 1.0,
         "share": NO_COST,
-        "known": KeepRates(),
+        "known": TokenAcceptance(),
         "greedy": False,
         **more,
     }
@@ -135,12 +135,12 @@ def other(drafted: list[int]) -> NgramGuess | None:
     return guess([*drafted, len(drafted) + 1])
 
 
-def known() -> KeepRates:
+def known() -> TokenAcceptance:
     """What seemed likely to the model was kept, and nothing else."""
-    found = KeepRates()
+    found = TokenAcceptance()
     for share in range(9):
         for _ in range(50):
-            found.seen((False, DRAWN, share), share >= 4)
+            found.record(Evidence(False, draft_token(), share), share >= 4)
     return found
 
 
@@ -163,7 +163,7 @@ def step(
     sampling, draft, price = (
         of_all(setting, count),
         Draft(3, 0, count, dtype=dtype),
-        each.times(count),
+        each.scaled(count),
     )
     logits_BQV, probs_BQV, _ = cascade.propose(
         draft, slice(0, count), rows, sampling, uniform_BN, price, masks

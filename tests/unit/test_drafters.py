@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from decoder.policy.draft_cost import DraftCost, DraftCosts
+from decoder.policy.draft_cost import DraftCost, DraftCostModel
 from decoder.verification.tree_shape import best_shape
 from online.messages import DrafterName, Query
 from tests.engines import Bench, bench, query, target_alone
@@ -70,7 +70,7 @@ def test_greedy_alone_is_the_target_alone(
     pair: TinyPair, tiny: Bench, wish: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One row, whose prompt goes along with its first step; and drafts are used, where they cost little."""
-    monkeypatch.setattr(DraftCosts, "of", lambda *_: DraftCost(0.0, 0.02, 0.1))
+    monkeypatch.setattr(DraftCostModel, "cost", lambda *_: DraftCost(0.0, 0.02, 0.1))
     accepted = 0
     for prompt in PROMPTS:
         (found,) = tiny.run(query(prompt, **{**wish, "max_tokens": 60}))
@@ -213,5 +213,7 @@ def test_trees_take_the_shape_that_acceptance_has_shown(pair: TinyPair, tiny: Be
                 for i, p in enumerate(PROMPTS * 2)
             ]
             one.run(*asked)
-            depths.append(best_shape(one.engine.batch.drafts["default"].ranks.rates, 8, 16).depth)
+            depths.append(
+                best_shape(one.engine.batch.drafts["default"].rank_acceptance.rates, 8, 16).depth
+            )
     assert depths[0] > depths[1]

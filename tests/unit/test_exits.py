@@ -12,7 +12,13 @@ from decoder.drafters import early_exit as exits
 from decoder.drafters.base import DraftGroup
 from decoder.models.loading import over_slots
 from decoder.policy.draft_cost import NO_COST, DraftCost
-from decoder.policy.token_acceptance import SHARES, KeepRates, left, went
+from decoder.policy.token_acceptance import (
+    CONFIDENCE_BUCKETS,
+    Evidence,
+    TokenAcceptance,
+    exit_passed,
+    exit_taken,
+)
 from decoder.verification.sampling import Sampling
 from tests.unit.test_graph import Context
 
@@ -35,12 +41,12 @@ def module() -> LlamaForCausalLM:
 def group(
     module: LlamaForCausalLM,
     uniform_BN: torch.Tensor,
-    kept: KeepRates | None = None,
+    kept: TokenAcceptance | None = None,
     price: DraftCost = NO_COST,
 ) -> DraftGroup:
     """What is known of tokens that left at an exit, or did not, is in `kept`; nothing is known to be accepted less."""
     (model,) = over_slots([module], 2, 40, V)
-    draft: Any = SimpleNamespace(model=model, kept=kept or KeepRates())
+    draft: Any = SimpleNamespace(model=model, token_acceptance=kept or TokenAcceptance())
     rows: Any = [Context(list(tokens)) for tokens in CONTEXTS]
     for row in rows:
         row.draft, row.acceptance = draft, SimpleNamespace(rate=0.5)
@@ -51,13 +57,13 @@ def group(
     )  # type: ignore[arg-type]
 
 
-def good_from(share: int) -> KeepRates:
+def good_from(share: int) -> TokenAcceptance:
     """Tokens of exits are kept where the exit was so sure, and not otherwise; those that went on, sometimes."""
-    known = KeepRates()
+    known = TokenAcceptance()
     for passed in range(1, LAYERS):
-        for at in range(SHARES):
+        for at in range(CONFIDENCE_BUCKETS):
             for _ in range(400):
-                known.seen((False, left(passed), at), at >= share)
+                known.record(Evidence(False, exit_taken(passed), at), at >= share)
     return known
 
 
@@ -71,7 +77,7 @@ def told(module: LlamaForCausalLM, context: list[int]) -> list[torch.Tensor]:
         ]
 
 
-@pytest.mark.parametrize("share", [0, 2, 3, SHARES])
+@pytest.mark.parametrize("share", [0, 2, 3, CONFIDENCE_BUCKETS])
 def test_every_token_is_drawn_from_the_first_exit_that_is_good(
     module: LlamaForCausalLM, share: int
 ) -> None:
@@ -88,13 +94,13 @@ def test_every_token_is_drawn_from_the_first_exit_that_is_good(
             good = (
                 e
                 for e in range(LAYERS - 1)
-                if n and int(SHARES * said[e].softmax(-1).max()) >= share
+                if n and int(CONFIDENCE_BUCKETS * said[e].softmax(-1).max()) >= share
             )
             depths.append(next(good, LAYERS - 1))
             assert torch.allclose(found.logits_BQV[n][b, 0], said[depths[-1]], atol=1e-4), (n, b)
             assert len(asked.evidence[b][n]) == min(depths[-1] + 1, LAYERS - 1) * (n > 0)
         deepest.append(max(depths))
-    assert len(set(deepest[1:])) > 1 or share in (0, SHARES)
+    assert len(set(deepest[1:])) > 1 or share in (0, CONFIDENCE_BUCKETS)
     assert not (held := len(asked.cells[0])) or deepest[held] == LAYERS - 1, (
         "what is kept has passed all layers"
     )
@@ -106,14 +112,14 @@ def test_another_layer_has_to_be_worth_its_price(
 ) -> None:
     """Where an exit is worse than what comes after it."""
     uniform_BN = torch.full((2, DRAFTED), 0.5, dtype=torch.float64)
-    asked = group(module, uniform_BN, good_from(SHARES), DraftCost(0.0, 0.0, price))
+    asked = group(module, uniform_BN, good_from(CONFIDENCE_BUCKETS), DraftCost(0.0, 0.0, price))
     exits.ExitDrafter().propose(asked)
     assert asked.forwards == pytest.approx(1 + (DRAFTED - 1) * layers / LAYERS)
 
 
 def test_what_became_of_tokens_is_learnt(module: LlamaForCausalLM) -> None:
     """At an exit that nothing is known of tokens are drawn; when they turn out bad, no more."""
-    known, forwards = KeepRates(), []
+    known, forwards = TokenAcceptance(), []
     for seed in range(60):
         uniform_BN = torch.rand(
             2, DRAFTED, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
@@ -127,7 +133,7 @@ def test_what_became_of_tokens_is_learnt(module: LlamaForCausalLM) -> None:
             0
         ]  # the first one, from all layers, is kept, and the second one never but where it is from these, too
         deep = [
-            len(one[1]) == LAYERS - 1 and one[1][-1][1] == went(LAYERS - 1)
+            len(one[1]) == LAYERS - 1 and one[1][-1].source == exit_passed(LAYERS - 1)
             for one in asked.evidence
         ]
         drafter.settle(asked, [[*path, 1] if all_layers else path for all_layers in deep])

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decoder.policy.acceptance import FIRST_GUESS, ROUTE_MEMORY, ROW_MEMORY, Acceptance
+from decoder.policy.acceptance import PRIOR_RATE, ROUTE_MEMORY, SEQUENCE_MEMORY, Acceptance
 from decoder.policy.gamma import MARGIN, PROBE_SHARE, GammaController, expected_tokens
 from decoder.policy.step_times import StepTimes
 
@@ -27,7 +27,7 @@ def control(plain: float, drafted: float, slots: int = SLOTS) -> GammaController
     """One that has measured such steps, for every number of rows."""
     costs = StepTimes(MAX_GAMMA, slots)
     for rows in costs.batch_sizes:
-        costs.measured(rows, straight(plain, drafted))
+        costs.calibrate(rows, straight(plain, drafted))
     return GammaController(costs, MAX_GAMMA)
 
 
@@ -37,7 +37,7 @@ def control(plain: float, drafted: float, slots: int = SLOTS) -> GammaController
 def test_seconds_between_measured_ones_are_interpolated() -> None:
     """Three measurements make a whole row; beyond the last one nothing is made up."""
     costs = StepTimes(MAX_GAMMA, SLOTS)
-    costs.measured(4, {0: 1.0, 1: 2.0, 5: 4.0})
+    costs.calibrate(4, {0: 1.0, 1: 2.0, 5: 4.0})
     assert costs.seconds(4) == pytest.approx([1, 2, 2.5, 3, 3.5, 4, 4])
 
 
@@ -49,7 +49,7 @@ def test_numbers_of_rows_have_the_costs_of_the_next_measured_one(
     costs = StepTimes(2, slots)
     assert costs.batch_sizes[-1] == slots
     for rows in costs.batch_sizes:
-        costs.measured(rows, {0: float(rows), 2: float(rows)})
+        costs.calibrate(rows, {0: float(rows), 2: float(rows)})
     rows = data.draw(st.integers(1, slots))
     assert costs.seconds(rows)[0] == pytest.approx(
         min(known for known in costs.batch_sizes if known >= rows)
@@ -92,7 +92,7 @@ def test_a_measurement_replaces_what_steps_before_it_showed() -> None:
     for gamma in (0, 1, MAX_GAMMA):
         for _ in range(8):
             costs.observe(4, gamma, 0.01)
-    costs.measured(4, straight(0.01, 0.005))
+    costs.calibrate(4, straight(0.01, 0.005))
     assert costs.seconds(4) == pytest.approx(list(straight(0.01, 0.005).values()))
 
 
@@ -116,16 +116,16 @@ def test_expected_tokens_are_the_sum_over_all_outcomes(rates: list[float], max_g
 
 def test_a_draft_that_is_never_accepted_is_not_used() -> None:
     """However cheap it is."""
-    assert control(1.0, 0.001).gamma([0.0], 1) == 0
-    assert control(1.0, 0.05).gamma([0.02] * 4, 4) == 0
+    assert control(1.0, 0.001).choose_gamma([0.0], 1) == 0
+    assert control(1.0, 0.05).choose_gamma([0.02] * 4, 4) == 0
 
 
 def test_good_and_cheap_drafts_are_used_as_far_as_they_go() -> None:
     """γ grows with acceptance and shrinks with the price of a drafted token."""
-    by_rate = [control(1.0, 0.1).gamma([rate], 1) for rate in (0.05, 0.3, 0.6, 0.8, 0.99)]
+    by_rate = [control(1.0, 0.1).choose_gamma([rate], 1) for rate in (0.05, 0.3, 0.6, 0.8, 0.99)]
     assert by_rate == sorted(by_rate)
     assert (by_rate[0], by_rate[-1]) == (0, MAX_GAMMA)
-    by_price = [control(1.0, price).gamma([0.8], 1) for price in (0.01, 0.1, 0.3, 1.0)]
+    by_price = [control(1.0, price).choose_gamma([0.8], 1) for price in (0.01, 0.1, 0.3, 1.0)]
     assert by_price == sorted(by_price, reverse=True)
     assert (by_price[0], by_price[-1]) == (MAX_GAMMA, 0)
 
@@ -136,18 +136,18 @@ def test_drafting_that_costs_what_it_gains_is_left_out(rate: float) -> None:
     tokens = np.array(expected_tokens([rate], MAX_GAMMA))
     for gain, drafts in ((1.0, False), (0.99 * MARGIN, False), (1.05 * MARGIN, True)):
         costs = StepTimes(MAX_GAMMA, SLOTS)
-        costs.measured(
+        costs.calibrate(
             1, {gamma: tokens[gamma] / (gain if gamma else 1.0) for gamma in range(MAX_GAMMA + 1)}
         )
-        assert (GammaController(costs, MAX_GAMMA).gamma([rate], 1) > 0) == drafts
+        assert (GammaController(costs, MAX_GAMMA).choose_gamma([rate], 1) > 0) == drafts
 
 
 def test_rows_with_a_gamma_of_their_own_make_others_wait_for_less() -> None:
     """Longer steps cost them: what pays for one row alone does not pay in their company."""
     made = control(1.0, 0.3)
-    assert made.gamma([0.7], 1) > 0
-    assert made.gamma([0.7], 8) == 0
-    assert made.gamma([], 8) == 0
+    assert made.choose_gamma([0.7], 1) > 0
+    assert made.choose_gamma([0.7], 8) == 0
+    assert made.choose_gamma([], 8) == 0
 
 
 @given(
@@ -159,9 +159,13 @@ def test_the_choice_is_the_fastest_by_what_is_known(
 ) -> None:
     """No γ promises more tokens a second than the chosen one, but for the margin of the plain step."""
     costs = StepTimes(MAX_GAMMA, SLOTS)
-    costs.measured(4, dict(enumerate(seconds)))
+    costs.calibrate(4, dict(enumerate(seconds)))
     speed = np.array(expected_tokens(rates, MAX_GAMMA)) / costs.seconds(4)
-    chosen = GammaController(costs, MAX_GAMMA).gamma(rates, len(rates)) if len(rates) > 2 else None
+    chosen = (
+        GammaController(costs, MAX_GAMMA).choose_gamma(rates, len(rates))
+        if len(rates) > 2
+        else None
+    )
     if chosen:
         assert speed[chosen] == pytest.approx(speed.max())
         assert speed[chosen] > MARGIN * speed[0]
@@ -173,24 +177,24 @@ def test_a_request_may_ask_for_more_than_is_accounted_for() -> None:
     """Its steps say nothing about the γ that there are."""
     made = control(1.0, 0.5)
     before = made.step_times.seconds(1)
-    made.stepped(1, MAX_GAMMA + 1, 30.0, 1)
+    made.observe_step(1, MAX_GAMMA + 1, 30.0, 1)
     assert made.step_times.seconds(1) == before
 
 
 def test_probes_take_a_share_of_plain_steps() -> None:
     """Plain steps save up for them, drafted ones do not; never more than a step's worth is saved."""
     made = control(1.0, 0.5)
-    made.stepped(1, 0, 1.0, 1)
-    assert made.credit_s == pytest.approx(PROBE_SHARE)
-    made.stepped(1, 2, 1.0, 1)
-    assert made.credit_s == pytest.approx(PROBE_SHARE)
-    made.spent(1.0)
+    made.observe_step(1, 0, 1.0, 1)
+    assert made.probe_budget_s == pytest.approx(PROBE_SHARE)
+    made.observe_step(1, 2, 1.0, 1)
+    assert made.probe_budget_s == pytest.approx(PROBE_SHARE)
+    made.charge_probe(1.0)
     for _ in range(round(1 / PROBE_SHARE) - 2):
-        made.stepped(1, 0, 1.0, 1)
-    assert made.credit_s < 0
+        made.observe_step(1, 0, 1.0, 1)
+    assert made.probe_budget_s < 0
     for _ in range(round(2 / PROBE_SHARE)):
-        made.stepped(1, 0, 1.0, 1)
-    assert made.credit_s == pytest.approx(1.0)
+        made.observe_step(1, 0, 1.0, 1)
+    assert made.probe_budget_s == pytest.approx(1.0)
 
 
 # ── acceptance ──
@@ -199,10 +203,10 @@ def test_probes_take_a_share_of_plain_steps() -> None:
 def test_an_unknown_draft_is_given_a_try() -> None:
     """A route begins with the first guess, a row with what its route is like."""
     route = Acceptance(ROUTE_MEMORY)
-    assert route.rate == pytest.approx(FIRST_GUESS)
+    assert route.rate == pytest.approx(PRIOR_RATE)
     route.add(200.0, 1000)
     assert route.rate == pytest.approx(0.2, abs=0.01)
-    assert Acceptance(ROW_MEMORY, route).rate == pytest.approx(route.rate)
+    assert Acceptance(SEQUENCE_MEMORY, route).rate == pytest.approx(route.rate)
 
 
 def test_what_a_row_shows_outweighs_its_route_and_teaches_it() -> None:
@@ -210,7 +214,7 @@ def test_what_a_row_shows_outweighs_its_route_and_teaches_it() -> None:
     route = Acceptance(ROUTE_MEMORY)
     route.add(200.0, 1000)
     before = route.rate
-    row = Acceptance(ROW_MEMORY, route)
+    row = Acceptance(SEQUENCE_MEMORY, route)
     for _ in range(20):
         row.add(4.5, 5)
     assert row.rate > 0.75
@@ -219,11 +223,11 @@ def test_what_a_row_shows_outweighs_its_route_and_teaches_it() -> None:
 
 def test_old_positions_are_forgotten() -> None:
     """As many as the memory holds count; those before them fade."""
-    acceptance = Acceptance(ROW_MEMORY)
+    acceptance = Acceptance(SEQUENCE_MEMORY)
     for _ in range(1000):
         acceptance.add(0.9, 1)
     high = acceptance.rate
-    for _ in range(int(ROW_MEMORY)):
+    for _ in range(int(SEQUENCE_MEMORY)):
         acceptance.add(0.1, 1)
     between = acceptance.rate
     for _ in range(1000):
@@ -236,7 +240,7 @@ def test_old_positions_are_forgotten() -> None:
 
 def test_a_step_without_compared_positions_teaches_nothing() -> None:
     """Plain steps leave what is known as it was."""
-    acceptance = Acceptance(ROW_MEMORY)
+    acceptance = Acceptance(SEQUENCE_MEMORY)
     acceptance.add(2.0, 4)
     before = acceptance.rate
     acceptance.add(0.0, 0)
@@ -247,8 +251,8 @@ def test_a_new_draft_is_judged_afresh() -> None:
     """Nothing of the old one's acceptance is left."""
     acceptance = Acceptance(ROUTE_MEMORY)
     acceptance.add(0.0, 1000)
-    acceptance.forget()
-    assert acceptance.rate == pytest.approx(FIRST_GUESS)
+    acceptance.reset()
+    assert acceptance.rate == pytest.approx(PRIOR_RATE)
 
 
 # ── the loop ──
@@ -280,7 +284,9 @@ class Loop:
     def __post_init__(self) -> None:
         costs = StepTimes(MAX_GAMMA, self.rows)
         for rows in costs.batch_sizes:
-            costs.measured(rows, {gamma: float(self.seconds[gamma]) for gamma in (0, 1, MAX_GAMMA)})
+            costs.calibrate(
+                rows, {gamma: float(self.seconds[gamma]) for gamma in (0, 1, MAX_GAMMA)}
+            )
         self.control = GammaController(costs, MAX_GAMMA)
         self.route = Acceptance(ROUTE_MEMORY)
         self.running = [self._new() for _ in range(self.rows)]
@@ -293,11 +299,13 @@ class Loop:
         return (self.tokens - tokens) / (self.clock_s - clock_s)
 
     def _new(self) -> Row:
-        return Row(Acceptance(ROW_MEMORY, self.route), int(self.rng.integers(1, 2 * self.answer)))
+        return Row(
+            Acceptance(SEQUENCE_MEMORY, self.route), int(self.rng.integers(1, 2 * self.answer))
+        )
 
     def _step(self) -> None:
-        gamma = self.control.gamma([row.acceptance.rate for row in self.running], self.rows)
-        if gamma == 0 and self.control.credit_s > 0:
+        gamma = self.control.choose_gamma([row.acceptance.rate for row in self.running], self.rows)
+        if gamma == 0 and self.control.probe_budget_s > 0:
             self._probe()
         for row in self.running:
             accepted = self._accepted(gamma)
@@ -309,7 +317,7 @@ class Loop:
         took = float(self.seconds[gamma] * np.exp(self.noise * self.rng.standard_normal()))
         self.clock_s += took
         self.steps_by_gamma[gamma] += 1
-        self.control.stepped(self.rows, gamma, took, self.rows)
+        self.control.observe_step(self.rows, gamma, took, self.rows)
 
     def _probe(self) -> None:
         """As the batch does: what plain steps emitted in one row goes through the draft at once."""
@@ -321,7 +329,7 @@ class Loop:
         row.unseen = 0
         took = float(self.seconds[1] - self.seconds[0]) * 2
         self.clock_s += took
-        self.control.spent(took)
+        self.control.charge_probe(took)
 
     def _accepted(self, gamma: int) -> int:
         hits = self.rng.random(gamma) < self.alpha
@@ -414,7 +422,7 @@ def test_a_swap_is_tried_at_once() -> None:
     loop = Loop(0.02, curve(0.05))
     loop.run(2000)
     loop.alpha = 0.9
-    loop.route.forget()
+    loop.route.reset()
     before = loop.steps_by_gamma[0]
     loop.run(600)
     assert loop.steps_by_gamma[0] - before < 200

@@ -35,7 +35,7 @@ class Context:
     def __init__(self, tokens: list[int]) -> None:
         self.tokens, self.draft_cached = tokens, 0
 
-    def draft_holds(self, tokens: int) -> None:
+    def set_draft_cached(self, tokens: int) -> None:
         self.draft_cached = tokens
 
 

@@ -30,7 +30,7 @@ def test_guesses_what_followed_the_longest_suffix_most_often(
 ) -> None:
     recent, whole = RouteNgrams(), [*text, *drafted]
     for other in others:
-        recent.answered(other, 0)
+        recent.add_output(other, 0)
     guess = NgramLookup(recent, greedy=False).guess(text, drafted)
     for length in range(min(LONGEST, len(whole)), 0, -1):
         if found := following([text], whole[-length:]) or following(others, whole[-length:]):
@@ -38,7 +38,9 @@ def test_guesses_what_followed_the_longest_suffix_most_often(
             most = max(counts.values())
             assert guess is not None
             assert guess.token == next(token for token in reversed(found) if counts[token] == most)
-            assert guess.kept == pytest.approx(most / (len(found) + 1))  # nothing else is known yet
+            assert guess.acceptance == pytest.approx(
+                most / (len(found) + 1)
+            )  # nothing else is known yet
             return
     assert guess is None
 
@@ -67,9 +69,9 @@ def test_a_route_forgets_its_oldest_outputs(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(suffixes, "RECENT_TOKENS", 50)
     recent = RouteNgrams()
     for n in range(20):
-        recent.answered([1, 2, 3, 100 + n, *range(10, 20)], 3)
-    assert recent.followers.get((3, 119)) == {10: 1}
-    assert recent.followers.get((2, 3)) == {100 + n: 1 for n in range(17, 20)}, (
+        recent.add_output([1, 2, 3, 100 + n, *range(10, 20)], 3)
+    assert recent.counts.get((3, 119)) == {10: 1}
+    assert recent.counts.get((2, 3)) == {100 + n: 1 for n in range(17, 20)}, (
         "prompts' ends lead to outputs"
     )
-    assert recent.followers.get((1, 2)) is None, "prompts are nobody's output"
+    assert recent.counts.get((1, 2)) is None, "prompts are nobody's output"

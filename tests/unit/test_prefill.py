@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from decoder.models.ragged import fit
-from decoder.sequence.prefix_cache import WORTHWHILE
+from decoder.sequence.prefix_cache import MIN_PREFIX_TOKENS
 from online.messages import Delta, Query
 from tests.engines import Bench, Listener, bench, query, target_alone
 from tests.tiny import TinyPair
@@ -306,7 +306,7 @@ def test_routes_share_no_context(pair: TinyPair) -> None:
 
 def test_requests_that_come_together_over_few_slots_stay_exact(pair: TinyPair) -> None:
     """Forty requests of four families over three slots and two kept contexts, with cancellations among them."""
-    stems = [tokens(WORTHWHILE - 1), tokens(30), SYSTEM[:60], SYSTEM[:20]]
+    stems = [tokens(MIN_PREFIX_TOKENS - 1), tokens(30), SYSTEM[:60], SYSTEM[:20]]
     prompts = [(*stems[i % 4], *tokens(1 + i % 7)) for i in range(40)]
     asked = [
         query(p, f"q{i}", gamma=(0, 4, None, 2)[i // 4 % 4], max_tokens=3 + i % 11)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import decoder.policy.gamma
-from decoder.policy.draft_cost import FIRST, DraftCost, DraftCosts
-from decoder.policy.token_acceptance import ANY, DRAWN
+from decoder.policy.draft_cost import PRIOR_COST, DraftCost, DraftCostModel
+from decoder.policy.token_acceptance import Evidence, draft_token
 from decoder.verification.sampling import Sampling, probabilities
 from online.messages import Query
 from tests.engines import Bench, Finished, bench, query, reference, target_alone
@@ -38,7 +38,7 @@ def believe(tiny: Bench, plain: float, drafted: float) -> None:
     def change() -> None:
         for rows in costs.batch_sizes:
             step = float(costs.seconds(rows)[0])
-            costs.measured(rows, {0: plain * step, 4: drafted * step})
+            costs.calibrate(rows, {0: plain * step, 4: drafted * step})
 
     tiny.engine.between_steps(change)
 
@@ -117,12 +117,14 @@ def test_a_cascade_asks_a_draft_again_that_has_been_replaced(
     pair: TinyPair, monkeypatch: pytest.MonkeyPatch, learn: Callable[[Bench, Path], None]
 ) -> None:
     """What a spoilt one's tokens were worth says nothing of the next one's."""
-    monkeypatch.setattr(DraftCosts, "of", lambda *_: DraftCost(0.0, 0.05, 0.2))
+    monkeypatch.setattr(DraftCostModel, "cost", lambda *_: DraftCost(0.0, 0.05, 0.2))
     asked = {"drafter": "cascade", "max_tokens": 200, "temperature": 1.0}
     with bench(pair, drafts={"default": pair.spoilt}) as tiny:
         believe(tiny, *PLAIN_IS_DEAR)
         for _ in range(300):
-            tiny.engine.batch.drafts["default"].kept.seen((False, DRAWN, ANY), False)
+            tiny.engine.batch.drafts["default"].token_acceptance.record(
+                Evidence(False, draft_token(), None), False
+            )
         assert tiny.run(free(PROMPTS[1], "before", **asked))[0].stats.compared == 0
         learn(tiny, pair.draft)
         again = tiny.run(free(PROMPTS[1], "then", **asked))[0].stats
@@ -133,7 +135,9 @@ def test_a_canarys_row_is_drafted_for_among_others(
     pair: TinyPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Drafts that share a step share what drafting costs it: one row's gain need not be worth the time of all."""
-    monkeypatch.setattr(DraftCosts, "of", lambda self, rows: DraftCost(0.05, 0.05, 0.3).times(rows))
+    monkeypatch.setattr(
+        DraftCostModel, "cost", lambda self, rows: DraftCost(0.05, 0.05, 0.3).scaled(rows)
+    )
     with bench(pair, drafts={"default": pair.draft, "own": pair.draft}, slots=4) as tiny:
         asked = [
             free(PROMPTS[1], f"q{i}", drafter="cascade", temperature=1.0, seed=i) for i in range(4)
@@ -239,8 +243,8 @@ def test_timing_steps_at_start_leaves_no_trace(pair: TinyPair, tiny: Bench) -> N
     costs, draft = tiny.engine.batch.controller.step_times, tiny.engine.batch.drafts["default"]
     for rows in costs.batch_sizes:
         assert max(costs.seconds(rows)) < 0.5, "a second is what a step costs that was not timed"
-    assert draft.acceptance.rate == pytest.approx(decoder.policy.gamma.FIRST_GUESS)
-    assert tiny.engine.batch.controller.draft_cost(4) == pytest.approx(4 * FIRST)
+    assert draft.acceptance.rate == pytest.approx(decoder.policy.gamma.PRIOR_RATE)
+    assert tiny.engine.batch.controller.draft_cost(4) == pytest.approx(4 * PRIOR_COST)
     assert (tiny.counter("vllm:generation_tokens"), tiny.counter(DRAFTS), tiny.engine.running) == (
         0,
         0,
