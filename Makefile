@@ -29,8 +29,8 @@ test: setup ## all tests, with real Redis and PostgreSQL from wheels
 	$(PY) -m pytest $(ARGS)
 
 gpu: setup ## tests of models, engine and drafters on this machine's GPU (TORCH has to be a CUDA build)
-	SLIPSTREAM_TEST_DEVICE=cuda $(PY) -m pytest tests/gpu tests/contract/test_models.py \
-		tests/unit/test_engine.py tests/unit/test_drafters.py tests/unit/test_speculation.py $(ARGS)
+	SLIPSTREAM_TEST_DEVICE=cuda $(PY) -m pytest tests/gpu tests/contract/test_models.py tests/engine/test_engine.py \
+		tests/engine/test_drafters.py tests/engine/test_speculation.py $(ARGS)
 
 check: setup ## linters, types, import rules, migrations
 	.venv/bin/ruff check .

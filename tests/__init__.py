@@ -1,0 +1,13 @@
+"""Tests by what they need: `make test-unit` runs the first folder, `make test` runs all of them.
+
+unit        functions and objects: no model, no server, no other process
+simulation  error rates of gates, guards and choices over thousands of simulated requests
+exactness   enumerations of what the serving functions emit
+engine      the real engine on tiny models
+training    losses, training and recipes on tiny models
+lab         the lab's commands on tiny models
+contract    one suite for every implementation of an interface, with real databases and Redis
+loop        a training cycle with its worker process
+e2e         the service over HTTP, in this process or as `slipstream up` starts it
+gpu         a GPU, skipped where there is none
+"""

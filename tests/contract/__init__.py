@@ -1,0 +1,1 @@
+"""One suite for every implementation of an interface, with real databases and Redis."""

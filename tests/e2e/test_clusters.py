@@ -11,8 +11,8 @@ from online.prompt_routes import PromptClusters
 from online.signals import decode
 from tests.e2e.conftest import Served, serve, tiny_settings
 from tests.loop.conftest import until
+from tests.simulation.test_clustering import prompt, stream
 from tests.tiny import TinyPair
-from tests.unit.test_clustering import prompt, stream
 
 LATEST = "99999999999999-0"
 

@@ -1,0 +1,1 @@
+"""A training cycle with its worker process."""

@@ -1,0 +1,1 @@
+"""Functions and objects: no model, no server, no other process."""

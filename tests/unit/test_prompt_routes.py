@@ -9,7 +9,7 @@ import pytest
 from online.clustering import POOL
 from online.prompt_routes import SAVE_EVERY, PromptClusters
 from online.settings import Settings
-from tests.unit.test_clustering import prompt, stream
+from tests.simulation.test_clustering import prompt, stream
 
 ROUTES = {"default-c1", "default-c2"}
 

@@ -6,8 +6,8 @@ import pytest
 
 import lab.__main__
 from lab import gate
+from tests.lab.conftest import Command
 from tests.tiny import TinyPair
-from tests.unit.conftest import Command
 
 
 def test_the_gate_s_study_ends_with_its_figures(command: Command, pair: TinyPair) -> None:

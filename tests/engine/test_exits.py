@@ -20,7 +20,7 @@ from decoder.policy.token_acceptance import (
     exit_taken,
 )
 from decoder.verification.sampling import Sampling
-from tests.unit.test_graph import Context
+from tests.exactness.test_graph import Context
 
 V, LAYERS, DRAFTED = 40, 3, 6
 CONTEXTS = [[5, 6, 7, 8], [9, 10]]

@@ -12,8 +12,8 @@ from decoder.verification.proposal import Proposal
 from decoder.verification.sampling import Sampling, probabilities
 from decoder.verification.tree_shape import TreeShape, chain_shape
 from lab.enumeration import outcome_masses
+from tests.exactness.test_exactness import PROMPT, SETTINGS, V, either
 from tests.tabular import TableModel
-from tests.unit.test_exactness import PROMPT, SETTINGS, V, either
 
 BUSH = TreeShape((0, 0, 1, 1, 2))
 

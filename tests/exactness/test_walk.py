@@ -9,7 +9,7 @@ import torch
 from decoder.verification.proposal import CHOSEN, Tree
 from decoder.verification.verify import Verification, verify
 from lab.enumeration import BEHIND, CHAINS, SHAPES, WAYS, Case, distance
-from tests.unit.test_exactness import LIMIT, SETTINGS, either
+from tests.exactness.test_exactness import LIMIT, SETTINGS, either
 
 SMALL = ("chain", "three at the root", "two, then one each")
 CASES = [(shape, "plain") for shape in SHAPES] + [

@@ -16,8 +16,8 @@ from decoder.verification.proposal import Proposal, Tree
 from decoder.verification.sampling import Sampling
 from decoder.verification.verify import verify
 from lab.enumeration import DRAFT, TARGET, Case, Setting, V, distance, logits, of_all, told
+from tests.exactness.test_exactness import LIMIT
 from tests.tabular import TableModel
-from tests.unit.test_exactness import LIMIT
 
 DRAFTED_ON, CANDIDATES = 4, 9
 FREE: Setting = (1.0, 0, 1.0)

@@ -19,9 +19,9 @@ from online.rollout import Rules
 from online.tables import transaction
 from online.versions import Candidate, add_version
 from tests.conftest import copy_into
+from tests.engine.test_engine import PROMPTS, Failing
 from tests.engines import Bench, Finished, bench, query, target_alone
 from tests.tiny import TinyPair
-from tests.unit.test_engine import PROMPTS, Failing
 
 NAMES = [f"q{i}" for i in range(24)]
 

@@ -20,10 +20,7 @@ from decoder.verification.proposal import Proposal
 from decoder.verification.sampling import Sampling, probabilities, sample
 from decoder.verification.verify import Verification, verify
 from online.messages import Lenience
-from tests.engines import bench, query
-from tests.tabular import TableModel
-from tests.tiny import TinyPair
-from tests.unit.test_exactness import (
+from tests.exactness.test_exactness import (
     LIMIT,
     PROMPT,
     SETTINGS,
@@ -35,6 +32,7 @@ from tests.unit.test_exactness import (
     reference_distribution,
     target_joint,
 )
+from tests.tabular import TableModel
 
 LENIENCES = [Lenience("lin", 0.6), Lenience("sq", 0.7), Lenience("exp", 0.5)]
 each_function = pytest.mark.parametrize(
@@ -302,23 +300,3 @@ def test_a_draft_equal_to_the_target_is_always_accepted(
     """An empty residual never decides a token."""
     verdict = first([0.5, 0.5], [0.5, 0.5], 1, lenience, dtype)
     assert (verdict.accepted_B.tolist(), verdict.overlap_B.tolist()) == ([1], [pytest.approx(1)])
-
-
-# ── the engine ──
-
-
-def test_lenient_answers_keep_more_and_leave_their_neighbours_alone(pair: TinyPair) -> None:
-    """Of a poor draft, at the same seeds: the exact answers are what they are without company."""
-    asked = {"temperature": 1.0, "max_tokens": 60, "ignore_eos": True}
-    exact = [query((40 + i, 50, 60), f"exact{i}", seed=i, **asked) for i in range(3)]
-    lenient = [
-        replace(one, id=f"lenient{i}", lenience=Lenience("lin", 0.05))
-        for i, one in enumerate(exact)
-    ]
-    with bench(pair, drafts={"default": pair.spoilt}) as tiny:
-        alone, together = tiny.run(*exact), tiny.run(*exact, *lenient)
-    assert [one.ids for one in together[:3]] == [one.ids for one in alone]
-    kept, kept_leniently = (
-        sum(one.stats.accepted for one in part) for part in (together[:3], together[3:])
-    )
-    assert kept_leniently > 1.5 * kept

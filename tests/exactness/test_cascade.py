@@ -26,8 +26,8 @@ from decoder.verification.tree_shape import chain_shape
 from decoder.verification.verify import verify
 from lab import enumeration
 from lab.enumeration import DRAFT, TARGET, Case, distance, of_all, told
+from tests.exactness.test_exactness import LIMIT, SETTINGS, either
 from tests.tabular import TableModel
-from tests.unit.test_exactness import LIMIT, SETTINGS, either
 
 V = 4
 CONTEXTS = [[1, 2, 3], [0, 1], [2, 2, 2, 2]]

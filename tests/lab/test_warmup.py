@@ -20,9 +20,9 @@ from online.registry import Registry
 from online.settings import Settings
 from online.tables import connect
 from tests.conftest import copy_into
+from tests.lab.conftest import Command, prompts
 from tests.signals import taught
 from tests.tiny import TinyPair
-from tests.unit.conftest import Command, prompts
 from trainer.batches import usable
 
 

@@ -1,0 +1,1 @@
+"""Enumerations of what the serving functions emit."""

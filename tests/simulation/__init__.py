@@ -1,0 +1,1 @@
+"""Error rates of gates, guards and choices over thousands of simulated requests."""

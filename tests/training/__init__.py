@@ -1,0 +1,1 @@
+"""Losses, training and recipes on tiny models."""
