@@ -26,12 +26,12 @@ from torch import nn
 
 from lab import rig
 from lab.statistics import Ratio, proportion
-from lab.warmup.lessons import answers
+from lab.warmup.answers import answers
 from online.settings import Settings
 from online.signals import Signal
 from trainer.distill import Recipe, distill
-from trainer.gate import Compared, decide
-from trainer.marks import Marks, evaluate, served_gamma
+from trainer.evaluation import Evaluation, evaluate, served_gamma
+from trainer.gate import PairedEvaluation, decide
 
 NOISES = (0.01, 0.03, 0.1)  # of a tensor's own standard deviation
 
@@ -49,21 +49,23 @@ class Trials:
 
 
 class Simulation:
-    def __init__(self, args: argparse.Namespace, settings: Settings, active: Marks) -> None:
+    def __init__(self, args: argparse.Namespace, settings: Settings, active: Evaluation) -> None:
         self._args, self._active = args, active
         self._decide = partial(decide, gamma=args.gamma, tolerance=settings.forgetting_tolerance)
         self._level = float(active.tokens_R.mean())
 
-    def gain(self, candidate: Marks) -> float:
+    def gain(self, candidate: Evaluation) -> float:
         return float((candidate.tokens_R - self._active.tokens_R).mean()) / self._level
 
-    def moved(self, candidate: Marks, gain: float) -> Marks:
+    def moved(self, candidate: Evaluation, gain: float) -> Evaluation:
         """The same differences about another mean."""
         return candidate._replace(
             tokens_R=candidate.tokens_R + (gain - self.gain(candidate)) * self._level
         )
 
-    def trials(self, kind: str, named: Sequence[tuple[str, Marks]], lost: float | None) -> Trials:
+    def trials(
+        self, kind: str, named: Sequence[tuple[str, Evaluation]], lost: float | None
+    ) -> Trials:
         """By turns of the candidates, with `lost` on earlier traffic; None: there is none."""
         rng = np.random.default_rng(len(kind))
         promoted = 0
@@ -81,10 +83,12 @@ class Simulation:
             kind, names, gain, told, proportion(promoted, self._args.draws), self._args.draws
         )
 
-    def _drawn(self, candidate: Marks, requests: int, rng: np.random.Generator) -> Compared:
+    def _drawn(
+        self, candidate: Evaluation, requests: int, rng: np.random.Generator
+    ) -> PairedEvaluation:
         picks = rng.integers(0, len(candidate.tokens_R), requests)
-        return Compared(
-            *(Marks(*(marks[picks] for marks in side)) for side in (self._active, candidate))
+        return PairedEvaluation(
+            *(Evaluation(*(marks[picks] for marks in side)) for side in (self._active, candidate))
         )
 
 
@@ -117,12 +121,12 @@ def main() -> None:
     pair = rig.pair_of(args)
     signals = answers(pair, pair.prompts, args.max_tokens, gamma=None)
     torch.set_num_threads(pair.threads)
-    lessons, exam = signals[: args.lessons], signals[args.lessons :]
+    examples, exam = signals[: args.lessons], signals[args.lessons :]
     args.gamma = args.gamma or served_gamma(exam, settings.gamma or 1)
     print(f"{len(exam)} answers to draw from, γ = {args.gamma}", flush=True)
     marked = {
         name: _marks(module, exam, args.gamma)
-        for name, module in _drafts(pair, lessons, args, settings)
+        for name, module in _drafts(pair, examples, args, settings)
     }
     simulation = Simulation(args, settings, marked.pop("active"))
     for name, marks in marked.items():
@@ -143,7 +147,7 @@ def main() -> None:
 
 
 def _drafts(
-    pair: rig.Pair, lessons: Sequence[Signal], args: argparse.Namespace, settings: Settings
+    pair: rig.Pair, examples: Sequence[Signal], args: argparse.Namespace, settings: Settings
 ) -> Iterable[tuple[str, nn.Module]]:
     """The active draft; learnt ones, as the service's recipe and more careful ones make them; noisy ones."""
     load = partial(
@@ -154,7 +158,7 @@ def _drafts(
         module = load()
         recipe = Recipe.of(settings.recipe)
         recipe = replace(recipe, learning_rate=rate * recipe.learning_rate)
-        distill(module, [lessons], recipe, int(module.config.pad_token_id or 0))
+        distill(module, [examples], recipe, int(module.config.pad_token_id or 0))
         yield name, module
     for i in range(args.noisy):
         yield f"noise {i}", noisy(load(), NOISES[i % len(NOISES)], seed=i)
@@ -169,12 +173,12 @@ def noisy(module: nn.Module, scale: float, seed: int) -> nn.Module:
     return module
 
 
-def _marks(module: nn.Module, exam: Sequence[Signal], gamma: int) -> Marks:
+def _marks(module: nn.Module, exam: Sequence[Signal], gamma: int) -> Evaluation:
     return evaluate(module, exam, gamma, int(module.config.pad_token_id or 0))  # type: ignore[union-attr, arg-type]
 
 
 def _simulate(
-    simulation: Simulation, marked: dict[str, Marks], gain: float, tolerance: float
+    simulation: Simulation, marked: dict[str, Evaluation], gain: float, tolerance: float
 ) -> list[Trials]:
     learnt = {name: marks for name, marks in marked.items() if not name.startswith("noise")}
     noise = [

@@ -6,7 +6,7 @@ drafted at, and a tree mask lets each see the emitted tokens before the branch a
 mask tokens, for drafts that draft a whole chain in one forward (ParallelSpec, arXiv 2410.05589): behind every other
 emitted token stand some, and learn what the target said at the places that they hold.
 
-Legend: B sequences, T tokens (emitted and of branches), N supervised positions of the batch, K = top-k.
+Legend: B sequences, T tokens (emitted and of branches), P supervised positions of the batch, K = top-k.
 """
 
 import hashlib
@@ -29,22 +29,22 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
+class Example:
     """One signal, laid out: the emitted sequence, then its branches."""
 
     ids_T: Ints
     position_T: Ints
     seen_T: Ints  # a token sees so many of the first tokens,
     own_T: Ints  # and those from here up to itself
-    column_N: Ints  # whose logits predict what the target's distribution was logged of
-    logged_N: Ints  # which of the signal's verified positions that is
-    kind_N: Ints  # PATH, BRANCH or MASK
+    column_P: Ints  # whose logits predict what the target's distribution was logged of
+    logged_P: Ints  # which of the signal's verified positions that is
+    kind_P: Ints  # PATH, BRANCH or MASK
     signal: Signal
 
     @classmethod
     def of(
         cls, signal: Signal, branch_tokens: int = 0, masks: int = 0, mask_id: int = 0
-    ) -> "Lesson":
+    ) -> "Example":
         """With the first `branch_tokens` tokens of every rejected branch, and so many `masks` a place."""
         emitted = np.concatenate([signal.prompt_ids, signal.output_ids]).astype(np.int64)
         prompt, length = len(signal.prompt_ids), len(emitted)
@@ -89,8 +89,8 @@ class Lesson:
         ids_T, position_T, seen_T, own_T = (
             np.concatenate(parts) for parts in (ids, positions, seen, own)
         )
-        column_N, logged_N, kind_N = (np.concatenate(parts) for parts in (columns, logged, kinds))
-        return cls(ids_T, position_T, seen_T, own_T, column_N, logged_N, kind_N, signal)
+        column_P, logged_P, kind_P = (np.concatenate(parts) for parts in (columns, logged, kinds))
+        return cls(ids_T, position_T, seen_T, own_T, column_P, logged_P, kind_P, signal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +100,10 @@ class TrainingBatch:
     mask: (
         Tensor  # [B, T]: 1 where there is a token; with branches [B, 1, T, T]: what each token sees
     )
-    row_N: Tensor
-    column_N: Tensor
-    kind_N: Tensor
-    truth: Truncated
+    sequence_P: Tensor
+    column_P: Tensor
+    kind_P: Tensor
+    target: Truncated
     temperature_B: Tensor
 
 
@@ -120,19 +120,19 @@ def usable(signal: Signal, vocab_size: int) -> bool:
     return max(int(a.max(initial=0)) for a in ids) < vocab_size
 
 
-def collate(lessons: Sequence[Lesson], pad_id: int, device: torch.device | str) -> TrainingBatch:
+def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str) -> TrainingBatch:
     """One padded batch."""
-    length = max(len(lesson.ids_T) for lesson in lessons)
-    ids_BT = np.full((len(lessons), length), pad_id, np.int64)
+    length = max(len(example.ids_T) for example in examples)
+    ids_BT = np.full((len(examples), length), pad_id, np.int64)
     position_BT = np.zeros_like(ids_BT)
-    for i, lesson in enumerate(lessons):
-        ids_BT[i, : len(lesson.ids_T)], position_BT[i, : len(lesson.ids_T)] = (
-            lesson.ids_T,
-            lesson.position_T,
+    for i, example in enumerate(examples):
+        ids_BT[i, : len(example.ids_T)], position_BT[i, : len(example.ids_T)] = (
+            example.ids_T,
+            example.position_T,
         )
-    k = min(lesson.signal.top_ids.shape[1] for lesson in lessons)
-    own = [(lesson.signal, lesson.logged_N) for lesson in lessons]
-    truth = Truncated(
+    k = min(example.signal.top_ids.shape[1] for example in examples)
+    own = [(example.signal, example.logged_P) for example in examples]
+    target = Truncated(
         torch.from_numpy(np.concatenate([s.top_ids[at, :k] for s, at in own]).astype(np.int64)).to(
             device
         ),
@@ -141,35 +141,35 @@ def collate(lessons: Sequence[Lesson], pad_id: int, device: torch.device | str) 
         ).to(device),
         torch.from_numpy(np.concatenate([_rest(s, at, k) for s, at in own])).to(device),
     )
-    rows = [np.full(len(lesson.column_N), i) for i, lesson in enumerate(lessons)]
+    rows = [np.full(len(example.column_P), i) for i, example in enumerate(examples)]
     return TrainingBatch(
         torch.from_numpy(ids_BT).to(device),
         torch.from_numpy(position_BT).to(device),
-        _mask(lessons, length).to(device),
+        _mask(examples, length).to(device),
         torch.from_numpy(np.concatenate(rows)).to(device),
-        torch.from_numpy(np.concatenate([lesson.column_N for lesson in lessons])).to(device),
-        torch.from_numpy(np.concatenate([lesson.kind_N for lesson in lessons])).to(device),
-        truth,
-        torch.tensor([lesson.signal.temperature for lesson in lessons], device=device),
+        torch.from_numpy(np.concatenate([example.column_P for example in examples])).to(device),
+        torch.from_numpy(np.concatenate([example.kind_P for example in examples])).to(device),
+        target,
+        torch.tensor([example.signal.temperature for example in examples], device=device),
     )
 
 
-def _mask(lessons: Sequence[Lesson], length: int) -> Tensor:
-    if not any(lesson.kind_N.any() for lesson in lessons):
-        mask_BT = torch.zeros(len(lessons), length, dtype=torch.long)
-        for i, lesson in enumerate(lessons):
-            mask_BT[i, : len(lesson.ids_T)] = 1
+def _mask(examples: Sequence[Example], length: int) -> Tensor:
+    if not any(example.kind_P.any() for example in examples):
+        mask_BT = torch.zeros(len(examples), length, dtype=torch.long)
+        for i, example in enumerate(examples):
+            mask_BT[i, : len(example.ids_T)] = 1
         return mask_BT
-    mask_BTT = np.zeros((len(lessons), length, length), bool)
+    mask_BTT = np.zeros((len(examples), length, length), bool)
     mask_BTT[:, :, 0] = True  # padding sees something, or its softmax is of no numbers
     column_T = np.arange(length)
-    for i, lesson in enumerate(lessons):
+    for i, example in enumerate(examples):
         row_T1, seen_T1, own_T1 = (
-            column_T[: len(lesson.ids_T), None],
-            lesson.seen_T[:, None],
-            lesson.own_T[:, None],
+            column_T[: len(example.ids_T), None],
+            example.seen_T[:, None],
+            example.own_T[:, None],
         )
-        mask_BTT[i, : len(lesson.ids_T)] = (column_T < seen_T1) | (
+        mask_BTT[i, : len(example.ids_T)] = (column_T < seen_T1) | (
             (column_T >= own_T1) & (column_T <= row_T1)
         )
     return torch.from_numpy(mask_BTT)[:, None]
@@ -182,29 +182,31 @@ def _rest(signal: Signal, at: Ints, k: int) -> NDArray[np.float32]:
     return rest
 
 
-def fitting(lessons: Sequence[Lesson], vocab_size: int, most: int) -> Iterator[list[Lesson]]:
+def split_by_memory(
+    examples: Sequence[Example], vocab_size: int, most: int
+) -> Iterator[list[Example]]:
     """In order, `most` at a time or as many as there is room for the logits of; at least one."""
-    group: list[Lesson] = []
+    group: list[Example] = []
     first = last = 0
-    for lesson in lessons:
-        start, end = int(lesson.column_N.min(initial=len(lesson.ids_T))), len(lesson.ids_T)
+    for example in examples:
+        start, end = int(example.column_P.min(initial=len(example.ids_T))), len(example.ids_T)
         low, high = (min(first, start), max(last, end)) if group else (start, end)
         if group and (
             len(group) == most or (len(group) + 1) * (high - low) * vocab_size > LOGITS_AT_ONCE
         ):
             yield group
             group, low, high = [], start, end
-        group.append(lesson)
+        group.append(example)
         first, last = low, high
     if group:
         yield group
 
 
 def batches(
-    lessons: Sequence[Lesson], size: int, rng: np.random.Generator
-) -> Iterator[list[Lesson]]:
+    examples: Sequence[Example], size: int, rng: np.random.Generator
+) -> Iterator[list[Example]]:
     """One pass in random order, sequences of like length together, so that little is padding."""
-    order = sorted(rng.permutation(len(lessons)), key=lambda i: len(lessons[i].ids_T))
+    order = sorted(rng.permutation(len(examples)), key=lambda i: len(examples[i].ids_T))
     groups = [order[at : at + size] for at in range(0, len(order), size)]
     for group in rng.permutation(len(groups)):
-        yield [lessons[i] for i in groups[group]]
+        yield [examples[i] for i in groups[group]]

@@ -33,12 +33,12 @@ from online.signals import Signal, decode
 from online.tables import Version, connect, now
 from online.versions import Candidate, is_generic
 from trainer.batches import usable
-from trainer.choice import choose, configured
-from trainer.curriculum import Curriculum, CurriculumLimits, Exam, curriculum, drawn
 from trainer.distill import Recipe, distill
-from trainer.exits import EXIT_LEASE_LOST, EXIT_REPORTED
-from trainer.gate import GateReport, finite, judge
-from trainer.marks import served_gamma
+from trainer.evaluation import served_gamma
+from trainer.exit_codes import EXIT_LEASE_LOST, EXIT_REPORTED
+from trainer.gate import GateReport, compare_drafts, json_ready
+from trainer.recipe_search import choose_recipe, configured_recipe
+from trainer.training_plan import HeldOutSet, PlanLimits, TrainingPlan, make_plan, replay_order
 from trainer.weights import Weights
 
 log = logging.getLogger("slipstream.trainer")
@@ -47,7 +47,7 @@ NICENESS, SESSION_NICENESS = 10, 4
 
 
 @dataclass(frozen=True, slots=True)
-class Workshop:
+class CycleContext:
     """What a cycle works with."""
 
     settings: Settings
@@ -57,7 +57,7 @@ class Workshop:
     artifacts: ArtifactStore
 
     @classmethod
-    def of(cls, settings: Settings) -> "Workshop":
+    def of(cls, settings: Settings) -> "CycleContext":
         database = connect(settings.sql_url)
         return cls(
             settings,
@@ -72,53 +72,61 @@ class Workshop:
         return Weights(self.settings, self.registry, self.artifacts)
 
 
-def run(shop: Workshop, lease: Lease, still_wanted: Callable[[], None] = lambda: None) -> str:
+def run(context: CycleContext, lease: Lease, on_step: Callable[[], None] = lambda: None) -> str:
     """Works a leased cycle to its end and returns its state.
 
     Raises:
         LeaseLost: another worker has taken the cycle over.
     """
-    route = shop.ledger.cycle(lease.cycle_id).route
-    parent = shop.registry.serving(route)
-    window = _claim(shop, route)
+    route = context.ledger.cycle(lease.cycle_id).route
+    parent = context.registry.serving(route)
+    window = _claim(context, route)
     if parent is None or not window:
-        return shop.ledger.finish(
+        return context.ledger.finish(
             lease, "empty", {"reason": "no draft yet" if parent is None else "no signals"}
         ).state
-    shop.ledger.set_window(lease, window[0].id, window[-1].id)
+    context.ledger.set_window(lease, window[0].id, window[-1].id)
 
-    module = shop.weights.load(parent)
+    module = context.weights.load(parent)
     vocab_size = module.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     new = list(_readable(window, vocab_size).values())
-    old = _readable(drawn(shop.buffer.kept(route), window), vocab_size)
-    recipe = configured(shop.settings, route, lease.cycle_id)
-    bounds = CurriculumLimits(
-        shop.settings.replay_signals, shop.settings.held_out_signals, shop.settings.client_share
+    old = _readable(replay_order(context.buffer.kept(route), window), vocab_size)
+    recipe = configured_recipe(context.settings, route, lease.cycle_id)
+    bounds = PlanLimits(
+        context.settings.replay_signals,
+        context.settings.held_out_signals,
+        context.settings.client_share,
     )
-    chosen = curriculum(new, list(old.values()), bounds, _after(old, parent.window.get("last")))
+    chosen = make_plan(new, list(old.values()), bounds, _after(old, parent.window.get("last")))
     chosen = replace(chosen, passes=chosen.passes[: recipe.epochs])
     span = {
         "first": window[0].id,
         "last": window[-1].id,
         "signals": len(new),
-        "trained_on": len({s.request_id for lessons in chosen.passes for s in lessons}),
+        "trained_on": len({s.request_id for examples in chosen.passes for s in examples}),
         "unreadable": len(window) - len(new),
         "left_out": chosen.left_out,
     }
     learnt = (
-        _learn(shop, lease, route, parent, module, recipe, chosen, span, still_wanted)
+        _learn(context, lease, route, parent, module, recipe, chosen, span, on_step)
         if chosen.passes
         else None
     )
     # Before the end of the cycle: a fault behind it would lose the window for replay, and nothing is kept twice.
-    shop.buffer.keep(route, window, shop.settings.kept_signals)
+    context.buffer.keep(route, window, context.settings.kept_signals)
     if learnt is None:
-        cycle = shop.ledger.finish(lease, "empty", {"reason": "no usable signals", "window": span})
+        cycle = context.ledger.finish(
+            lease, "empty", {"reason": "no usable signals", "window": span}
+        )
     else:
         made, report, figures = learnt
         # A route that began with a generic draft is a cluster. There is no room for a second draft beside a cluster's.
-        share = 0.0 if is_generic(shop.registry.versions(route)[-1]) else shop.settings.canary_share
-        cycle = shop.ledger.conclude(lease, parent, made, report.promote, figures, share)
+        share = (
+            0.0
+            if is_generic(context.registry.versions(route)[-1])
+            else context.settings.canary_share
+        )
+        cycle = context.ledger.conclude(lease, parent, made, report.promote, figures, share)
         log.info(
             "cycle %d: %s, %s (%.1f s of training)",
             cycle.id,
@@ -127,40 +135,40 @@ def run(shop: Workshop, lease: Lease, still_wanted: Callable[[], None] = lambda:
             figures["train_s"],
         )
     # Ack after register: a crash repeats a cycle, it never loses signals.
-    shop.buffer.acknowledge(route, [entry.id for entry in window])
-    _tidy(shop)
+    context.buffer.acknowledge(route, [entry.id for entry in window])
+    _tidy(context)
     return cycle.state
 
 
 def _learn(
-    shop: Workshop,
+    context: CycleContext,
     lease: Lease,
     route: str,
     parent: Version,
     module: nn.Module,
     recipe: Recipe,
-    chosen: Curriculum,
+    chosen: TrainingPlan,
     span: dict[str, Any],
-    still_wanted: Callable[[], None],
+    on_step: Callable[[], None],
 ) -> tuple[Candidate, GateReport, dict[str, Any]]:
     """Distils, publishes and judges: the candidate, what the gate says of it, and the cycle's figures."""
-    settings, started, found = shop.settings, time.monotonic(), {}
+    settings, started, found = context.settings, time.monotonic(), {}
     pad_id = int(module.config.pad_token_id or 0)  # type: ignore[union-attr, arg-type]
     gamma = served_gamma(chosen.exam.new, settings.gamma or 1)
     # Held to their parents alone, versions would forget a little more each time.
-    former = shop.weights.first(route) if recipe.rehearsal else None
+    earlier_draft = context.weights.first(route) if recipe.rehearsal else None
     if settings.search_recipe:
-        found = choose(
-            module, chosen.passes[0], recipe, parent, gamma, pad_id, still_wanted, former
+        found = choose_recipe(
+            module, chosen.passes[0], recipe, parent, gamma, pad_id, on_step, earlier_draft
         )
         recipe = replace(recipe, **found["choice"])
-    distilled = distill(module, chosen.passes, recipe, pad_id, still_wanted, former)
+    distilled = distill(module, chosen.passes, recipe, pad_id, on_step, earlier_draft)
     train_s = time.monotonic() - started
-    digest = shop.artifacts.publish(lambda folder: shop.weights.save(module, parent, folder))
-    report = _judged(shop, parent, digest, chosen.exam, gamma, pad_id, lease.cycle_id)
-    still_wanted()
+    digest = context.artifacts.publish(lambda folder: context.weights.save(module, parent, folder))
+    report = _judged(context, parent, digest, chosen.exam, gamma, pad_id, lease.cycle_id)
+    on_step()
     told = {**recipe.as_dict(), **found, "steps": distilled.steps, "positions": distilled.positions}
-    made = Candidate(digest, finite(told), span, report.as_dict(), git_commit())
+    made = Candidate(digest, json_ready(told), span, report.as_dict(), git_commit())
     figures = {
         "window": span,
         "gate": report.as_dict(),
@@ -168,16 +176,22 @@ def _learn(
         "last_loss": distilled.last_loss,
         "train_s": round(train_s, 2),
     }
-    return made, report, finite(figures)
+    return made, report, json_ready(figures)
 
 
 def _judged(
-    shop: Workshop, parent: Version, digest: str, exam: Exam, gamma: int, pad_id: int, seed: int
+    context: CycleContext,
+    parent: Version,
+    digest: str,
+    exam: HeldOutSet,
+    gamma: int,
+    pad_id: int,
+    seed: int,
 ) -> GateReport:
     """The candidate as it would be served: rounded to its stored precision, read back from disk."""
-    active, candidate = shop.weights.load(parent), shop.weights.read(digest)
-    tolerance = shop.settings.forgetting_tolerance
-    return judge(
+    active, candidate = context.weights.load(parent), context.weights.read(digest)
+    tolerance = context.settings.forgetting_tolerance
+    return compare_drafts(
         active,
         candidate,
         exam.new,
@@ -189,24 +203,24 @@ def _judged(
     )
 
 
-def _tidy(shop: Workshop) -> None:
+def _tidy(context: CycleContext) -> None:
     """Refused candidates stay for as long as signals do, to be looked at; then their weights go, or disks fill."""
     try:
-        refused = shop.registry.refused(now() - timedelta(seconds=shop.settings.retention_s))
-        if gone := shop.artifacts.sweep(refused, shop.settings.cycle_limit_s):
+        refused = context.registry.refused(now() - timedelta(seconds=context.settings.retention_s))
+        if gone := context.artifacts.sweep(refused, context.settings.cycle_limit_s):
             log.info("deleted the weights of refused or unfinished candidates: %s", ", ".join(gone))
     except (OSError, SlipstreamError) as error:
         log.warning("old candidates stay on disk: %s", error)
 
 
-def _claim(shop: Workshop, route: str) -> list[Entry]:
+def _claim(context: CycleContext, route: str) -> list[Entry]:
     """The window, without entries that an earlier cycle has used: Redis may have forgotten their acknowledgement."""
-    entries = shop.buffer.claim(route, shop.settings.cycle_max_signals)
-    used = shop.ledger.watermark(route)
+    entries = context.buffer.claim(route, context.settings.cycle_max_signals)
+    used = context.ledger.watermark(route)
     stale = [e for e in entries if used is not None and id_order(e.id) <= id_order(used)]
     if stale:
-        shop.buffer.acknowledge(route, [e.id for e in stale])
-        return entries[len(stale) :] or _claim(shop, route)
+        context.buffer.acknowledge(route, [e.id for e in stale])
+        return entries[len(stale) :] or _claim(context, route)
     return entries
 
 
@@ -233,16 +247,16 @@ def _readable(entries: Sequence[Entry], vocab_size: int) -> dict[str, Signal]:
     return signals
 
 
-class Heart:
+class LeaseKeeper:
     """Keeps the lease while the cycle works, and notices when it or the parent process is gone."""
 
     def __init__(self, ledger: CycleLedger, lease: Lease, lease_s: float, worker: int) -> None:
         self._ledger, self._lease, self._every_s, self._worker = ledger, lease, lease_s / 4, worker
         self._lost = threading.Event()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heart", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
 
-    def __enter__(self) -> "Heart":
+    def __enter__(self) -> "LeaseKeeper":
         self._thread.start()
         return self
 
@@ -268,7 +282,7 @@ class Heart:
                 log.warning("heartbeat: %s", error)
 
 
-def give_way() -> None:
+def lower_priority() -> None:
     """Serving comes first, also on one machine.
 
     Linux shares the processor between sessions before it looks at niceness inside one, so the session (this process
@@ -296,18 +310,18 @@ def main() -> None:
     settings = Settings()
     torch.set_num_threads(settings.trainer_threads)
     if settings.trainer_device == "cpu":
-        give_way()
-    shop, lease = Workshop.of(settings), Lease(args.cycle, args.fence)
-    with Heart(shop.ledger, lease, settings.lease_s, args.worker) as heart:
+        lower_priority()
+    context, lease = CycleContext.of(settings), Lease(args.cycle, args.fence)
+    with LeaseKeeper(context.ledger, lease, settings.lease_s, args.worker) as keeper:
         try:
-            run(shop, lease, heart.check)
+            run(context, lease, keeper.check)
         except LeaseLost as error:
             log.warning("%s", error)
             sys.exit(EXIT_LEASE_LOST)
         except Exception as error:
             # Whatever it was, the operator reads it in the ledger, not in a log of a machine that may be gone.
             log.exception("cycle %d failed", lease.cycle_id)
-            shop.ledger.release(lease, f"{type(error).__name__}: {error}")
+            context.ledger.release(lease, f"{type(error).__name__}: {error}")
             sys.exit(EXIT_REPORTED)
 
 

@@ -15,7 +15,7 @@ from pydantic import Field, TypeAdapter
 from torch import Tensor, nn
 
 from online.signals import Signal
-from trainer.batches import Lesson, TrainingBatch, batches, collate, fitting
+from trainer.batches import Example, TrainingBatch, batches, collate, split_by_memory
 from trainer.divergences import Divergence, divergence, draft_classes
 from trainer.rehearsal import Rehearsal
 
@@ -85,9 +85,9 @@ class Distilled:
 
 
 def draft_logits(module: nn.Module, batch: TrainingBatch) -> Tensor:
-    """The draft's logits at the supervised positions [N, V]."""
+    """The draft's logits at the supervised positions [P, V]."""
     first = int(
-        batch.column_N.min()
+        batch.column_P.min()
     )  # Most of the draft is its head: prompts before that column do without it.
     kept = batch.ids_BT.shape[1] - first
     placed = {"position_ids": batch.position_BT} if batch.mask.ndim == 4 else {}
@@ -98,10 +98,10 @@ def draft_logits(module: nn.Module, batch: TrainingBatch) -> Tensor:
         logits_to_keep=kept,
         **placed,
     ).logits
-    return out[batch.row_N, batch.column_N - first].float()
+    return out[batch.sequence_P, batch.column_P - first].float()
 
 
-def exit_logits(module: nn.Module, batch: TrainingBatch) -> list[Tensor]:
+def layer_logits(module: nn.Module, batch: TrainingBatch) -> list[Tensor]:
     """The same from every layer, the last one first: all by the draft's own norm and head (S2D, arXiv 2407.01955).
 
     Raises:
@@ -119,26 +119,26 @@ def exit_logits(module: nn.Module, batch: TrainingBatch) -> list[Tensor]:
         **placed,
     ).hidden_states
     head: Any = module.get_output_embeddings()  # type: ignore[operator]
-    *early, last = (state[batch.row_N, batch.column_N] for state in states[1:])
+    *early, last = (state[batch.sequence_P, batch.column_P] for state in states[1:])
     return [
-        head(state_NE).float() for state_NE in (last, *(body.norm(state_NE) for state_NE in early))
+        head(state_PE).float() for state_PE in (last, *(body.norm(state_PE) for state_PE in early))
     ]
 
 
-def takes_branches(module: nn.Module) -> bool:
+def accepts_positions(module: nn.Module) -> bool:
     """Whether the model can be told where a token stands; those that count by themselves get no branches."""
     return "position_ids" in inspect.signature(module.forward).parameters
 
 
-def losses(
-    logits_NV: Tensor, batch: TrainingBatch, measure: Divergence, follow_temperature: bool
+def position_losses(
+    logits_PV: Tensor, batch: TrainingBatch, measure: Divergence, follow_temperature: bool
 ) -> Tensor:
-    """The divergence at every supervised position [N]."""
-    truth = batch.truth
+    """The divergence at every supervised position [P]."""
+    target = batch.target
     if follow_temperature:
-        temperature_N = batch.temperature_B.clamp(min=COLDEST)[batch.row_N]
-        truth, logits_NV = truth.at(temperature_N), logits_NV / temperature_N[:, None]
-    return measure(truth.classes_NC, draft_classes(logits_NV, truth.ids_NK))
+        temperature_P = batch.temperature_B.clamp(min=COLDEST)[batch.sequence_P]
+        target, logits_PV = target.at(temperature_P), logits_PV / temperature_P[:, None]
+    return measure(target.classes_PC, draft_classes(logits_PV, target.ids_PK))
 
 
 def distill(
@@ -146,30 +146,30 @@ def distill(
     passes: Sequence[Sequence[Signal]],
     recipe: Recipe,
     pad_id: int,
-    still_wanted: Callable[[], None] = lambda: None,
-    former: nn.Module | None = None,
+    on_step: Callable[[], None] = lambda: None,
+    earlier_draft: nn.Module | None = None,
 ) -> Distilled:
-    """Trains `module` (float32) in place. `still_wanted` is called at every step and may raise to end it.
+    """Trains `module` (float32) in place. `on_step` is called at every step and may raise to end it.
 
     `passes` are what the first, the second, … epoch learns from; epochs beyond them begin with the first again.
-    `former` is the draft whose knowledge is rehearsed; by default what `module` is now.
+    `earlier_draft` is the draft whose knowledge is rehearsed; by default what `module` is now.
     """
     started = time.monotonic()
-    more = (recipe.branch_tokens, recipe.masks) if takes_branches(module) else (0, 0)
+    more = (recipe.branch_tokens, recipe.masks) if accepts_positions(module) else (0, 0)
     made = {
-        id(signal): Lesson.of(signal, *more, pad_id) for signals in passes for signal in signals
+        id(signal): Example.of(signal, *more, pad_id) for signals in passes for signal in signals
     }
-    lessons = [[made[id(signal)] for signal in signals] for signals in passes]
+    examples = [[made[id(signal)] for signal in signals] for signals in passes]
     reference = None
     if recipe.selected_share < 1:
         reference = copy.deepcopy(module)
-        _train(reference, lessons, recipe, pad_id, still_wanted)
+        _train(reference, examples, recipe, pad_id, on_step)
     rehearsal = (
-        Rehearsal(former or copy.deepcopy(module), lessons[0], recipe.seed)
+        Rehearsal(earlier_draft or copy.deepcopy(module), examples[0], recipe.seed)
         if recipe.rehearsal
         else None
     )
-    told, positions = _train(module, lessons, recipe, pad_id, still_wanted, reference, rehearsal)
+    told, positions = _train(module, examples, recipe, pad_id, on_step, reference, rehearsal)
     edge = max(1, len(told) // 10)
     first, last = float(np.mean(told[:edge])), float(np.mean(told[-edge:]))
     return Distilled(len(told), positions, first, last, time.monotonic() - started)
@@ -177,43 +177,43 @@ def distill(
 
 def _train(
     module: nn.Module,
-    passes: Sequence[Sequence[Lesson]],
+    passes: Sequence[Sequence[Example]],
     recipe: Recipe,
     pad_id: int,
-    still_wanted: Callable[[], None],
+    on_step: Callable[[], None],
     reference: nn.Module | None = None,
     rehearsal: Rehearsal | None = None,
 ) -> tuple[list[float], int]:
     """The loss of every step, and how many positions were learnt from, passes counted."""
     device = next(module.parameters()).device
     measure = divergence(recipe.divergence, recipe.beta)
-    total = steps(passes, recipe)
+    total = step_count(passes, recipe)
     optimizer = torch.optim.AdamW(
         module.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: factor(step, recipe.warmup_steps, total)
+        optimizer, lambda step: learning_rate_factor(step, recipe.warmup_steps, total)
     )
     told: list[float] = []
     positions = 0
     module.train()
-    for group in epochs(passes, recipe):
-        still_wanted()
+    for group in epoch_batches(passes, recipe):
+        on_step()
         optimizer.zero_grad()
         told.append(0.0)
-        whole = sum(len(lesson.column_N) for lesson in group)
-        for part in fitting(group, module.config.vocab_size, recipe.batch_signals):  # type: ignore[union-attr, arg-type]
+        whole = sum(len(example.column_P) for example in group)
+        for part in split_by_memory(group, module.config.vocab_size, recipe.batch_signals):  # type: ignore[union-attr, arg-type]
             batch = collate(part, pad_id, device)
-            loss_N = _loss(module, batch, measure, recipe)
-            weight_N = torch.tensor([1.0, recipe.branch_weight, recipe.mask_weight], device=device)[
-                batch.kind_N
+            loss_P = _loss(module, batch, measure, recipe)
+            weight_P = torch.tensor([1.0, recipe.branch_weight, recipe.mask_weight], device=device)[
+                batch.kind_P
             ]
             if reference is not None:
-                weight_N = weight_N * _selected(loss_N, batch, measure, recipe, reference)
-            loss = (loss_N * weight_N).sum() / weight_N.sum() * (len(loss_N) / whole)
+                weight_P = weight_P * _selected(loss_P, batch, measure, recipe, reference)
+            loss = (loss_P * weight_P).sum() / weight_P.sum() * (len(loss_P) / whole)
             loss.backward()  # type: ignore[no-untyped-call]
             told[-1] += loss.item()
-            positions += int((weight_N > 0).sum())
+            positions += int((weight_P > 0).sum())
         if rehearsal is not None:
             (recipe.rehearsal * rehearsal.loss(module)).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(module.parameters(), recipe.clip_norm)
@@ -225,44 +225,48 @@ def _train(
 
 def _loss(module: nn.Module, batch: TrainingBatch, measure: Divergence, recipe: Recipe) -> Tensor:
     if not recipe.exit_weight:
-        return losses(draft_logits(module, batch), batch, measure, recipe.follow_temperature)
+        return position_losses(
+            draft_logits(module, batch), batch, measure, recipe.follow_temperature
+        )
     last, *early = (
-        losses(said, batch, measure, recipe.follow_temperature)
-        for said in exit_logits(module, batch)
+        position_losses(said, batch, measure, recipe.follow_temperature)
+        for said in layer_logits(module, batch)
     )
     return (last + recipe.exit_weight * sum(early)) / (1 + recipe.exit_weight * len(early))
 
 
-def epochs(passes: Sequence[Sequence[Lesson]], recipe: Recipe) -> Iterator[list[Lesson]]:
+def epoch_batches(passes: Sequence[Sequence[Example]], recipe: Recipe) -> Iterator[list[Example]]:
     """Every batch of every epoch."""
     rng = np.random.default_rng(recipe.seed)
-    for lessons in islice(cycle(passes), recipe.epochs):
-        yield from batches(lessons, recipe.batch_signals, rng)
+    for examples in islice(cycle(passes), recipe.epochs):
+        yield from batches(examples, recipe.batch_signals, rng)
 
 
-def steps(passes: Sequence[Sequence[object]], recipe: Recipe) -> int:
+def step_count(passes: Sequence[Sequence[object]], recipe: Recipe) -> int:
     """How many batches that are."""
     return sum(
-        math.ceil(len(lessons) / recipe.batch_signals)
-        for lessons in islice(cycle(passes), recipe.epochs)
+        math.ceil(len(examples) / recipe.batch_signals)
+        for examples in islice(cycle(passes), recipe.epochs)
     )
 
 
 @torch.no_grad()
 def _selected(
-    loss_N: Tensor, batch: TrainingBatch, measure: Divergence, recipe: Recipe, reference: nn.Module
+    loss_P: Tensor, batch: TrainingBatch, measure: Divergence, recipe: Recipe, reference: nn.Module
 ) -> Tensor:
     """1 for the share of positions where the draft lags most behind a reference that has learnt already (AdaSPEC).
 
     arXiv 2510.19779: what the reference could not learn either would only use up a small draft's capacity.
     """
-    learnt_N = losses(draft_logits(reference, batch), batch, measure, recipe.follow_temperature)
-    gain_N = loss_N.detach() - learnt_N
-    kept = max(1, round(recipe.selected_share * len(gain_N)))
-    return (gain_N >= gain_N.topk(kept).values[-1]).to(gain_N.dtype)
+    learnt_P = position_losses(
+        draft_logits(reference, batch), batch, measure, recipe.follow_temperature
+    )
+    gain_P = loss_P.detach() - learnt_P
+    kept = max(1, round(recipe.selected_share * len(gain_P)))
+    return (gain_P >= gain_P.topk(kept).values[-1]).to(gain_P.dtype)
 
 
-def factor(step: int, warmup: int, total: int) -> float:
+def learning_rate_factor(step: int, warmup: int, total: int) -> float:
     """Linear warm-up, then cosine down to a tenth."""
     if step < warmup:
         return (step + 1) / warmup

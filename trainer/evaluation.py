@@ -1,6 +1,6 @@
 """Marks: what a draft would have done for logged requests, without decoding anything.
 
-Legend: N supervised positions, R requests, T positions of one request.
+Legend: P supervised positions, R requests, T positions of one request.
 """
 
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from online.signals import Signal
-from trainer.batches import Lesson, TrainingBatch, collate, fitting
+from trainer.batches import Example, TrainingBatch, collate, split_by_memory
 from trainer.distill import draft_logits
 from trainer.divergences import greedy_match, overlap
 
 Floats = NDArray[np.float64]
 
 
-class Marks(NamedTuple):
+class Evaluation(NamedTuple):
     """What a draft would have done, request by request."""
 
     tokens_R: Floats  # expected tokens per step
@@ -41,31 +41,31 @@ def served_gamma(signals: Sequence[Signal], most: int) -> int:
 @torch.inference_mode()
 def evaluate(
     module: nn.Module, signals: Sequence[Signal], gamma: int, pad_id: int, batch_signals: int = 16
-) -> Marks:
+) -> Evaluation:
     """The marks of a draft that drafts γ tokens a step."""
     device = next(module.parameters()).device
     tokens: list[float] = []
     rates: list[float] = []
-    lessons = [Lesson.of(signal) for signal in signals]
-    for group in fitting(lessons, module.config.vocab_size, batch_signals):  # type: ignore[union-attr, arg-type]
+    examples = [Example.of(signal) for signal in signals]
+    for group in split_by_memory(examples, module.config.vocab_size, batch_signals):  # type: ignore[union-attr, arg-type]
         batch = collate(group, pad_id, device)
-        acceptance_N = acceptance(draft_logits(module, batch), batch).double().cpu().numpy()
-        row_N = batch.row_N.cpu().numpy()
+        acceptance_P = acceptance(draft_logits(module, batch), batch).double().cpu().numpy()
+        sequence_P = batch.sequence_P.cpu().numpy()
         for row in range(batch.ids_BT.shape[0]):
-            own = acceptance_N[row_N == row]
+            own = acceptance_P[sequence_P == row]
             tokens.append(tokens_per_step(own, gamma))
             rates.append(float(own.mean()))
-    return Marks(np.array(tokens), np.array(rates))
+    return Evaluation(np.array(tokens), np.array(rates))
 
 
-def acceptance(logits_NV: Tensor, batch: TrainingBatch) -> Tensor:
-    """Probability that a drafted token is kept [N]: agreement of first choices for greedy requests, else Σ min(p, q).
+def acceptance(logits_PV: Tensor, batch: TrainingBatch) -> Tensor:
+    """Probability that a drafted token is kept [P]: agreement of first choices for greedy requests, else Σ min(p, q).
 
     Sampled requests are judged at temperature 1, where the logged distribution is exact.
     """
-    greedy_N = (batch.temperature_B == 0)[batch.row_N]
-    sampled_N = overlap(logits_NV, batch.truth)
-    return torch.where(greedy_N, greedy_match(logits_NV, batch.truth), sampled_N)
+    greedy_P = (batch.temperature_B == 0)[batch.sequence_P]
+    sampled_P = overlap(logits_PV, batch.target)
+    return torch.where(greedy_P, greedy_match(logits_PV, batch.target), sampled_P)
 
 
 def tokens_per_step(acceptance_T: Floats, gamma: int) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 from torch import nn
 
 from online.signals import Signal
-from trainer.marks import Floats, Marks, evaluate
+from trainer.evaluation import Evaluation, Floats, evaluate
 
 MIN_REQUESTS = 8  # fewer held-out requests prove nothing, whatever their interval says
 RESAMPLES = 2000
@@ -25,19 +25,19 @@ LEVEL = 0.92
 FORGETTING_TOLERANCE = 0.03  # of the active draft's tokens per step
 
 
-class Compared(NamedTuple):
+class PairedEvaluation(NamedTuple):
     """Two drafts on the same requests."""
 
-    active: Marks
-    candidate: Marks
+    active: Evaluation
+    candidate: Evaluation
 
     @property
     def gain_R(self) -> Floats:
         return self.candidate.tokens_R - self.active.tokens_R
 
 
-_NONE = Marks(np.zeros(0), np.zeros(0))
-NOTHING = Compared(_NONE, _NONE)
+_EMPTY = Evaluation(np.zeros(0), np.zeros(0))
+NO_REQUESTS = PairedEvaluation(_EMPTY, _EMPTY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Stratum:
     candidate_acceptance: float
 
     @classmethod
-    def of(cls, compared: Compared, seed: int) -> "Stratum":
+    def of(cls, compared: PairedEvaluation, seed: int) -> "Stratum":
         (active, candidate), gain_R = compared, compared.gain_R
         low, high = bootstrap_interval(gain_R, seed, LEVEL)
         return cls(
@@ -85,11 +85,11 @@ class GateReport(Stratum):
 
     def as_dict(self) -> dict[str, object]:
         """JSON-ready: what is no finite number is None there."""
-        found: dict[str, object] = finite(asdict(self))
+        found: dict[str, object] = json_ready(asdict(self))
         return found
 
 
-def judge(
+def compare_drafts(
     active: nn.Module,
     candidate: nn.Module,
     new: Sequence[Signal],
@@ -102,23 +102,23 @@ def judge(
 ) -> GateReport:
     """Compares two drafts, request by request. `candidate` holds the weights exactly as they would be served."""
 
-    def compared(signals: Sequence[Signal]) -> Compared:
+    def compared(signals: Sequence[Signal]) -> PairedEvaluation:
         marked = (evaluate(module, signals, gamma, pad_id) for module in (active, candidate))
-        return Compared(*(by_request(marks, signals) for marks in marked))
+        return PairedEvaluation(*(mean_by_request(marks, signals) for marks in marked))
 
     return decide(compared(new), compared(earlier), gamma=gamma, tolerance=tolerance, seed=seed)
 
 
-def by_request(marks: Marks, signals: Sequence[Signal]) -> Marks:
+def mean_by_request(marks: Evaluation, signals: Sequence[Signal]) -> Evaluation:
     """A request's n answers are one observation, not n: their means."""
     _, request_S = np.unique([signal.origin for signal in signals], return_inverse=True)
     answers_R = np.maximum(np.bincount(request_S), 1)
-    return Marks(*(np.bincount(request_S, weights=marks_S) / answers_R for marks_S in marks))
+    return Evaluation(*(np.bincount(request_S, weights=marks_S) / answers_R for marks_S in marks))
 
 
 def decide(
-    new: Compared,
-    earlier: Compared = NOTHING,
+    new: PairedEvaluation,
+    earlier: PairedEvaluation = NO_REQUESTS,
     *,
     gamma: int,
     tolerance: float = FORGETTING_TOLERANCE,
@@ -197,10 +197,10 @@ def _mean(values: Floats) -> float:
     return float(values.mean()) if len(values) else 0.0
 
 
-def finite(told: Any) -> Any:
+def json_ready(told: Any) -> Any:
     """The same with None for what is no finite number: databases differ in what JSON they take."""
     if isinstance(told, dict):
-        return {key: finite(value) for key, value in told.items()}
+        return {key: json_ready(value) for key, value in told.items()}
     if isinstance(told, list | tuple):
-        return [finite(value) for value in told]
+        return [json_ready(value) for value in told]
     return None if isinstance(told, float) and not math.isfinite(told) else told

@@ -20,8 +20,8 @@ from online.settings import Settings
 from online.signals import Signal
 from online.tables import Version
 from trainer.distill import Recipe, distill
+from trainer.evaluation import evaluate
 from trainer.gate import bootstrap_interval
-from trainer.marks import evaluate
 
 # The configured recipe, and others that cost as much. What lost everywhere it was measured (LOG.md) is not tried anew.
 CANDIDATES: tuple[Mapping[str, Any], ...] = (
@@ -36,15 +36,15 @@ SHIFTED = 0.8  # share of the promised acceptance below which the parent's choic
 
 
 @dataclass(frozen=True, slots=True)
-class Tried:
+class Trial:
     """One candidate in one round."""
 
     change: dict[str, Any]
-    lessons: int
+    examples: int
     tokens_per_step: float
 
 
-def configured(settings: Settings, route: str, seed: int) -> Recipe:
+def configured_recipe(settings: Settings, route: str, seed: int) -> Recipe:
     """The recipe by which a route's drafts learn: the usual one, what its way to draft needs, and what is set.
 
     Raises:
@@ -63,76 +63,78 @@ def configured(settings: Settings, route: str, seed: int) -> Recipe:
     )
 
 
-def choose(
+def choose_recipe(
     module: nn.Module,
-    lessons: Sequence[Signal],
+    examples: Sequence[Signal],
     base: Recipe,
     parent: Version,
     gamma: int,
     pad_id: int,
-    still_wanted: Callable[[], None] = lambda: None,
-    former: nn.Module | None = None,
+    on_step: Callable[[], None] = lambda: None,
+    earlier_draft: nn.Module | None = None,
 ) -> dict[str, Any]:
     """For the new version: `choice`, what is changed in `base`; `over`, what it was; if looked for, the `tried`."""
-    inherited = inheritable(parent.recipe, base)
+    inherited = inherited_change(parent.recipe, base)
     promised = parent.gate.get("candidate_acceptance")
-    if inherited is not None and not shifted(module, lessons, promised, gamma, pad_id):
+    if inherited is not None and not acceptance_fell(module, examples, promised, gamma, pad_id):
         return {"choice": inherited, "over": _over(inherited, base)}
-    choice, tried = search(module, lessons, base, gamma, pad_id, still_wanted, former)
+    choice, tried = search(module, examples, base, gamma, pad_id, on_step, earlier_draft)
     return {"choice": choice, "over": _over(choice, base), "tried": [asdict(one) for one in tried]}
 
 
-def inheritable(recipe: Mapping[str, Any], base: Recipe) -> dict[str, Any] | None:
+def inherited_change(recipe: Mapping[str, Any], base: Recipe) -> dict[str, Any] | None:
     """The choice in a version's recipe, where that was made of the recipe that is configured now."""
     choice = recipe.get("choice")
     if not isinstance(choice, Mapping):
         return None
-    configured = {**recipe, **recipe.get("over", {}), "seed": base.seed}
-    return dict(choice) if configured.items() >= base.as_dict().items() else None
+    configured_recipe = {**recipe, **recipe.get("over", {}), "seed": base.seed}
+    return dict(choice) if configured_recipe.items() >= base.as_dict().items() else None
 
 
 def _over(choice: Mapping[str, Any], base: Recipe) -> dict[str, Any]:
     return {name: getattr(base, name) for name in choice}
 
 
-def shifted(
-    module: nn.Module, lessons: Sequence[Signal], promised: float | None, gamma: int, pad_id: int
+def acceptance_fell(
+    module: nn.Module, examples: Sequence[Signal], promised: float | None, gamma: int, pad_id: int
 ) -> bool:
     """Whether the active draft accepts much less on these lessons than the gate promised when it was made."""
     if promised is None:
         return True
-    _, acceptance_R = evaluate(module, lessons[:64], gamma, pad_id)
+    _, acceptance_R = evaluate(module, examples[:64], gamma, pad_id)
     return float(acceptance_R.mean()) < SHIFTED * promised
 
 
 def search(
     module: nn.Module,
-    lessons: Sequence[Signal],
+    examples: Sequence[Signal],
     base: Recipe,
     gamma: int,
     pad_id: int,
-    still_wanted: Callable[[], None] = lambda: None,
-    former: nn.Module | None = None,
-) -> tuple[dict[str, Any], tuple[Tried, ...]]:
+    on_step: Callable[[], None] = lambda: None,
+    earlier_draft: nn.Module | None = None,
+) -> tuple[dict[str, Any], tuple[Trial, ...]]:
     """The change to `base` that learns more from these lessons, if one does, and everything that was tried.
 
     `module` stays as it is. Costs a little less than training by `base` on all the lessons.
     """
-    judges = [s for s in lessons if _judges(s)]
-    pupils = [s for s in lessons if not _judges(s)]
+    judges = [s for s in examples if _judges(s)]
+    pupils = [s for s in examples if not _judges(s)]
     if len(pupils) < FEWEST or len(judges) < FEWEST // JUDGED_SHARE:
         return {}, ()
     base = replace(base, epochs=max(1, base.epochs // 2))  # enough to tell recipes apart
-    tried: list[Tried] = []
+    tried: list[Trial] = []
     usual, *left = CANDIDATES
     count = max(FEWEST, len(pupils) // FIRST_SHARE)
     while True:
         marked = []
         for change in (usual, *left):
             learnt = copy.deepcopy(module)
-            distill(learnt, [pupils[:count]], replace(base, **change), pad_id, still_wanted, former)
+            distill(
+                learnt, [pupils[:count]], replace(base, **change), pad_id, on_step, earlier_draft
+            )
             marked.append(evaluate(learnt, judges, gamma, pad_id).tokens_R)
-            tried.append(Tried(dict(change), min(count, len(pupils)), float(marked[-1].mean())))
+            tried.append(Trial(dict(change), min(count, len(pupils)), float(marked[-1].mean())))
         if len(left) == 1:
             low, _ = bootstrap_interval(marked[1] - marked[0], base.seed)
             return dict(left[0] if low > 0 else usual), tuple(tried)

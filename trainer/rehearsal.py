@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainer.batches import Lesson
+from trainer.batches import Example
 
 SEQUENCES, TOKENS = 64, 96  # written before the first step
 PER_STEP = 2  # of them, rehearsed beside every batch of lessons
@@ -22,13 +22,13 @@ PER_STEP = 2  # of them, rehearsed beside every batch of lessons
 class Rehearsal:
     """A former draft, which stays as it is, and what it writes. `loss` is how far a later one has moved from it."""
 
-    def __init__(self, former: nn.Module, lessons: Sequence[Lesson], seed: int) -> None:
-        self._former = former.eval().requires_grad_(False)
+    def __init__(self, earlier_draft: nn.Module, examples: Sequence[Example], seed: int) -> None:
+        self._former = earlier_draft.eval().requires_grad_(False)
         self._rng = np.random.default_rng(seed)
         # As prompts begin, so that the draft goes on as in the traffic that it knows.
-        starts = [int(lesson.ids_T[0]) for lesson in lessons]
+        starts = [int(example.ids_T[0]) for example in examples]
         first_R1 = torch.tensor(
-            self._rng.choice(starts, SEQUENCES), device=next(former.parameters()).device
+            self._rng.choice(starts, SEQUENCES), device=next(earlier_draft.parameters()).device
         )[:, None]
         self._ids_RT = write(self._former, first_R1, TOKENS, seed)
 

@@ -17,8 +17,8 @@ from online.processes import die_with_parent
 from online.registry import Registry
 from online.settings import Settings
 from online.tables import connect
-from trainer.demand import look
-from trainer.exits import EXIT_LEASE_LOST, EXIT_REPORTED
+from trainer.exit_codes import EXIT_LEASE_LOST, EXIT_REPORTED
+from trainer.scheduling import assess_route
 
 log = logging.getLogger("slipstream.tasks")
 settings = Settings()
@@ -71,10 +71,10 @@ def tick() -> int:
         buffer.trim(route.name)
         unfinished = ledger.unfinished(route.name)
         free = unfinished is None and route.name not in canaries
-        if free and (demand := look(buffer, ledger, _registry(), route.name, settings)).due:
-            unfinished, _ = ledger.request(route.name, "beat", demand.reason)
-            if demand.shift:
-                _registry().record("beat", "shift", route.name, demand.shift)
+        if free and (need := assess_route(buffer, ledger, _registry(), route.name, settings)).due:
+            unfinished, _ = ledger.request(route.name, "beat", need.reason)
+            if need.shift:
+                _registry().record("beat", "shift", route.name, need.shift)
         # `take` decides: an attempt that is alive keeps its cycle, however often it is sent.
         if unfinished is not None:
             cycle.apply_async(args=[unfinished.id], expires=settings.tick_s * 3)
@@ -85,7 +85,7 @@ def tick() -> int:
 def _work(lease: Lease) -> str:
     """Runs the cycle in a subprocess: a real time limit, memory given back, and a worker that still answers.
 
-    In a session of its own, so that it can give way to everything else on the machine (see `trainer.cycle.give_way`).
+    In a session of its own, so that it can give way to everything else on the machine (see `trainer.cycle.lower_priority`).
     """
     numbers = {"--cycle": lease.cycle_id, "--fence": lease.fence, "--worker": os.getpid()}
     command = [

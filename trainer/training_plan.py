@@ -26,7 +26,7 @@ from trainer.gate import MIN_REQUESTS
 
 
 @dataclass(frozen=True, slots=True)
-class CurriculumLimits:
+class PlanLimits:
     replay: int  # older signals trained on again in one pass, at most
     exam: int  # requests of a stratum, at most
     client_share: float  # of the lessons, and of each stratum
@@ -34,7 +34,7 @@ class CurriculumLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class Exam:
+class HeldOutSet:
     """Newest first. Only requests that came since the active draft's own window are in both."""
 
     new: list[Signal]
@@ -42,22 +42,22 @@ class Exam:
 
 
 @dataclass(frozen=True, slots=True)
-class Curriculum:
+class TrainingPlan:
     passes: list[
         list[Signal]
     ]  # what each learns from: the window, and every time others of the older signals
-    exam: Exam
+    exam: HeldOutSet
     left_out: dict[
         str, int
     ]  # signals that were beyond their client's share, of the lessons and of the exam
 
 
-def curriculum(
+def make_plan(
     window: Sequence[Signal],
     older: Sequence[Signal],
-    bounds: CurriculumLimits,
+    bounds: PlanLimits,
     recent: Collection[str] = (),
-) -> Curriculum:
+) -> TrainingPlan:
     """`window` is oldest first, as it was claimed; `older` a sample in no order.
 
     Only those of targets that answer now are used: several may, with one draft for all of them (S2D, arXiv 2407.01955),
@@ -70,24 +70,31 @@ def curriculum(
     new, old = ([s for s in side if s.model in targets] for side in (reversed(window), older))
     share = bounds.client_share, bounds.fewest
     learnt = [s for s in new if not held_out(s)]
-    replayed, _ = fair([s for s in old if not held_out(s)], *share)
-    passes = [fair([*learnt, *part], *share) for part in parts(replayed, bounds.replay)]
+    replayed, _ = limit_client_share([s for s in old if not held_out(s)], *share)
+    passes = [
+        limit_client_share([*learnt, *part], *share)
+        for part in replay_parts(replayed, bounds.replay)
+    ]
     since = [s for s in old if held_out(s) and s.request_id in recent]
-    fresh, unasked = fair([*(s for s in new if held_out(s)), *since], *share, bounds.exam)
-    known, _ = fair([s for s in old if held_out(s)], *share, bounds.exam)
+    fresh, unasked = limit_client_share(
+        [*(s for s in new if held_out(s)), *since], *share, bounds.exam
+    )
+    known, _ = limit_client_share([s for s in old if held_out(s)], *share, bounds.exam)
     if len(fresh) < MIN_REQUESTS:
         asked = {signal.request_id for signal in fresh}
         others = [s for s in known if s.request_id not in asked]
-        fresh, _ = fair([*fresh, *others], *share, min(MIN_REQUESTS, bounds.exam))
+        fresh, _ = limit_client_share([*fresh, *others], *share, min(MIN_REQUESTS, bounds.exam))
         asked = {signal.request_id for signal in fresh}
-        known, _ = fair(
+        known, _ = limit_client_share(
             [s for s in known if s.request_id not in asked or s.request_id in recent], *share
         )
     left_out = {"lessons": passes[0][1], "exam": unasked}
-    return Curriculum([lessons for lessons, _ in passes if lessons], Exam(fresh, known), left_out)
+    return TrainingPlan(
+        [examples for examples, _ in passes if examples], HeldOutSet(fresh, known), left_out
+    )
 
 
-def drawn(kept: Sequence[Entry], window: Sequence[Entry]) -> list[Entry]:
+def replay_order(kept: Sequence[Entry], window: Sequence[Entry]) -> list[Entry]:
     """A route's kept sample without what is in the window, in an order of this window's own.
 
     Were the first ones of a cycle those of every cycle, they would be learnt by heart and the rest forgotten. Tried
@@ -100,7 +107,7 @@ def drawn(kept: Sequence[Entry], window: Sequence[Entry]) -> list[Entry]:
     )
 
 
-def parts(signals: Sequence[Signal], size: int) -> list[list[Signal]]:
+def replay_parts(signals: Sequence[Signal], size: int) -> list[list[Signal]]:
     """As many parts of `size` as it takes for every signal to be in one; the last begins again where it falls short."""
     if len(signals) <= size or size == 0:
         return [list(signals[:size])]
@@ -111,7 +118,7 @@ def parts(signals: Sequence[Signal], size: int) -> list[list[Signal]]:
     ]
 
 
-def fair(
+def limit_client_share(
     signals: Sequence[Signal], share: float, fewest: int = 0, limit: int | None = None
 ) -> tuple[list[Signal], int]:
     """The first `limit` of `signals` of which no client has more than `share` or `fewest`, and how many were beyond.

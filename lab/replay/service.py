@@ -31,9 +31,9 @@ from online.registry import Registry
 from online.settings import Settings
 from online.signals import Signal, decode
 from online.tables import Cycle, Version, connect
-from trainer.cycle import Workshop, run
-from trainer.demand import look
-from trainer.marks import Marks, evaluate
+from trainer.cycle import CycleContext, run
+from trainer.evaluation import Evaluation, evaluate
+from trainer.scheduling import assess_route
 
 LIVE, FROZEN = (
     "live",
@@ -45,18 +45,18 @@ SETTLE_S = 30.0
 class Service:
     def __init__(
         self,
-        shop: Workshop,
+        context: CycleContext,
         serving: rig.Rig,
         swapper: Swapper,
         config: Replay,
         clusters: PromptClusters | None,
     ) -> None:
-        self.shop, self._serving, self._swapper, self._config = shop, serving, swapper, config
+        self.context, self._serving, self._swapper, self._config = context, serving, swapper, config
         self._clusters = clusters
 
     @property
     def registry(self) -> Registry:
-        return self.shop.registry
+        return self.context.registry
 
     @property
     def active(self) -> Version:
@@ -84,7 +84,7 @@ class Service:
 
     @property
     def first_draft(self) -> Path:
-        return self.shop.artifacts.path(self.registry.versions(LIVE)[-1].sha256)
+        return self.context.artifacts.path(self.registry.versions(LIVE)[-1].sha256)
 
     def answer(
         self,
@@ -126,41 +126,43 @@ class Service:
         """
         self._swapper.watch()
         self._swapper.sync()
-        for route in (LIVE, *self.shop.settings.cluster_routes):
+        for route in (LIVE, *self.context.settings.cluster_routes):
             self._look(route)
 
     def _look(self, route: str) -> None:
-        shop = self.shop
-        requested = shop.ledger.unfinished(route)  # a run that was stopped has left it
+        context = self.context
+        requested = context.ledger.unfinished(route)  # a run that was stopped has left it
         if requested is None:
-            demand = look(shop.buffer, shop.ledger, shop.registry, route, shop.settings)
-            if not demand.due:
+            need = assess_route(
+                context.buffer, context.ledger, context.registry, route, context.settings
+            )
+            if not need.due:
                 return
-            requested, _ = shop.ledger.request(route, "replay", demand.reason)
-        lease = shop.ledger.take(requested.id, lease_s=0)
+            requested, _ = context.ledger.request(route, "replay", need.reason)
+        lease = context.ledger.take(requested.id, lease_s=0)
         assert lease is not None, "nobody else works here"
 
         def learn() -> str:
             with torch.inference_mode(False), torch.enable_grad():
-                return run(shop, lease)
+                return run(context, lease)
 
         self._serving.engine.between_steps(learn).result()
         self._swapper.sync()
 
-    def judge(self, draft: Path, signals: Sequence[Signal]) -> Marks:
+    def judge(self, draft: Path, signals: Sequence[Signal]) -> Evaluation:
         """Expected tokens of a step with γ, and acceptance, of each signal's answer, had this draft drafted for it.
 
         Answers are the target's whoever drafts, so drafts are compared on the very same ones.
         """
 
-        def look() -> Marks:
+        def look() -> Evaluation:
             module = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32)
             pad_id = int(module.config.pad_token_id or 0)
             return evaluate(module, signals, self._config.gamma, pad_id)
 
         return self._serving.engine.between_steps(look).result()
 
-    def judge_live(self, signals: Sequence[Signal]) -> Marks:
+    def judge_live(self, signals: Sequence[Signal]) -> Evaluation:
         """The same of the drafts that are live: of each signal, the one that its prompt gets."""
         routes = [self._sorted(LIVE, signal.prompt_ids.tolist(), learn=False) for signal in signals]
         tokens, acceptance = np.zeros(len(signals)), np.zeros(len(signals))
@@ -168,9 +170,9 @@ class Service:
             version = self.registry.serving(route)
             assert version is not None, "the swapper registers a first draft"
             own = [i for i, its in enumerate(routes) if its == route]
-            draft = self.shop.artifacts.path(version.sha256)
+            draft = self.context.artifacts.path(version.sha256)
             tokens[own], acceptance[own] = self.judge(draft, [signals[i] for i in own])
-        return Marks(tokens, acceptance)
+        return Evaluation(tokens, acceptance)
 
     def _sorted(self, route: str, prompt_ids: Sequence[int], *, learn: bool) -> str:
         """The live route's prompts go to their clusters, where there are any."""
@@ -183,12 +185,14 @@ class Service:
     def finished(self) -> list[Cycle]:
         """Every cycle that has ended, newest first."""
         return [
-            cycle for cycle in self.shop.ledger.cycles(limit=10**6) if cycle.state not in UNFINISHED
+            cycle
+            for cycle in self.context.ledger.cycles(limit=10**6)
+            if cycle.state not in UNFINISHED
         ]
 
     def newest(self, route: str, count: int = 10**6) -> list[Signal]:
         """The route's last signals, oldest first."""
-        return [decode(entry.record) for entry in self.shop.buffer.before(route, LATEST, count)][
+        return [decode(entry.record) for entry in self.context.buffer.before(route, LATEST, count)][
             ::-1
         ]
 
@@ -216,7 +220,7 @@ def serve(config: Replay, settings: Settings, folder: Path) -> Iterator[Service]
             update={"data_dir": folder, "redis_url": url, "routes": (LIVE,)}
         )
         upgrade(settings.sql_url)
-        shop = Workshop.of(settings)
+        context = CycleContext.of(settings)
         files = ModelFiles.of(settings)
         pair = rig.Pair(
             files,
@@ -233,14 +237,14 @@ def serve(config: Replay, settings: Settings, folder: Path) -> Iterator[Service]
             config.at_once,
             routes=routes,
             clusters=clusters,
-            buffer=shop.buffer,
+            buffer=context.buffer,
             settings=settings,
             **own,
         ) as serving:
             engine = serving.engine
             drafts = {route: engine.batch.drafts[route] for route in settings.served_routes}
             installer = Installer(
-                engine.between_steps, shop.artifacts, lambda: fingerprint(engine.batch.target)
+                engine.between_steps, context.artifacts, lambda: fingerprint(engine.batch.target)
             )  # type: ignore[arg-type]
             swapper = follower(
                 settings, connect(settings.sql_url), engine, drafts, installer, serving.metrics
@@ -248,7 +252,7 @@ def serve(config: Replay, settings: Settings, folder: Path) -> Iterator[Service]
             swapper.sync()
             sorting = PromptClusters.of(settings)
             try:
-                yield Service(shop, serving, swapper, config, sorting)
+                yield Service(context, serving, swapper, config, sorting)
             finally:
                 if sorting is not None:
                     sorting.save()

@@ -17,20 +17,20 @@ import transformers
 from transformers import AutoTokenizer
 
 from lab import rig
-from lab.warmup.lessons import (
+from lab.warmup.answers import (
     BOTH,
-    EXAM_GAMMA,
+    HELD_OUT_GAMMA,
     SAMPLED,
     add_arguments,
-    emitted,
-    from_target,
-    learn,
-    loaded,
+    load_model,
+    model_from_target,
+    output_tokens,
     pad_id,
-    save,
+    save_model,
     say,
     stored_dtype,
-    taught_and_held_out,
+    train,
+    training_and_held_out,
 )
 from lab.warmup.prompts import frame_of
 from lab.warmup.register import opened, register
@@ -39,7 +39,7 @@ from online.errors import SlipstreamError
 from online.settings import Settings
 from trainer.distill import Recipe
 from trainer.divergences import DIVERGENCES
-from trainer.gate import GateReport, judge
+from trainer.gate import GateReport, compare_drafts
 
 LAYERS = 2
 
@@ -86,27 +86,29 @@ def _run(args: argparse.Namespace, folder: Path) -> None:
     if args.unprompted:
         pair = replace(pair, prompts=[frame_of(pair.tokenizer).head] * args.prompt_count)
     # Greedily it would always write the same query.
-    lessons, exam = taught_and_held_out(args, pair, SAMPLED if args.unprompted else BOTH)
-    say(f"{len(lessons)} answers to learn from, {len(exam)} to judge by")
+    examples, exam = training_and_held_out(args, pair, SAMPLED if args.unprompted else BOTH)
+    say(f"{len(examples)} answers to learn from, {len(exam)} to judge by")
 
-    module, before = loaded(args.draft), loaded(args.draft)
+    module, before = load_model(args.draft), load_model(args.draft)
     recipe = Recipe(
         divergence=args.divergence, epochs=args.epochs, learning_rate=args.learning_rate
     )
     if isinstance(initial, dict):  # some layers of a target know nothing that is worth rehearsing
         recipe = replace(recipe, rehearsal=0)
-    distilled = learn("learning", module, lessons, recipe)
-    save(module, args.out, stored_dtype(args.draft), pair.tokenizer)
-    report = judge(before, loaded(args.out), exam, gamma=EXAM_GAMMA, pad_id=pad_id(module))
+    distilled = train("learning", module, examples, recipe)
+    save_model(module, args.out, stored_dtype(args.draft), pair.tokenizer)
+    report = compare_drafts(
+        before, load_model(args.out), exam, gamma=HELD_OUT_GAMMA, pad_id=pad_id(module)
+    )
     made = {
         "initial": initial,
-        "answers": len(lessons),
+        "answers": len(examples),
         "steps": distilled.steps,
         "positions": distilled.positions,
     }
     figures = {
         **made,
-        "answer_tokens": emitted(lessons),
+        "answer_tokens": output_tokens(examples),
         "train_s": round(distilled.seconds, 1),
         "out": str(args.out),
     }
@@ -128,7 +130,9 @@ def _begin(args: argparse.Namespace, folder: Path) -> object:
     if args.draft:
         return str(args.draft)
     target = rig.files_of(args).target
-    kept = from_target(target, args.layers or LAYERS, folder, AutoTokenizer.from_pretrained(target))
+    kept = model_from_target(
+        target, args.layers or LAYERS, folder, AutoTokenizer.from_pretrained(target)
+    )
     args.draft = str(folder)
     return {"target_layers": kept}
 

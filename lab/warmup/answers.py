@@ -17,10 +17,10 @@ from online.buffer import LATEST
 from online.messages import Query
 from online.signals import Signal, decode
 from trainer.batches import held_out, usable
-from trainer.distill import Distilled, Recipe, distill, steps
+from trainer.distill import Distilled, Recipe, distill, step_count
 
 AT_ONCE = 32  # queries answered together
-EXAM_GAMMA = 4
+HELD_OUT_GAMMA = 4
 BOTH = (0.0, 1.0)  # greedy and sampled traffic in turn: both will be drafted for
 SAMPLED = (1.0,)
 Prompts = list[list[int]]
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser, prompt_count: int) -> None:
     )
 
 
-def taught_and_held_out(
+def training_and_held_out(
     args: argparse.Namespace, pair: rig.Pair, temperatures: Sequence[float] = BOTH, gamma: int = 0
 ) -> tuple[list[Signal], list[Signal]]:
     """The target's answers: those to learn from, and those to judge by."""
@@ -127,11 +127,11 @@ def answers(
     return [by_name[query.id] for query in queries if query.id in by_name]
 
 
-def emitted(signals: Sequence[Signal]) -> int:
+def output_tokens(signals: Sequence[Signal]) -> int:
     return sum(len(signal.output_ids) for signal in signals)
 
 
-def loaded(source: str | Path) -> nn.Module:
+def load_model(source: str | Path) -> nn.Module:
     """As it learns: in float32."""
     module: nn.Module = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     return module
@@ -145,7 +145,7 @@ def pad_id(module: nn.Module) -> int:
     return int(module.config.pad_token_id or 0)
 
 
-def save(
+def save_model(
     module: nn.Module, folder: Path, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """As the service publishes artifacts: one file, tensors under the live module's names."""
@@ -153,21 +153,25 @@ def save(
     tokenizer.save_pretrained(folder)
 
 
-def from_target(
+def model_from_target(
     target: str, layers: int, folder: Path, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
     """Writes a model of some of the target's layers into `folder`; says which."""
-    whole = loaded(target)
+    whole = load_model(target)
     kept = spread(layers, whole.config.num_hidden_layers)
-    save(thinned(whole, kept), folder, stored_dtype(target), tokenizer)
+    save_model(thinned(whole, kept), folder, stored_dtype(target), tokenizer)
     return kept
 
 
-def learn(what: str, module: nn.Module, signals: Sequence[Signal], recipe: Recipe) -> Distilled:
+def train(what: str, module: nn.Module, signals: Sequence[Signal], recipe: Recipe) -> Distilled:
     """Distils `module` in place, with a line at every tenth of it."""
     runs = 2 if recipe.selected_share < 1 else 1  # a reference learns first
     return distill(
-        module, [signals], recipe, pad_id(module), Progress(what, runs * steps([signals], recipe))
+        module,
+        [signals],
+        recipe,
+        pad_id(module),
+        Progress(what, runs * step_count([signals], recipe)),
     )
 
 

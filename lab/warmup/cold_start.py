@@ -17,9 +17,18 @@ import transformers
 from torch import nn
 
 from lab import rig
-from lab.warmup.exam import Difference, Marks, difference, examine
-from lab.warmup.lessons import SAMPLED, answers, emitted, loaded, pad_id, save, say, stored_dtype
+from lab.warmup.answers import (
+    SAMPLED,
+    answers,
+    load_model,
+    output_tokens,
+    pad_id,
+    save_model,
+    say,
+    stored_dtype,
+)
 from lab.warmup.prompts import SOURCES, STUDENTS, frame_of, prompts
+from lab.warmup.quality import Difference, Quality, difference, measure_quality
 from online.signals import Signal
 from trainer.distill import Recipe, distill
 
@@ -78,23 +87,23 @@ def main() -> None:
         for source in args.sources.split(",")
         for seed in range(args.seeds)
     ]
-    before = examine(runs[0].students[0], exam)
+    before = measure_quality(runs[0].students[0], exam)
     for number in range(args.rounds):
         _round(args, pair, runs, number)
     for run in runs if args.out else ():
-        save(
+        save_model(
             copy.deepcopy(run.students[0]),
             args.out / run.name,
             stored_dtype(pair.files.draft),
             pair.tokenizer,
         )
-    marks = {run.name: examine(run.students[0], exam) for run in runs}
+    marks = {run.name: measure_quality(run.students[0], exam) for run in runs}
     print(json.dumps(_report(args, runs, before, marks, len(exam))))
 
 
 def students(draft: str | Path, seed: int) -> list[nn.Module]:
     """The draft, and the draft blurred: two that a route could begin with."""
-    first, second = loaded(draft), loaded(draft)
+    first, second = load_model(draft), load_model(draft)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in second.parameters():
@@ -129,7 +138,7 @@ def _round(args: argparse.Namespace, pair: rig.Pair, runs: Sequence[Run], number
         for j, student in enumerate(run.students):
             recipe = Recipe(epochs=args.epochs, seed=2 * run.seed + j)
             told = distill(student, [taught], recipe, pad_id(student))
-        run.tokens += emitted(taught)
+        run.tokens += output_tokens(taught)
         loss = f"loss {told.first_loss:.3f} to {told.last_loss:.3f}"
         say(f"round {number + 1}, {run.name}: {run.tokens} target tokens, {loss}")
 
@@ -138,7 +147,7 @@ def within(signals: Sequence[Signal], budget: int) -> list[Signal]:
     """The first signals that have `budget` tokens together, the last one cut."""
     kept: list[Signal] = []
     for signal in signals:
-        left = budget - emitted(kept)
+        left = budget - output_tokens(kept)
         if left <= 0:
             break
         kept.append(replace(signal, output_ids=signal.output_ids[:left]))
@@ -148,12 +157,12 @@ def within(signals: Sequence[Signal], budget: int) -> list[Signal]:
 def _report(
     args: argparse.Namespace,
     runs: Sequence[Run],
-    before: Marks,
-    marks: dict[str, Marks],
+    before: Quality,
+    marks: dict[str, Quality],
     requests: int,
 ) -> dict[str, object]:
     sources = args.sources.split(",")
-    mean = {s: Marks.mean([marks[run.name] for run in runs if run.source == s]) for s in sources}
+    mean = {s: Quality.mean([marks[run.name] for run in runs if run.source == s]) for s in sources}
     print(
         f"\n{'':10} {'target tokens':>13} {'tokens a step':>14} {'acceptance':>11} {'KL':>6}  per seed"
     )

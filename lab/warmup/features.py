@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, smooth_l1_loss
 
 from online.signals import Signal
-from trainer.batches import Lesson
-from trainer.distill import Recipe, epochs, factor
+from trainer.batches import Example
+from trainer.distill import Recipe, epoch_batches, learning_rate_factor
 
 SMOOTH = 2.0  # below this distance the loss is square, as in the paper's own code
 
@@ -46,7 +46,7 @@ def match_features(
     signals: Sequence[Signal],
     recipe: Recipe,
     pad_id: int,
-    still_wanted: Callable[[], None] = lambda: None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> list[float]:
     """Trains `draft` in place on the signals' whole texts, and returns the loss of every step.
 
@@ -54,19 +54,19 @@ def match_features(
     """
     device = next(draft.parameters()).device
     bridge = projector(draft, target, recipe.seed)
-    groups = list(epochs([[Lesson.of(signal) for signal in signals]], recipe))
+    groups = list(epoch_batches([[Example.of(signal) for signal in signals]], recipe))
     optimizer = torch.optim.AdamW(
         [*draft.parameters(), *bridge.parameters()],
         lr=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: factor(step, recipe.warmup_steps, len(groups))
+        optimizer, lambda step: learning_rate_factor(step, recipe.warmup_steps, len(groups))
     )
     told: list[float] = []
     draft.train()
     for group in groups:
-        still_wanted()
+        on_step()
         ids_BT, mask_BT = _padded(group, pad_id, device)
         with torch.no_grad():
             target_BTH = features(target, ids_BT, mask_BT)
@@ -85,8 +85,8 @@ def match_features(
     return told
 
 
-def _padded(group: Sequence[Lesson], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    rows = [torch.from_numpy(lesson.ids_T) for lesson in group]
+def _padded(group: Sequence[Example], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    rows = [torch.from_numpy(example.ids_T) for example in group]
     mask = [torch.ones(len(row), dtype=torch.long) for row in rows]
     ids_BT = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
     return ids_BT.to(device), nn.utils.rnn.pad_sequence(mask, batch_first=True).to(device)

@@ -18,24 +18,24 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from lab import rig
-from lab.warmup.exam import Marks, difference, examine
-from lab.warmup.features import match_features
-from lab.warmup.lessons import (
+from lab.warmup.answers import (
     Progress,
     add_arguments,
     answers,
-    from_target,
-    learn,
-    loaded,
+    load_model,
+    model_from_target,
     pad_id,
-    save,
+    save_model,
     say,
     stored_dtype,
-    taught_and_held_out,
     tokenized,
+    train,
+    training_and_held_out,
 )
+from lab.warmup.features import match_features
+from lab.warmup.quality import Quality, difference, measure_quality
 from online.signals import Signal
-from trainer.distill import Recipe, steps
+from trainer.distill import Recipe, step_count
 
 WAYS = ("one stage", "outputs, outputs", "features, outputs")
 
@@ -62,14 +62,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if args.layers:
             target = rig.files_of(args).target
-            from_target(target, args.layers, Path(folder), AutoTokenizer.from_pretrained(target))
+            model_from_target(
+                target, args.layers, Path(folder), AutoTokenizer.from_pretrained(target)
+            )
             args.draft = folder
         print(json.dumps(_run(args)))
 
 
 def _run(args: argparse.Namespace) -> dict[str, object]:
     pair = rig.pair_of(args)
-    specific, exam = taught_and_held_out(args, pair)
+    specific, exam = training_and_held_out(args, pair)
     generic = answers(
         pair, tokenized(pair, args.generic, len(pair.prompts)), args.max_tokens, "generic"
     )
@@ -77,20 +79,20 @@ def _run(args: argparse.Namespace) -> dict[str, object]:
         len(specific), len(generic)
     )  # as many of each, or the ways would not take as many steps
     say(f"{count} answers of each kind to learn from, {len(exam)} to judge by")
-    stages = Stages(loaded(pair.files.target), generic[:count], specific[:count])
-    marks: dict[str, list[Marks]] = {way: [] for way in WAYS}
+    stages = Stages(load_model(pair.files.target), generic[:count], specific[:count])
+    marks: dict[str, list[Quality]] = {way: [] for way in WAYS}
     seconds = dict.fromkeys(WAYS, 0.0)
     for seed in range(args.seeds):
         for way in WAYS:
-            module, started = loaded(pair.files.draft), time.monotonic()
+            module, started = load_model(pair.files.draft), time.monotonic()
             stages.teach(way, module, Recipe(epochs=args.epochs, seed=seed, rehearsal=0))
             seconds[way] += time.monotonic() - started
-            marks[way].append(examine(module, exam))
+            marks[way].append(measure_quality(module, exam))
             if args.out and seed == 0 and way == WAYS[-1]:
-                save(module, args.out, stored_dtype(pair.files.draft), pair.tokenizer)
-    before = examine(loaded(pair.files.draft), exam)
+                save_model(module, args.out, stored_dtype(pair.files.draft), pair.tokenizer)
+    before = measure_quality(load_model(pair.files.draft), exam)
     return _report(
-        before, marks, seconds, 2 * steps([specific[:count]], Recipe(epochs=args.epochs))
+        before, marks, seconds, 2 * step_count([specific[:count]], Recipe(epochs=args.epochs))
     )
 
 
@@ -106,25 +108,25 @@ class Stages:
         """`recipe` is of one stage. One stage alone has one schedule of twice the epochs."""
         name = f"{way}, seed {recipe.seed}"
         if way == "one stage":
-            learn(name, module, self._specific, replace(recipe, epochs=2 * recipe.epochs))
+            train(name, module, self._specific, replace(recipe, epochs=2 * recipe.epochs))
             return
         if way == "features, outputs":
             progress: Callable[[], None] = Progress(
-                f"{name}, features", steps([self._generic], recipe)
+                f"{name}, features", step_count([self._generic], recipe)
             )
             told = match_features(
                 module, self._target, self._generic, recipe, pad_id(module), progress
             )
             say(f"{name}: features' loss {told[0]:.4f} to {told[-1]:.4f}")
         else:
-            learn(f"{name}, generic", module, self._generic, recipe)
-        learn(f"{name}, specific", module, self._specific, recipe)
+            train(f"{name}, generic", module, self._generic, recipe)
+        train(f"{name}, specific", module, self._specific, recipe)
 
 
 def _report(
-    before: Marks, marks: dict[str, list[Marks]], seconds: dict[str, float], steps: int
+    before: Quality, marks: dict[str, list[Quality]], seconds: dict[str, float], steps: int
 ) -> dict[str, object]:
-    mean = {way: Marks.mean(of_way) for way, of_way in marks.items()}
+    mean = {way: Quality.mean(of_way) for way, of_way in marks.items()}
     against = {way: difference(mean[way].tokens_R, mean[WAYS[0]].tokens_R) for way in WAYS[1:]}
     print(
         f"\n{'':20} {'tokens a step':>14} {'acceptance':>11} {'KL':>6} {'training s':>11}  per seed"

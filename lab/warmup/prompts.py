@@ -3,8 +3,8 @@
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from lab.warmup.answers import Prompts
 from lab.warmup.disagreement import Frame, Growth, grown
-from lab.warmup.lessons import Prompts
 
 SOURCES = {
     "random": "token ids drawn alike",

@@ -1,6 +1,6 @@
 """How good drafts are on held-out requests, request by request, so that any two of them can be compared in pairs.
 
-Legend: R requests, N supervised positions.
+Legend: R requests, P supervised positions.
 """
 
 from collections.abc import Sequence
@@ -11,19 +11,19 @@ import torch
 from torch import nn
 
 from lab.statistics import Floats
-from lab.warmup.lessons import EXAM_GAMMA, pad_id
+from lab.warmup.answers import HELD_OUT_GAMMA, pad_id
 from online.signals import Signal
-from trainer.batches import Lesson, collate
+from trainer.batches import Example, collate
 from trainer.distill import draft_logits
 from trainer.divergences import draft_classes, forward_kl
+from trainer.evaluation import acceptance, tokens_per_step
 from trainer.gate import bootstrap_interval
-from trainer.marks import acceptance, tokens_per_step
 
 TOGETHER = 16
 
 
 @dataclass(frozen=True)
-class Marks:
+class Quality:
     """One draft's, per request."""
 
     tokens_R: Floats  # expected tokens of a step at γ = EXAM_GAMMA
@@ -42,7 +42,7 @@ class Marks:
         )
 
     @classmethod
-    def mean(cls, several: Sequence["Marks"]) -> "Marks":
+    def mean(cls, several: Sequence["Quality"]) -> "Quality":
         """Of drafts that differ in their seed only."""
         fields = ("tokens_R", "acceptance_R", "kl_R")
         return cls(
@@ -73,23 +73,23 @@ def difference(ours_R: Floats, theirs_R: Floats) -> Difference:
 
 
 @torch.inference_mode()
-def examine(module: nn.Module, signals: Sequence[Signal]) -> Marks:
+def measure_quality(module: nn.Module, signals: Sequence[Signal]) -> Quality:
     marks: list[tuple[float, float, float]] = []
     for at in range(0, len(signals), TOGETHER):
-        lessons = [Lesson.of(signal) for signal in signals[at : at + TOGETHER]]
-        batch = collate(lessons, pad_id(module), next(module.parameters()).device)
-        logits_NV = draft_logits(module, batch)
-        kept_N = acceptance(logits_NV, batch).double().cpu().numpy()
-        kl_N = (
-            forward_kl(batch.truth.classes_NC, draft_classes(logits_NV, batch.truth.ids_NK))
+        examples = [Example.of(signal) for signal in signals[at : at + TOGETHER]]
+        batch = collate(examples, pad_id(module), next(module.parameters()).device)
+        logits_PV = draft_logits(module, batch)
+        kept_P = acceptance(logits_PV, batch).double().cpu().numpy()
+        kl_P = (
+            forward_kl(batch.target.classes_PC, draft_classes(logits_PV, batch.target.ids_PK))
             .double()
             .cpu()
             .numpy()
         )
-        row_N = batch.row_N.cpu().numpy()
-        for row in range(len(lessons)):
-            own = row_N == row
+        sequence_P = batch.sequence_P.cpu().numpy()
+        for row in range(len(examples)):
+            own = sequence_P == row
             marks.append(
-                (tokens_per_step(kept_N[own], EXAM_GAMMA), kept_N[own].mean(), kl_N[own].mean())
+                (tokens_per_step(kept_P[own], HELD_OUT_GAMMA), kept_P[own].mean(), kl_P[own].mean())
             )
-    return Marks(*np.array(marks).T)
+    return Quality(*np.array(marks).T)

@@ -22,18 +22,18 @@ from decoder.models.loading import ModelFiles
 from lab import rig
 from lab.bench.contestants import Case, Contestant, Ours, Outcome
 from lab.statistics import median_ratio
-from lab.warmup.exam import Marks, difference, examine
-from lab.warmup.lessons import (
+from lab.warmup.answers import (
     add_arguments,
     answers,
-    from_target,
-    learn,
-    loaded,
-    save,
+    load_model,
+    model_from_target,
+    save_model,
     say,
     stored_dtype,
-    taught_and_held_out,
+    train,
+    training_and_held_out,
 )
+from lab.warmup.quality import Quality, difference, measure_quality
 from online.signals import Signal
 from trainer.distill import Recipe
 
@@ -67,21 +67,21 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     pair = rig.pair_of(args)
     smaller = replace(pair, files=ModelFiles(str(args.out / "target"), pair.files.draft, "smaller"))
-    lessons, exam = taught_and_held_out(args, pair)
-    quality = _first_stage(args, pair, lessons, exam)
+    examples, exam = training_and_held_out(args, pair)
+    quality = _first_stage(args, pair, examples, exam)
     recipe = Recipe(epochs=args.epochs)
-    _draft("the teacher's draft", pair, lessons, recipe, args.out / "teachers-draft")
+    _draft("the teacher's draft", pair, examples, recipe, args.out / "teachers-draft")
     told = answers(
-        smaller, [s.prompt_ids.tolist() for s in [*lessons, *exam]], args.max_tokens, "s"
+        smaller, [s.prompt_ids.tolist() for s in [*examples, *exam]], args.max_tokens, "s"
     )
-    first = {f"s{i}" for i in range(len(lessons))}
+    first = {f"s{i}" for i in range(len(examples))}
     own, own_exam = (
         [s for s in told if s.request_id in first],
         [s for s in told if s.request_id not in first],
     )
     _draft("its draft", smaller, own, recipe, args.out / "draft")
     half = replace(recipe, epochs=max(1, args.epochs // 2))
-    _draft("one draft for both", pair, [*lessons, *own], half, args.out / "common-draft")
+    _draft("one draft for both", pair, [*examples, *own], half, args.out / "common-draft")
     figures = {**quality, "drafts": _drafts(args.out, {"teacher": exam, "smaller": own_exam})}
     if args.repetitions:
         figures["speed_over_teacher_plain"] = speed_table(
@@ -91,21 +91,21 @@ def main() -> None:
 
 
 def _first_stage(
-    args: argparse.Namespace, pair: rig.Pair, lessons: list[Signal], exam: list[Signal]
+    args: argparse.Namespace, pair: rig.Pair, examples: list[Signal], exam: list[Signal]
 ) -> dict[str, object]:
     """Makes the smaller target, and says how far it is from the teacher before and after it has learnt."""
     folder = args.out / "target"
     teacher = transformers.AutoConfig.from_pretrained(pair.files.target).num_hidden_layers
-    kept = from_target(pair.files.target, args.layers or teacher // 2, folder, pair.tokenizer)
-    say(f"the smaller target has layers {kept} of {teacher}; {len(lessons)} answers to learn from")
-    module = loaded(folder)
-    before = examine(module, exam)
+    kept = model_from_target(pair.files.target, args.layers or teacher // 2, folder, pair.tokenizer)
+    say(f"the smaller target has layers {kept} of {teacher}; {len(examples)} answers to learn from")
+    module = load_model(folder)
+    before = measure_quality(module, exam)
     recipe = Recipe(
         epochs=args.epochs, learning_rate=args.target_rate, rehearsal=0
     )  # it begins knowing nothing
-    learn("the smaller target", module, lessons, recipe)
-    save(module, folder, stored_dtype(pair.files.target), pair.tokenizer)
-    after = examine(loaded(folder), exam)
+    train("the smaller target", module, examples, recipe)
+    save_model(module, folder, stored_dtype(pair.files.target), pair.tokenizer)
+    after = measure_quality(load_model(folder), exam)
     print(
         f"\n{'smaller target':20} {'KL to the teacher':>18} {'Σ min(p, q), or same first choice':>34}"
     )
@@ -133,7 +133,8 @@ def _drafts(out: Path, exams: dict[str, list[Signal]]) -> dict[str, dict[str, ob
     )
     for who, exam in exams.items():
         own, common = (
-            examine(loaded(out / folder), exam) for folder in (folders[who], "common-draft")
+            measure_quality(load_model(out / folder), exam)
+            for folder in (folders[who], "common-draft")
         )
         less = difference(common.tokens_R, own.tokens_R)
         acceptance = round(float(own.acceptance_R.mean()), 3)
@@ -147,14 +148,14 @@ def _drafts(out: Path, exams: dict[str, list[Signal]]) -> dict[str, dict[str, ob
     return found
 
 
-def _with_interval(marks: Marks) -> list[float]:
+def _with_interval(marks: Quality) -> list[float]:
     return difference(marks.kl_R, np.zeros_like(marks.kl_R)).figures
 
 
-def _draft(what: str, pair: rig.Pair, lessons: list[Signal], recipe: Recipe, folder: Path) -> None:
-    module = loaded(pair.files.draft)
-    learn(what, module, lessons, recipe)
-    save(module, folder, stored_dtype(pair.files.draft), pair.tokenizer)
+def _draft(what: str, pair: rig.Pair, examples: list[Signal], recipe: Recipe, folder: Path) -> None:
+    module = load_model(pair.files.draft)
+    train(what, module, examples, recipe)
+    save_model(module, folder, stored_dtype(pair.files.draft), pair.tokenizer)
 
 
 def _speeds(

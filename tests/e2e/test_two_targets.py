@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from lab.warmup.lessons import from_target
+from lab.warmup.answers import model_from_target
 from online.processes import ROOT, end_group, environment, worker_command
 from online.settings import Settings
 from online.signals import decode
@@ -37,7 +37,7 @@ def worker(settings: Settings) -> Iterator[None]:
 def both(pair: TinyPair, redis_url: str, tmp_path: Path) -> Iterator[list[Served]]:
     """The second target has one of the first one's two layers. The draft knows neither."""
     smaller = tmp_path / "smaller"
-    from_target(str(pair.target), 1, smaller, AutoTokenizer.from_pretrained(pair.target))
+    model_from_target(str(pair.target), 1, smaller, AutoTokenizer.from_pretrained(pair.target))
     shared = tiny_settings(
         pair,
         tmp_path,

@@ -67,9 +67,9 @@ class Loop:
             command, cwd=ROOT, env=environment(settings), start_new_session=True
         )
 
-    def feed(self, lessons: Iterable[Signal | bytes], route: str = "default") -> None:
-        for lesson in lessons:
-            self.buffer.append(route, lesson if isinstance(lesson, bytes) else encode(lesson))
+    def feed(self, examples: Iterable[Signal | bytes], route: str = "default") -> None:
+        for example in examples:
+            self.buffer.append(route, example if isinstance(example, bytes) else encode(example))
 
     def start_cycle(self, route: str = "default") -> int:
         cycle, _ = self.ledger.request(route, "test")

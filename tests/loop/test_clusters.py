@@ -11,7 +11,7 @@ from tests.conftest import copy_into
 from tests.loop.conftest import Loop
 from tests.signals import taught
 from tests.tiny import TinyPair
-from trainer.cycle import Workshop, run
+from trainer.cycle import CycleContext, run
 
 CLUSTER = "default-c1"
 
@@ -41,7 +41,7 @@ def leased(loop: Loop) -> Lease:
 
 def learn(loop: Loop) -> Cycle:
     lease = leased(loop)
-    run(Workshop.of(loop.settings), lease)
+    run(CycleContext.of(loop.settings), lease)
     return loop.ledger.cycle(lease.cycle_id)
 
 

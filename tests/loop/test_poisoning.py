@@ -20,7 +20,7 @@ from tests.conftest import copy_into
 from tests.signals import taught
 from tests.tiny import TinyPair
 from trainer import cycle
-from trainer.marks import evaluate
+from trainer.evaluation import evaluate
 
 BASE, FLOOD = (4, 150), (150, 300)
 UNGUARDED = {
@@ -49,7 +49,7 @@ class Workplace:
             MemoryBuffer(BufferLimits(10_000, 2**30, 3600)),
             ArtifactStore(settings.artifacts_path),
         )
-        self.shop = cycle.Workshop(
+        self.context = cycle.CycleContext(
             settings, self.registry, self.ledger, self.buffer, self.artifacts
         )
         self.registry.ensure_routes(settings.routes)
@@ -72,7 +72,7 @@ class Workplace:
         wanted, _ = self.ledger.request("default", "test")
         lease = self.ledger.take(wanted.id, 60)
         assert lease is not None
-        cycle.run(self.shop, lease)
+        cycle.run(self.context, lease)
         return self.ledger.cycle(wanted.id)
 
     def tokens_per_step(self, signals: Sequence[Signal]) -> float:
@@ -135,7 +135,9 @@ def test_a_client_that_floods_a_window_does_not_spoil_the_draft_for_others(
     before, other = work.tokens_per_step(measured), work.other()
     done = work.cycle()
     assert done.report["window"]["left_out"]["lessons"] > 0
-    assert work.tokens_per_step(measured) >= before * (1 - work.shop.settings.forgetting_tolerance)
+    assert work.tokens_per_step(measured) >= before * (
+        1 - work.context.settings.forgetting_tolerance
+    )
     assert work.other() == other
 
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 from online.signals import Signal
 from tests.signals import signal, taught
 from tests.tiny import TinyPair
-from trainer.batches import BRANCH, MASK, Lesson, collate
-from trainer.distill import Recipe, distill, draft_logits, losses, takes_branches
+from trainer.batches import BRANCH, MASK, Example, collate
+from trainer.distill import Recipe, accepts_positions, distill, draft_logits, position_losses
 from trainer.divergences import divergence
 
 
@@ -67,32 +67,32 @@ def test_every_supervised_position_is_computed_in_its_own_context(
         signal("c", prompt_ids=np.arange(4, 20, dtype=np.int32)),
     ]
     module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
-    lessons = [Lesson.of(s, branch_tokens) for s in signals]
+    examples = [Example.of(s, branch_tokens) for s in signals]
     with torch.no_grad():
-        together_NV = draft_logits(module, collate(lessons, 3, "cpu"))
+        together_PV = draft_logits(module, collate(examples, 3, "cpu"))
         n = 0
-        for lesson in lessons:
-            of = contexts(lesson.signal)
-            for logged in lesson.logged_N:
+        for example in examples:
+            of = contexts(example.signal)
+            for logged in example.logged_P:
                 alone_V = module(torch.tensor([of[int(logged)]])).logits[0, -1]
-                assert torch.allclose(together_NV[n], alone_V, atol=1e-4)
+                assert torch.allclose(together_PV[n], alone_V, atol=1e-4)
                 n += 1
-    assert n == len(together_NV)
+    assert n == len(together_PV)
 
 
 def test_branches_add_their_positions_once() -> None:
     """All verified positions are on the path or on a branch, none twice."""
-    lesson = Lesson.of(drafted(), branch_tokens=16)
-    assert sorted(lesson.logged_N.tolist()) == list(range(12))
-    assert (lesson.kind_N == BRANCH).sum() == 5
-    assert (Lesson.of(drafted(), branch_tokens=1).kind_N == BRANCH).sum() == 2
+    example = Example.of(drafted(), branch_tokens=16)
+    assert sorted(example.logged_P.tolist()) == list(range(12))
+    assert (example.kind_P == BRANCH).sum() == 5
+    assert (Example.of(drafted(), branch_tokens=1).kind_P == BRANCH).sum() == 2
 
 
 def test_an_answer_that_ended_inside_a_draft_has_no_branch_there() -> None:
     """A stop string cuts what was accepted: what came after was never emitted, and is no rejection."""
     cut = replace(drafted(), output_ids=np.array([10], np.int32))
     assert list(cut.branches()) == []
-    assert Lesson.of(cut, 16).logged_N.tolist() == [0]
+    assert Example.of(cut, 16).logged_P.tolist() == [0]
 
 
 def test_branch_weight_zero_learns_what_the_path_alone_teaches(pair: TinyPair) -> None:
@@ -120,14 +120,14 @@ def test_models_that_count_positions_themselves_get_no_branches() -> None:
     class Alibi(torch.nn.Module):
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None: ...
 
-    assert not takes_branches(Alibi())
+    assert not accepts_positions(Alibi())
 
 
 def test_masks_hold_the_places_of_what_follows(pair: TinyPair) -> None:
     """Behind every other emitted token: each is computed as in a forward of the context and the masks before it."""
     taught_by = signal("m", prompt_ids=np.array([5, 6, 7], np.int32))
     module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
-    lesson, text = Lesson.of(taught_by, 0, 3, 3), [5, 6, 7, *taught_by.output_ids.tolist()]
+    example, text = Example.of(taught_by, 0, 3, 3), [5, 6, 7, *taught_by.output_ids.tolist()]
     path = [place for place, _ in taught_by.path()]
     expected = [
         (start, path[at + k])
@@ -136,15 +136,15 @@ def test_masks_hold_the_places_of_what_follows(pair: TinyPair) -> None:
         for k in range(min(3, len(path) - at))
     ]
     with torch.no_grad():
-        masked = lesson.kind_N == MASK
+        masked = example.kind_P == MASK
         assert masked.sum() == len(expected)
-        found_NV = draft_logits(
-            module, collate([lesson, Lesson.of(signal("longer"), 0, 2, 3)], 3, "cpu")
+        found_PV = draft_logits(
+            module, collate([example, Example.of(signal("longer"), 0, 2, 3)], 3, "cpu")
         )
         for n, (start, place) in zip(np.flatnonzero(masked), expected, strict=True):
             fed = [*text[: 3 + start - 1], *[3] * (place - start + 1)]
-            assert torch.allclose(found_NV[n], module(torch.tensor([fed])).logits[0, -1], atol=1e-4)
-            assert lesson.logged_N[n] == dict(taught_by.path())[place]
+            assert torch.allclose(found_PV[n], module(torch.tensor([fed])).logits[0, -1], atol=1e-4)
+            assert example.logged_P[n] == dict(taught_by.path())[place]
 
 
 def test_masks_are_learnt_from(pair: TinyPair) -> None:
@@ -153,10 +153,10 @@ def test_masks_are_learnt_from(pair: TinyPair) -> None:
     for masks in (0, 2):
         module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
         distill(module, [signals], Recipe(epochs=4, rehearsal=0, masks=masks), pad_id=3)
-        batch = collate([Lesson.of(one, 0, 2, 3) for one in signals[:20]], 3, "cpu")
+        batch = collate([Example.of(one, 0, 2, 3) for one in signals[:20]], 3, "cpu")
         with torch.no_grad():
-            loss_N = losses(
+            loss_P = position_losses(
                 draft_logits(module, batch), batch, divergence("forward_kl", 0.5), False
             )
-        told[masks] = loss_N[batch.kind_N == MASK].mean().item()
+        told[masks] = loss_P[batch.kind_P == MASK].mean().item()
     assert told[2] < told[0] - 0.1

@@ -10,23 +10,23 @@ from transformers import AutoModelForCausalLM
 import trainer.batches
 from tests.signals import signal, taught
 from tests.tiny import VOCABULARY, TinyPair
-from trainer.batches import Lesson, batches, collate, fitting, held_out, usable
-from trainer.distill import Recipe, distill, draft_logits, exit_logits, losses
+from trainer.batches import Example, batches, collate, held_out, split_by_memory, usable
+from trainer.distill import Recipe, distill, draft_logits, layer_logits, position_losses
 from trainer.divergences import divergence
-from trainer.gate import judge
-from trainer.marks import evaluate
+from trainer.evaluation import evaluate
+from trainer.gate import compare_drafts
 
 
 def test_a_spoilt_draft_learns_from_signals(pair: TinyPair) -> None:
     """Better than before on requests that it was not trained on, beyond the gate's doubt."""
     signals = taught(pair.target, 160)
-    lessons, exam = signals[:120], signals[120:]
+    examples, exam = signals[:120], signals[120:]
     before = AutoModelForCausalLM.from_pretrained(pair.spoilt, dtype=torch.float32)
     learnt = AutoModelForCausalLM.from_pretrained(pair.spoilt, dtype=torch.float32)
-    told = distill(learnt, [lessons], Recipe(learning_rate=3e-3, epochs=4), pad_id=3)
+    told = distill(learnt, [examples], Recipe(learning_rate=3e-3, epochs=4), pad_id=3)
     assert told.last_loss < told.first_loss
     assert told.positions == 4 * 120 * 24
-    assert judge(before, learnt, exam, gamma=4, pad_id=3).promote
+    assert compare_drafts(before, learnt, exam, gamma=4, pad_id=3).promote
 
 
 def test_what_does_not_fit_at_once_is_learnt_in_parts(
@@ -37,7 +37,9 @@ def test_what_does_not_fit_at_once_is_learnt_in_parts(
     found = []
     for room, most in ((2**27, 8), (100 * VOCABULARY, 4), (1, 1)):
         monkeypatch.setattr(trainer.batches, "LOGITS_AT_ONCE", room)
-        sizes = [len(group) for group in fitting([Lesson.of(s) for s in signals], VOCABULARY, 8)]
+        sizes = [
+            len(group) for group in split_by_memory([Example.of(s) for s in signals], VOCABULARY, 8)
+        ]
         assert sum(sizes) == 24
         assert max(sizes) == most
         module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
@@ -67,35 +69,38 @@ def test_a_stop_is_heard_at_every_step(pair: TinyPair) -> None:
 
     calls = []
 
-    def still_wanted() -> None:
+    def on_step() -> None:
         calls.append(1)
         if len(calls) == 2:
             raise Lost
 
     module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
     with pytest.raises(Lost):
-        distill(module, [taught(pair.target, 40)], Recipe(), 3, still_wanted)
+        distill(module, [taught(pair.target, 40)], Recipe(), 3, on_step)
 
 
 def test_supervised_positions_predict_the_emitted_tokens() -> None:
     """Column c of a row predicts the token at c + 1; rejected positions are not on the path."""
-    lessons = [Lesson.of(signal("a")), Lesson.of(signal("b", prompt_ids=np.array([9], np.int32)))]
-    batch = collate(lessons, pad_id=3, device="cpu")
+    examples = [
+        Example.of(signal("a")),
+        Example.of(signal("b", prompt_ids=np.array([9], np.int32))),
+    ]
+    batch = collate(examples, pad_id=3, device="cpu")
     assert batch.ids_BT.tolist() == [[5, 6, 7, 10, 11, 12, 13], [9, 10, 11, 12, 13, 3, 3]]
     assert batch.mask[1].tolist() == [1, 1, 1, 1, 1, 0, 0]
-    assert batch.row_N.tolist() == [0] * 4 + [1] * 4
-    assert batch.column_N.tolist() == [2, 3, 4, 5, 0, 1, 2, 3]
-    assert batch.truth.ids_NK[:, 0].tolist() == [0, 4, 12, 16] * 2
+    assert batch.sequence_P.tolist() == [0] * 4 + [1] * 4
+    assert batch.column_P.tolist() == [2, 3, 4, 5, 0, 1, 2, 3]
+    assert batch.target.ids_PK[:, 0].tolist() == [0, 4, 12, 16] * 2
 
 
 def test_mixed_k_moves_what_is_cut_into_the_rest() -> None:
     """A route whose `signal_top_k` was lowered still trains on old signals."""
     batch = collate(
-        [Lesson.of(signal("a", k=4)), Lesson.of(signal("b", k=2))], pad_id=3, device="cpu"
+        [Example.of(signal("a", k=4)), Example.of(signal("b", k=2))], pad_id=3, device="cpu"
     )
-    assert batch.truth.ids_NK.shape[1] == 2
-    assert batch.truth.rest_N[:4].tolist() == pytest.approx([0.1 + 0.45] * 4, abs=2e-3)
-    assert batch.truth.rest_N[4:].tolist() == pytest.approx([0.1] * 4, abs=2e-3)
+    assert batch.target.ids_PK.shape[1] == 2
+    assert batch.target.rest_P[:4].tolist() == pytest.approx([0.1 + 0.45] * 4, abs=2e-3)
+    assert batch.target.rest_P[4:].tolist() == pytest.approx([0.1] * 4, abs=2e-3)
 
 
 def test_one_request_in_five_is_held_out_by_its_id() -> None:
@@ -109,11 +114,11 @@ def test_one_request_in_five_is_held_out_by_its_id() -> None:
 def test_every_signal_is_seen_once_a_pass(pair: TinyPair) -> None:
     """Grouping by length loses nobody."""
     signals = [signal(f"s{i}", prompt_ids=np.arange(i % 7 + 1, dtype=np.int32)) for i in range(37)]
-    lessons = [Lesson.of(s) for s in signals]
+    examples = [Example.of(s) for s in signals]
     seen = [
-        lesson.signal.request_id
-        for group in batches(lessons, 8, np.random.default_rng(0))
-        for lesson in group
+        example.signal.request_id
+        for group in batches(examples, 8, np.random.default_rng(0))
+        for example in group
     ]
     assert sorted(seen) == sorted(s.request_id for s in signals)
 
@@ -175,11 +180,13 @@ def test_earlier_layers_learn_where_a_recipe_says_so(pair: TinyPair) -> None:
         module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
         distill(module, [signals], Recipe(epochs=4, rehearsal=0, exit_weight=weight), pad_id=3)
         batch, measure = (
-            collate([Lesson.of(one) for one in signals[:20]], 3, "cpu"),
+            collate([Example.of(one) for one in signals[:20]], 3, "cpu"),
             divergence("forward_kl", 0.5),
         )
         with torch.no_grad():
-            said = exit_logits(module, batch)
+            said = layer_logits(module, batch)
             assert torch.allclose(said[0], draft_logits(module, batch), atol=1e-4)
-            told[weight] = [losses(each, batch, measure, False).mean().item() for each in said]
+            told[weight] = [
+                position_losses(each, batch, measure, False).mean().item() for each in said
+            ]
     assert told[1.0][1] < told[0.0][1] - 0.1

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.signals import taught
 from tests.tiny import TinyPair
-from trainer.batches import Lesson
+from trainer.batches import Example
 from trainer.distill import Recipe, distill
 from trainer.rehearsal import SEQUENCES, TOKENS, Rehearsal, write
 
@@ -33,7 +33,7 @@ def test_nothing_has_moved_at_the_start(pair: TinyPair) -> None:
     """And what is rehearsed against stays as it was, however the draft goes on."""
     module = draft(pair)
     rehearsal = Rehearsal(
-        copy.deepcopy(module), [Lesson.of(s) for s in taught(pair.target, 4)], seed=0
+        copy.deepcopy(module), [Example.of(s) for s in taught(pair.target, 4)], seed=0
     )
     assert rehearsal.loss(module).item() < 1e-6
     with torch.no_grad():
@@ -50,9 +50,9 @@ def test_a_draft_that_rehearses_forgets_less(pair: TinyPair) -> None:
     moved = []
     for weight in (0.0, 2.0):
         module = draft(pair)
-        former = Rehearsal(
-            copy.deepcopy(module), [Lesson.of(s) for s in taught(pair.target, 4)], seed=5
+        earlier_draft = Rehearsal(
+            copy.deepcopy(module), [Example.of(s) for s in taught(pair.target, 4)], seed=5
         )
         distill(module, [taught(pair.spoilt, 40)], Recipe(epochs=4, rehearsal=weight), pad_id=3)
-        moved.append(sum(former.loss(module).item() for _ in range(8)))
+        moved.append(sum(earlier_draft.loss(module).item() for _ in range(8)))
     assert moved[1] < 0.7 * moved[0]

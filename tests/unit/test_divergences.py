@@ -32,8 +32,8 @@ def truncated(target: Tensor, k: int) -> Truncated:
     return Truncated(top.indices, top.values, (1 - top.values.exp().sum(-1)).clamp(min=0))
 
 
-def loss(name: str, draft: Tensor, truth: Truncated) -> Tensor:
-    return divergence(name, BETA)(truth.classes_NC, draft_classes(draft, truth.ids_NK))
+def loss(name: str, draft: Tensor, target: Truncated) -> Tensor:
+    return divergence(name, BETA)(target.classes_PC, draft_classes(draft, target.ids_PK))
 
 
 def kl(a: Tensor, b: Tensor) -> Tensor:
@@ -69,8 +69,8 @@ def test_truncated_it_is_the_divergence_of_the_coarser_distributions(name: str) 
     """K classes and one for the rest; never more than over all tokens."""
     target, draft = distributions()
     truth = truncated(target, 4)
-    q_top = draft.softmax(-1).gather(-1, truth.ids_NK)
-    p = torch.cat([truth.logp_NK.exp(), truth.rest_N[:, None]], 1)
+    q_top = draft.softmax(-1).gather(-1, truth.ids_PK)
+    p = torch.cat([truth.logp_PK.exp(), truth.rest_P[:, None]], 1)
     q = torch.cat([q_top, 1 - q_top.sum(-1, keepdim=True)], 1)
     found = loss(name, draft, truth)
     assert torch.allclose(found, WHOLE[name](p, q))
@@ -133,7 +133,7 @@ def test_a_mixture_of_all_of_one_side_is_that_side() -> None:
     """β is the share of KL."""
     target, draft = distributions()
     truth = truncated(target, 4)
-    parts = truth.classes_NC, draft_classes(draft, truth.ids_NK)
+    parts = truth.classes_PC, draft_classes(draft, truth.ids_PK)
     assert torch.allclose(mixed(*parts, beta=1.0), loss("forward_kl", draft, truth))
     assert torch.allclose(mixed(*parts, beta=0.0), loss("acceptance", draft, truth))
 
@@ -149,20 +149,20 @@ def test_a_temperature_on_the_whole_vocabulary_is_exact(temperature: float) -> N
     """p^(1/T), normalised."""
     target, _ = distributions()
     found = truncated(target, V).at(torch.full((N,), temperature, dtype=torch.float64))
-    expected = (target / temperature).softmax(-1).gather(-1, found.ids_NK)
-    assert torch.allclose(found.logp_NK.exp(), expected, atol=1e-6)
+    expected = (target / temperature).softmax(-1).gather(-1, found.ids_PK)
+    assert torch.allclose(found.logp_PK.exp(), expected, atol=1e-6)
 
 
 def test_a_temperature_takes_the_rest_along() -> None:
     """Truncated: normalised, untouched at 1, and below 1 the rest is at least what it really becomes."""
     target, _ = distributions()
     truth, half = truncated(target, 4), torch.full((N,), 0.5, dtype=torch.float64)
-    assert torch.allclose(truth.at(half * 2).classes_NC, truth.classes_NC)
+    assert torch.allclose(truth.at(half * 2).classes_PC, truth.classes_PC)
     colder = truth.at(half)
-    assert torch.allclose(colder.classes_NC.sum(-1), torch.ones(N, dtype=torch.float64))
-    real_rest = 1 - (target / 0.5).softmax(-1).gather(-1, truth.ids_NK).sum(-1)
-    assert (colder.rest_N >= real_rest).all()
-    assert (colder.rest_N < truth.rest_N).all()
+    assert torch.allclose(colder.classes_PC.sum(-1), torch.ones(N, dtype=torch.float64))
+    real_rest = 1 - (target / 0.5).softmax(-1).gather(-1, truth.ids_PK).sum(-1)
+    assert (colder.rest_P >= real_rest).all()
+    assert (colder.rest_P < truth.rest_P).all()
 
 
 def test_overlap_is_sigma_min_and_a_lower_bound_when_truncated() -> None:

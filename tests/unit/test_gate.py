@@ -10,8 +10,16 @@ from transformers import AutoModelForCausalLM
 from tests.signals import signal, taught
 from tests.tiny import TinyPair
 from trainer.batches import held_out
-from trainer.gate import LEVEL, Compared, GateReport, bootstrap_interval, by_request, decide, judge
-from trainer.marks import Marks, served_gamma, tokens_per_step
+from trainer.evaluation import Evaluation, served_gamma, tokens_per_step
+from trainer.gate import (
+    LEVEL,
+    GateReport,
+    PairedEvaluation,
+    bootstrap_interval,
+    compare_drafts,
+    decide,
+    mean_by_request,
+)
 
 
 @pytest.mark.parametrize("gamma", [1, 2, 4])
@@ -47,12 +55,12 @@ def test_few_or_broken_requests_prove_nothing() -> None:
 def test_answers_to_one_request_are_one_observation() -> None:
     """Eight requests of four answers each are eight, whatever order they came in."""
     signals = [signal(f"r{i % 8}#{i // 8}") for i in range(32)]
-    marks = Marks(np.arange(32.0), np.arange(32.0) / 32)
-    found = by_request(marks, signals)
+    marks = Evaluation(np.arange(32.0), np.arange(32.0) / 32)
+    found = mean_by_request(marks, signals)
     assert found.tokens_R.tolist() == [i + 12.0 for i in range(8)]
     assert found.acceptance_R.tolist() == [(i + 12.0) / 32 for i in range(8)]
     assert len({held_out(one) for one in signals if one.origin == "r3"}) == 1
-    assert by_request(Marks(np.zeros(0), np.zeros(0)), []).tokens_R.tolist() == []
+    assert mean_by_request(Evaluation(np.zeros(0), np.zeros(0)), []).tokens_R.tolist() == []
 
 
 def load(folder: object) -> torch.nn.Module:
@@ -64,14 +72,14 @@ def test_a_better_draft_is_promoted_and_a_worse_one_refused(pair: TinyPair) -> N
     """The good draft against the spoilt one, both ways round, and against itself."""
     good, spoilt = load(pair.draft), load(pair.spoilt)
     exam = taught(pair.target, 30)
-    better = judge(spoilt, good, exam, gamma=4, pad_id=3)
+    better = compare_drafts(spoilt, good, exam, gamma=4, pad_id=3)
     assert better.promote
     assert better.gain_low > 0
     assert better.candidate_acceptance > better.active_acceptance
-    worse = judge(good, spoilt, exam, gamma=4, pad_id=3)
+    worse = compare_drafts(good, spoilt, exam, gamma=4, pad_id=3)
     assert not worse.promote
     assert worse.reason.startswith("worse")
-    same = judge(good, good, exam, gamma=4, pad_id=3)
+    same = compare_drafts(good, good, exam, gamma=4, pad_id=3)
     assert (same.promote, same.gain) == (False, 0)
 
 
@@ -80,7 +88,7 @@ def test_a_candidate_of_no_numbers_is_refused(pair: TinyPair) -> None:
     good, broken = load(pair.draft), load(pair.draft)
     with torch.no_grad():
         next(broken.parameters()).fill_(torch.nan)
-    report = judge(good, broken, taught(pair.target, 12), gamma=4, pad_id=3)
+    report = compare_drafts(good, broken, taught(pair.target, 12), gamma=4, pad_id=3)
     assert not report.promote
     assert "no numbers" in report.reason
     assert report.as_dict()["gain"] is None
@@ -88,15 +96,17 @@ def test_a_candidate_of_no_numbers_is_refused(pair: TinyPair) -> None:
 
 def test_too_few_requests_are_refused(pair: TinyPair) -> None:
     """However good they look."""
-    report = judge(load(pair.spoilt), load(pair.draft), taught(pair.target, 3), gamma=4, pad_id=3)
+    report = compare_drafts(
+        load(pair.spoilt), load(pair.draft), taught(pair.target, 3), gamma=4, pad_id=3
+    )
     assert not report.promote
     assert "only 3" in report.reason
 
 
-def compared(gain_R: np.ndarray, level: float = 2.0) -> Compared:
+def compared(gain_R: np.ndarray, level: float = 2.0) -> PairedEvaluation:
     """An active draft of `level` tokens per step, and a candidate with these gains."""
     level_R, rate_R = np.full(len(gain_R), level), np.full(len(gain_R), 0.5)
-    return Compared(Marks(level_R, rate_R), Marks(level_R + gain_R, rate_R))
+    return PairedEvaluation(Evaluation(level_R, rate_R), Evaluation(level_R + gain_R, rate_R))
 
 
 def verdict(new_R: np.ndarray, earlier_R: np.ndarray, **more: float) -> GateReport:

@@ -14,7 +14,7 @@ from lab.reference_pair import texts
 from lab.statistics import paired_ratio, proportion
 from lab.traffic import Served, package_prompts, shifted_package
 from online.settings import Settings
-from trainer.marks import Marks
+from trainer.evaluation import Evaluation
 
 
 def test_traffic_comes_from_packages_that_no_model_was_trained_on() -> None:
@@ -70,7 +70,7 @@ def test_a_share_has_an_interval_at_its_ends_too() -> None:
 def test_simulated_candidates_gain_what_they_are_said_to() -> None:
     """Their differences are real, moved; drawn from them, the gate finds the gain it is told of."""
     rng = np.random.default_rng(0)
-    active = Marks(rng.uniform(1, 3, 300), np.full(300, 0.5))
+    active = Evaluation(rng.uniform(1, 3, 300), np.full(300, 0.5))
     candidate = active._replace(tokens_R=active.tokens_R + rng.normal(0.1, 0.2, 300))
     args = Namespace(gamma=4, requests=200, earlier=100, draws=20)
     simulation = Simulation(args, Settings(), active)

@@ -12,15 +12,15 @@ from online.signals import Signal
 from online.tables import Version
 from tests.signals import taught
 from tests.tiny import TinyPair
-from trainer import choice
-from trainer.choice import CANDIDATES, choose, configured, search
 from trainer.distill import Recipe
+from trainer import recipe_search
+from trainer.recipe_search import CANDIDATES, choose_recipe, configured_recipe, search
 
 BASE = Recipe(epochs=2, learning_rate=3e-3)
 
 
 @pytest.fixture(scope="module")
-def lessons(pair: TinyPair) -> list[Signal]:
+def examples(pair: TinyPair) -> list[Signal]:
     return taught(pair.target, 120)
 
 
@@ -52,47 +52,51 @@ def test_a_route_learns_what_its_drafter_needs(
 ) -> None:
     """And other routes do not; what is set by hand comes first."""
     told = {"routes": "own,other", "drafters": {"own": drafting}, "gamma": 6}
-    own, other = (configured(Settings.model_validate(told), route, 7) for route in ("own", "other"))
+    own, other = (
+        configured_recipe(Settings.model_validate(told), route, 7) for route in ("own", "other")
+    )
     assert own == replace(Recipe(seed=7), **learnt)
     assert other == Recipe(seed=7)
     told["recipe"] = {"masks": 1, "exit_weight": 0.5}
-    assert configured(Settings.model_validate(told), "own", 7) == Recipe(
+    assert configured_recipe(Settings.model_validate(told), "own", 7) == Recipe(
         masks=1, exit_weight=0.5, seed=7
     )
 
 
-def test_the_worse_half_is_dropped_until_one_is_left(pair: TinyPair, lessons: list[Signal]) -> None:
+def test_the_worse_half_is_dropped_until_one_is_left(
+    pair: TinyPair, examples: list[Signal]
+) -> None:
     """The usual recipe is in every round, beside the better of the others; the draft is left alone."""
     module = spoilt(pair)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    found, tried = search(module, lessons, BASE, 4, 3)
+    found, tried = search(module, examples, BASE, 4, 3)
     assert [
-        len([t for t in tried if t.lessons == n]) for n in sorted({t.lessons for t in tried})
+        len([t for t in tried if t.examples == n]) for n in sorted({t.examples for t in tried})
     ] == [3, 2]
     last = tried[3:]
     assert found in [one.change for one in last]
     best = max(tried[1:3], key=lambda one: one.tokens_per_step)
     assert [one.change for one in last] == [{}, best.change]
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
-    assert search(module, lessons, BASE, 4, 3) == (found, tried)
+    assert search(module, examples, BASE, 4, 3) == (found, tried)
 
 
 def test_a_recipe_that_ruins_the_draft_is_not_chosen(
-    pair: TinyPair, lessons: list[Signal], monkeypatch: pytest.MonkeyPatch
+    pair: TinyPair, examples: list[Signal], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The search sees what a recipe does, and takes what is proven better."""
     ruin, help_ = {"learning_rate": 30.0}, {"epochs": 6}
     for candidates, chosen in ((({}, ruin), {}), ((ruin, help_), help_), (({}, {"seed": 0}), {})):
-        monkeypatch.setattr(choice, "CANDIDATES", candidates)
-        assert search(spoilt(pair), lessons, BASE, 4, 3)[0] == chosen
+        monkeypatch.setattr(recipe_search, "CANDIDATES", candidates)
+        assert search(spoilt(pair), examples, BASE, 4, 3)[0] == chosen
 
 
-def test_few_lessons_are_no_search(pair: TinyPair, lessons: list[Signal]) -> None:
+def test_few_lessons_are_no_search(pair: TinyPair, examples: list[Signal]) -> None:
     """The configured recipe then."""
-    assert search(spoilt(pair), lessons[:30], BASE, 4, 3) == ({}, ())
+    assert search(spoilt(pair), examples[:30], BASE, 4, 3) == ({}, ())
 
 
-def test_a_choice_is_kept_until_the_traffic_shifts(pair: TinyPair, lessons: list[Signal]) -> None:
+def test_a_choice_is_kept_until_the_traffic_shifts(pair: TinyPair, examples: list[Signal]) -> None:
     """A draft that still accepts what its gate promised passes its recipe on; one that does not is looked at again."""
     module = spoilt(pair)
     kept = {"divergence": "kl+acceptance"}
@@ -102,15 +106,15 @@ def test_a_choice_is_kept_until_the_traffic_shifts(pair: TinyPair, lessons: list
         "over": {"divergence": "forward_kl"},
     }  # type: ignore[arg-type]
     parent = Version(route="r", recipe=recipe, gate={"candidate_acceptance": 0.02})
-    assert choose(module, lessons, BASE, parent, 4, 3) == {
+    assert choose_recipe(module, examples, BASE, parent, 4, 3) == {
         "choice": kept,
         "over": {"divergence": "forward_kl"},
     }
-    other = choose(module, lessons, replace(BASE, divergence="jsd"), parent, 4, 3)
+    other = choose_recipe(module, examples, replace(BASE, divergence="jsd"), parent, 4, 3)
     assert len(other["tried"]) == 5, "it was made of another recipe than is configured now"
     fallen = Version(route="r", recipe=recipe, gate={"candidate_acceptance": 0.9})
-    assert len(choose(module, lessons, BASE, fallen, 4, 3)["tried"]) == 5
+    assert len(choose_recipe(module, examples, BASE, fallen, 4, 3)["tried"]) == 5
     first = Version(route="r", recipe={"origin": "first draft"}, gate={})
-    found = choose(module, lessons, BASE, first, 4, 3)
+    found = choose_recipe(module, examples, BASE, first, 4, 3)
     assert len(found["tried"]) == 5
     assert replace(BASE, **found["choice"]) == Recipe.of({**BASE.as_dict(), **found["choice"]})  # type: ignore[dict-item]

@@ -8,7 +8,7 @@ import pytest
 from online.buffer import Depth
 from online.settings import Settings
 from online.tables import Cycle
-from trainer.demand import fall, gain, patience, rest
+from trainer.scheduling import acceptance_drop, backed_off, relative_gain, required_signals
 
 
 def cycle(state: str, gained: float) -> Cycle:
@@ -22,27 +22,27 @@ def cycle(state: str, gained: float) -> Cycle:
 def test_a_route_that_gains_little_rests_longer_each_time() -> None:
     """Twice as many signals after every worthless cycle, sixteen times at most; one that was worth it ends the rest."""
     small, worth = cycle("rejected", 0.001), cycle("promoted", 0.05)
-    assert rest([], 200, 0.01) == 200
-    assert rest([worth, small, small], 200, 0.01) == 200
-    assert rest([cycle("canary", 0.05), small, small], 200, 0.01) == 200
-    assert rest([small, worth], 200, 0.01) == 400
-    assert rest([small, cycle("promoted", 0.005), worth], 200, 0.01) == 800
-    assert rest([small] * 8, 200, 0.01) == 3200
-    assert rest([cycle("rejected", 0.04)], 200, 0.01) == 200
+    assert backed_off([], 200, 0.01) == 200
+    assert backed_off([worth, small, small], 200, 0.01) == 200
+    assert backed_off([cycle("canary", 0.05), small, small], 200, 0.01) == 200
+    assert backed_off([small, worth], 200, 0.01) == 400
+    assert backed_off([small, cycle("promoted", 0.005), worth], 200, 0.01) == 800
+    assert backed_off([small] * 8, 200, 0.01) == 3200
+    assert backed_off([cycle("rejected", 0.04)], 200, 0.01) == 200
 
 
 def test_a_route_that_gains_much_goes_on_early() -> None:
     """A quarter of the signals, but never too few to be examined on."""
-    assert rest([cycle("promoted", 0.3)], 200, 0.01) == 100
-    assert rest([cycle("canary", 0.3)], 200, 0.01) == 100
-    assert rest([cycle("rejected", 0.3)], 200, 0.01) == 200
-    assert rest([cycle("promoted", 0.3)], 30, 0.01) == 16
-    assert rest([cycle("promoted", 0.3)], 8, 0.01) == 8
+    assert backed_off([cycle("promoted", 0.3)], 200, 0.01) == 100
+    assert backed_off([cycle("canary", 0.3)], 200, 0.01) == 100
+    assert backed_off([cycle("rejected", 0.3)], 200, 0.01) == 200
+    assert backed_off([cycle("promoted", 0.3)], 30, 0.01) == 16
+    assert backed_off([cycle("promoted", 0.3)], 8, 0.01) == 8
 
 
 def test_faults_are_no_lack_of_worth() -> None:
     """A route whose artifacts were out of reach for a while goes on as soon as they are back."""
-    assert rest([cycle("failed", 0.0)] * 4, 200, 0.01) == 200
+    assert backed_off([cycle("failed", 0.0)] * 4, 200, 0.01) == 200
 
 
 def test_no_route_waits_for_more_than_its_buffer_holds() -> None:
@@ -56,19 +56,19 @@ def test_no_route_waits_for_more_than_its_buffer_holds() -> None:
         (Depth(100, 100 * 2**10), 3200),
         (Depth(100, 100 * 2**16), 512),
     ):
-        assert patience(resting, depth, timedelta(hours=1), settings) == signals
-    assert patience(resting, Depth(9, 9 * 2**24), timedelta(hours=1), settings) == 50, (
+        assert required_signals(resting, depth, timedelta(hours=1), settings) == signals
+    assert required_signals(resting, Depth(9, 9 * 2**24), timedelta(hours=1), settings) == 50, (
         "not less than after a shift"
     )
-    assert patience(resting, Depth(100, 2**20), timedelta(hours=13), settings) == 50
-    assert patience([], Depth(10**4, 10), timedelta(0), Settings(buffer_signals=100)) == 50
+    assert required_signals(resting, Depth(100, 2**20), timedelta(hours=13), settings) == 50
+    assert required_signals([], Depth(10**4, 10), timedelta(0), Settings(buffer_signals=100)) == 50
 
 
 def test_unfinished_cycles_and_lost_reports_say_nothing() -> None:
     """A cycle that runs is not counted; one without a gate gained nothing."""
-    assert rest([cycle("running", 0.0), cycle("promoted", 0.05)], 200, 0.01) == 200
-    assert gain(Cycle(route="r", state="empty", report={"reason": "no signals"})) == 0
-    assert rest([Cycle(route="r", state="empty", report={})], 200, 0.01) == 400
+    assert backed_off([cycle("running", 0.0), cycle("promoted", 0.05)], 200, 0.01) == 200
+    assert relative_gain(Cycle(route="r", state="empty", report={"reason": "no signals"})) == 0
+    assert backed_off([Cycle(route="r", state="empty", report={})], 200, 0.01) == 400
 
 
 def rates(mean: float, count: int, rng: random.Random, deviation: float = 0.2) -> list[float]:
@@ -82,17 +82,20 @@ def test_a_fall_of_acceptance_is_noticed_and_told() -> None:
     for seed in range(50):
         rng = random.Random(seed)
         seen = rates(0.55, 60, rng) + rates(0.25, 50, rng)
-        assert fall(seen, 0.55).startswith("a shift: acceptance fell from 0.550 to 0.")
+        assert acceptance_drop(seen, 0.55).startswith("a shift: acceptance fell from 0.550 to 0.")
 
 
 @pytest.mark.parametrize("promised", [0.55, None])
 def test_steady_traffic_is_no_shift(promised: float | None) -> None:
     """Fewer than one alarm in twenty over 200 requests, with the gate's figure or with the first requests' own."""
-    alarms = sum(bool(fall(rates(0.55, 200, random.Random(seed)), promised)) for seed in range(200))
+    alarms = sum(
+        bool(acceptance_drop(rates(0.55, 200, random.Random(seed)), promised))
+        for seed in range(200)
+    )
     assert alarms <= 10
 
 
 def test_too_few_requests_are_no_shift() -> None:
     """Fifteen bad ones may be chance."""
-    assert fall([0.0] * 15, 0.5) == ""
-    assert fall([0.5] * 40, None) == ""
+    assert acceptance_drop([0.0] * 15, 0.5) == ""
+    assert acceptance_drop([0.5] * 40, None) == ""

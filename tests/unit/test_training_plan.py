@@ -10,10 +10,16 @@ from online.buffer import Entry
 from online.signals import Signal
 from tests.signals import signal
 from trainer.batches import held_out
-from trainer.curriculum import CurriculumLimits, Exam, curriculum, drawn, fair
 from trainer.gate import MIN_REQUESTS
+from trainer.training_plan import (
+    HeldOutSet,
+    PlanLimits,
+    limit_client_share,
+    make_plan,
+    replay_order,
+)
 
-BOUNDS = CurriculumLimits(replay=400, exam=200, client_share=0.5, fewest=0)
+BOUNDS = PlanLimits(replay=400, exam=200, client_share=0.5, fewest=0)
 
 
 def requests(count: int, name: str = "r", client: str = "", **more: object) -> list[Signal]:
@@ -28,14 +34,14 @@ def clients(signals: Sequence[Signal]) -> Counter[str]:
     return Counter(s.client for s in signals)
 
 
-def both(exam: Exam) -> list[Signal]:
+def both(exam: HeldOutSet) -> list[Signal]:
     return [*exam.new, *exam.earlier]
 
 
 def test_what_is_examined_is_not_learnt_and_nothing_is_lost() -> None:
     """The window's and the older held-out requests are the two strata, all others the lessons."""
     window, older = requests(200, "w"), requests(300, "o")
-    found = curriculum(window, older, BOUNDS)
+    found = make_plan(window, older, BOUNDS)
     assert sorted(ids(found.passes[0] + both(found.exam))) == sorted(ids(window + older))
     assert [held_out(s) for s in found.passes[0]] == [False] * len(found.passes[0])
     assert ids(found.exam.new) == ids([s for s in reversed(window) if held_out(s)])
@@ -46,15 +52,13 @@ def test_what_is_examined_is_not_learnt_and_nothing_is_lost() -> None:
 def test_the_same_signals_make_the_same_curriculum() -> None:
     """A cycle that was killed is repeated, not varied."""
     sides = requests(90, "w", "a") + requests(20, "v", "b"), requests(50, "o")
-    assert repr(curriculum(*sides, BOUNDS)) == repr(curriculum(*sides, BOUNDS))
+    assert repr(make_plan(*sides, BOUNDS)) == repr(make_plan(*sides, BOUNDS))
 
 
 def test_bounds_keep_the_newest() -> None:
     """Of the replay and of each stratum."""
     window, older = requests(400, "w"), requests(400, "o")
-    found = curriculum(
-        window, older, CurriculumLimits(replay=10, exam=12, client_share=0.5, fewest=0)
-    )
+    found = make_plan(window, older, PlanLimits(replay=10, exam=12, client_share=0.5, fewest=0))
     assert ids(found.exam.new) == ids([s for s in reversed(window) if held_out(s)][:12])
     assert ids(found.exam.earlier) == ids([s for s in older if held_out(s)][:12])
     assert [i for i in ids(found.passes[0]) if i[0] == "o"] == ids(
@@ -67,7 +71,7 @@ def test_a_window_of_few_held_out_requests_borrows_older_ones() -> None:
     window, older = requests(12, "w"), requests(100, "o")
     own = [s for s in reversed(window) if held_out(s)]
     assert 0 < len(own) < MIN_REQUESTS
-    exam = curriculum(window, older, BOUNDS).exam
+    exam = make_plan(window, older, BOUNDS).exam
     assert ids(exam.new) == ids([*own, *(s for s in older if held_out(s))])[:MIN_REQUESTS]
     assert len(set(ids(both(exam)))) == len(both(exam))
 
@@ -76,7 +80,7 @@ def test_what_came_since_the_active_draft_is_new() -> None:
     """Held-out requests of refused cycles speak for the next candidate; to learn from, they are like any older ones."""
     window, older = requests(50, "w"), [*requests(100, "r"), *requests(100, "o")]
     recent = {s.request_id for s in older if s.request_id[0] == "r"}
-    plain, found = curriculum(window, older, BOUNDS), curriculum(window, older, BOUNDS, recent)
+    plain, found = make_plan(window, older, BOUNDS), make_plan(window, older, BOUNDS, recent)
     assert found.passes == plain.passes
     assert ids(found.exam.new) == ids(
         [*(s for s in reversed(window) if held_out(s)), *(s for s in older[:100] if held_out(s))]
@@ -90,7 +94,7 @@ def test_a_flood_has_no_more_than_its_share() -> None:
     """Of the lessons and of both strata; what it loses is its oldest, and is counted."""
     window = requests(500, "flood", "f") + requests(100, "base", "b")
     older = requests(300, "oldflood", "f") + requests(60, "oldbase")
-    found = curriculum(window, older, BOUNDS)
+    found = make_plan(window, older, BOUNDS)
     for side in (found.passes[0], found.exam.new, found.exam.earlier):
         assert 0 < clients(side)["f"] <= len(side) / 2
         assert clients(side)["b"] + clients(side)[""] >= len(side) / 2
@@ -103,20 +107,20 @@ def test_a_flood_has_no_more_than_its_share() -> None:
 
 def test_a_single_client_is_learnt_from() -> None:
     """A route of one application is not left without lessons."""
-    found = curriculum(requests(50, "w", "a"), requests(50, "o", "a"), BOUNDS)
+    found = make_plan(requests(50, "w", "a"), requests(50, "o", "a"), BOUNDS)
     assert len(found.passes[0]) + len(both(found.exam)) == 100
 
 
 def test_nobody_is_many() -> None:
     """Requests that do not say whose they are count as a client each: none of them is left out."""
     signals = requests(90) + requests(10, "x", "x")
-    assert fair(signals, 0.1) == (signals, 0)
+    assert limit_client_share(signals, 0.1) == (signals, 0)
 
 
 def test_signals_of_an_older_target_are_not_used() -> None:
     """They say what another model would do."""
     window = requests(20, "w", model="old") + requests(20, "v", model="new")
-    found = curriculum(window, requests(20, "o", model="old"), BOUNDS)
+    found = make_plan(window, requests(20, "o", model="old"), BOUNDS)
     assert {s.model for s in found.passes[0] + both(found.exam)} == {"new"}
 
 
@@ -128,14 +132,14 @@ def test_targets_that_answer_side_by_side_all_teach() -> None:
     older = (
         requests(20, "a", model="a") + requests(20, "b", model="b") + requests(20, "o", model="old")
     )
-    found = curriculum(window, older, BOUNDS)
+    found = make_plan(window, older, BOUNDS)
     assert {s.model for s in found.passes[0]} == {s.model for s in both(found.exam)} == {"a", "b"}
     assert len(found.passes[0] + both(found.exam)) == 80
 
 
 def test_no_signals_make_no_curriculum() -> None:
     """Nothing to learn is no error."""
-    found = curriculum([], [], BOUNDS)
+    found = make_plan([], [], BOUNDS)
     assert (found.passes, both(found.exam)) == ([], [])
 
 
@@ -152,7 +156,7 @@ def test_no_client_exceeds_its_share_in_any_mixture(
     signals = [
         s for i, count in enumerate(counts) for s in requests(count, f"c{i}-", f"c{i}")
     ] + requests(nobodys)
-    kept, beyond = fair(signals, share, limit=limit)
+    kept, beyond = limit_client_share(signals, share, limit=limit)
     bound = max(share, 1 / min(limit, len(counts) + nobodys)) * len(kept)
     assert max((n for client, n in clients(kept).items() if client), default=0) <= bound + 1e-9
     assert len(kept) + beyond + max(0, len(signals) - beyond - limit) == len(signals)
@@ -162,8 +166,8 @@ def test_no_client_exceeds_its_share_in_any_mixture(
 def test_one_who_hardly_asks_does_not_silence_the_rest() -> None:
     """Beside a client of two requests another keeps the fewest that anyone may have, not two."""
     asked = requests(100, "a", "often") + requests(2, "b", "rarely")
-    assert clients(fair(asked, 0.5, 48)[0]) == {"often": 48, "rarely": 2}
-    assert clients(fair(asked, 0.5)[0]) == {"often": 2, "rarely": 2}
+    assert clients(limit_client_share(asked, 0.5, 48)[0]) == {"often": 48, "rarely": 2}
+    assert clients(limit_client_share(asked, 0.5)[0]) == {"often": 2, "rarely": 2}
 
 
 def test_every_window_replays_in_an_order_of_its_own() -> None:
@@ -172,8 +176,8 @@ def test_every_window_replays_in_an_order_of_its_own() -> None:
     orders = set()
     for at in range(0, 1000, 100):
         window, inside = kept[at : at + 50], set(kept[at : at + 50])
-        found = drawn(kept, window)
-        assert found == drawn(kept[::-1], window)
+        found = replay_order(kept, window)
+        assert found == replay_order(kept[::-1], window)
         assert sorted(e.id for e in found) == sorted(e.id for e in kept if e not in inside)
         orders.add(tuple(e.id for e in found[:50]))
     assert len(orders) == 10
@@ -183,11 +187,11 @@ def test_every_window_replays_in_an_order_of_its_own() -> None:
 def test_passes_replay_all_that_is_older(count: int, size: int) -> None:
     """Every pass has the window and as much of the older ones, and together they have all of those."""
     window, older = requests(8, "w"), requests(count, "o")
-    bounds = CurriculumLimits(replay=size, exam=200, client_share=1, fewest=0)
+    bounds = PlanLimits(replay=size, exam=200, client_share=1, fewest=0)
     learnt = [s.request_id for s in older if not held_out(s)]
     replayed = [
-        [i for i in ids(lessons) if i[0] == "o"]
-        for lessons in curriculum(window, older, bounds).passes
+        [i for i in ids(examples) if i[0] == "o"]
+        for examples in make_plan(window, older, bounds).passes
     ]
     assert {len(part) for part in replayed} == {min(size, len(learnt))}
     assert all(len(set(part)) == len(part) for part in replayed)
