@@ -12,8 +12,8 @@ from online.signals import Signal
 from online.tables import Version
 from tests.signals import taught
 from tests.tiny import TinyPair
-from trainer.distill import Recipe
 from trainer import recipe_search
+from trainer.distill import Recipe
 from trainer.recipe_search import CANDIDATES, choose_recipe, configured_recipe, search
 
 BASE = Recipe(epochs=2, learning_rate=3e-3)
