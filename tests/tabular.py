@@ -33,17 +33,17 @@ class TableModel:
 
     def forward(
         self,
-        rows: Slots,
+        slots: Slots,
         ids_BT: Tensor,
         starts_B: Tensor,
         upto: int,
-        nodes: TreePositions | None = None,
+        tree: TreePositions | None = None,
     ) -> Tensor:
-        slots = range(rows.start, rows.stop) if isinstance(rows, slice) else rows
-        if nodes is not None:
-            return self._grow(slots, ids_BT, starts_B, nodes)
+        members = range(slots.start, slots.stop) if isinstance(slots, slice) else slots
+        if tree is not None:
+            return self._grow(members, ids_BT, starts_B, tree)
         out = []
-        for slot, ids, start in zip(slots, ids_BT.tolist(), starts_B.tolist(), strict=True):
+        for slot, ids, start in zip(members, ids_BT.tolist(), starts_B.tolist(), strict=True):
             context = self._contexts[slot][:start]
             assert len(context) == start, "a row's context has a gap"
             self._contexts[slot] = [*context, *ids]
@@ -51,32 +51,32 @@ class TableModel:
         return torch.from_numpy(np.array(out)).to(self._dtype)
 
     def _grow(
-        self, slots: Sequence[int], ids_BT: Tensor, starts_B: Tensor, nodes: TreePositions
+        self, slots: Sequence[int], ids_BT: Tensor, starts_B: Tensor, tree: TreePositions
     ) -> Tensor:
         out = []
         for b, (slot, ids, start) in enumerate(
             zip(slots, ids_BT.tolist(), starts_B.tolist(), strict=True)
         ):
-            self._contexts[slot] = held = [*self._contexts[slot][: start + nodes.first], *ids]
-            assert len(held) == start + nodes.first + len(ids), "a row's tree has a gap"
+            self._contexts[slot] = held = [*self._contexts[slot][: start + tree.first], *ids]
+            assert len(held) == start + tree.first + len(ids), "a row's tree has a gap"
             out.append([])
-            for t, among in enumerate(nodes.visible_BTC[b].tolist()):
+            for t, among in enumerate(tree.visible_BTC[b].tolist()):
                 ancestors = [held[start + c] for c, seen in enumerate(among) if seen]
-                assert len(ancestors) == nodes.depth_BT[b, t] + 1, (
+                assert len(ancestors) == tree.depth_BT[b, t] + 1, (
                     "a node's position is the number of its ancestors"
                 )
                 out[-1].append(self.logits([*held[:start], *ancestors]))
         return torch.from_numpy(np.array(out)).to(self._dtype)
 
-    def gather(self, slot: int, start: int, nodes: Sequence[int]) -> None:
+    def keep_path(self, slot: int, start: int, nodes: Sequence[int]) -> None:
         held = self._contexts[slot]
         self._contexts[slot] = [*held[:start], *(held[start + node] for node in nodes)]
 
     def context(self, slot: int) -> list[int]:
         return self._contexts[slot]
 
-    def encode(self, rows: Slots, ids_BT: Tensor, starts_B: Tensor, upto: int) -> None:
-        self.forward(rows, ids_BT, starts_B, upto)
+    def encode(self, slots: Slots, ids_BT: Tensor, starts_B: Tensor, upto: int) -> None:
+        self.forward(slots, ids_BT, starts_B, upto)
 
     def copy(self, source: int, destination: int, length: int) -> None:
         self._contexts[destination] = self._contexts[source][:length]

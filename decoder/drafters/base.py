@@ -17,9 +17,10 @@ from decoder.policy.draft_cost import NO_COST, DraftCost
 from decoder.policy.token_acceptance import Evidence, SourceKind
 from decoder.rollout.live import LiveDraft
 from decoder.sequence.sequence import LiveSequence
+from decoder.verification.draft_spec import DraftSpec
 from decoder.verification.proposal import Proposal
 from decoder.verification.sampling import Sampling
-from decoder.verification.tree_shape import DraftSpec, TreeShape
+from decoder.verification.tree_shape import TreeShape
 
 FEED = (
     8  # tokens that a draft may lack and still get with its first forward; more are encoded before
@@ -100,7 +101,7 @@ def keep(group: DraftGroup, kept: Sequence[Sequence[int]]) -> None:
     for i, (seq, path, cells) in enumerate(zip(group.seqs, kept, group.cells, strict=True)):
         held = [cells[n] for n in takewhile(cells.__contains__, path)]
         if held != list(range(len(held))):
-            group.draft.model.gather(slot_at(group.slots, i), seq.draft_cached, held)
+            group.draft.model.keep_path(slot_at(group.slots, i), seq.draft_cached, held)
         seq.set_draft_cached(seq.draft_cached + len(held))
 
 

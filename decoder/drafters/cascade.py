@@ -27,6 +27,7 @@ from decoder.models.kv_cache import Slots
 from decoder.models.ragged import integers, ragged
 from decoder.policy.draft_cost import NO_COST, DraftCost
 from decoder.sequence.sequence import LiveSequence
+from decoder.verification.draft_spec import DraftSpec, chain_spec
 from decoder.verification.proposal import Proposal
 from decoder.verification.sampling import (
     Sampling,
@@ -35,7 +36,6 @@ from decoder.verification.sampling import (
     probabilities,
     sample,
 )
-from decoder.verification.tree_shape import DraftSpec, chain_spec
 
 
 class CascadeDrafter:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from decoder.drafters.base import DraftGroup, begin, keep, learn
-from decoder.models.llama import Llama, Residual
+from decoder.models.base import LayeredModel
+from decoder.models.hidden import HiddenStates
 from decoder.models.ragged import integers
 from decoder.policy.token_acceptance import (
     Evidence,
@@ -28,9 +29,9 @@ from decoder.policy.token_acceptance import (
     exit_taken,
 )
 from decoder.sequence.sequence import LiveSequence
+from decoder.verification.draft_spec import DraftSpec, chain_spec
 from decoder.verification.proposal import Proposal
 from decoder.verification.sampling import at_least_float32, most_likely, probabilities, sample
-from decoder.verification.tree_shape import DraftSpec, chain_spec
 
 
 class ExitDrafter:
@@ -122,7 +123,7 @@ class _Ladder:
         self._group, self._model = group, group.draft.model
         self._start = [len(seq.tokens) for seq in group.seqs]
         self._waiting: dict[
-            int, Residual
+            int, HiddenStates
         ] = {}  # tokens that have left after so many layers, one behind another
         self._fed = 0
         self.whole = 0  # tokens that have passed all layers
@@ -136,7 +137,7 @@ class _Ladder:
         self._fed += 1
         for choice in self.choices:
             choice.begin()
-        if not isinstance(self._model, Llama):
+        if not isinstance(self._model, LayeredModel):
             self.whole, self.forwards = self._fed, self.forwards + 1
             starts_B = integers(
                 [start + self._fed - 1 for start in self._start], self._group.device
@@ -144,17 +145,17 @@ class _Ladder:
             return self._model.forward(
                 self._group.slots, token_B1, starts_B, max(self._start) + self._fed
             )
-        layers, passed = len(self._model.layers), 1
+        layers, passed = self._model.num_layers, 1
         tokens = self._pass(self._model.embed(token_B1), 0)
-        said_B1V = self._model.say(tokens.last)
+        said_B1V = self._model.exit_logits(tokens.last)
         while passed < layers and any(climb := self._climb(passed, said_B1V)):
-            tokens = self._pass(tokens.behind(self._waiting.pop(passed, None)), passed)
+            tokens = self._pass(tokens.after(self._waiting.pop(passed, None)), passed)
             passed += 1
             # A sequence leaves where it is to, however deep the others of its batch go.
             climb_B11 = torch.tensor(climb, device=said_B1V.device)[:, None, None]
-            said_B1V = torch.where(climb_B11, self._model.say(tokens.last), said_B1V)
+            said_B1V = torch.where(climb_B11, self._model.exit_logits(tokens.last), said_B1V)
         if passed < layers:
-            self._waiting[passed] = tokens.behind(self._waiting.get(passed))
+            self._waiting[passed] = tokens.after(self._waiting.get(passed))
         else:
             self.whole = self._fed
         return said_B1V
@@ -166,21 +167,19 @@ class _Ladder:
             choice.gain(passed, one) if choice.climbs else 0.0
             for choice, one in zip(self.choices, sure, strict=True)
         ]
-        assert isinstance(self._model, Llama)
-        pays = sum(gains) >= self._group.price.per_forward / len(self._model.layers)
+        assert isinstance(self._model, LayeredModel)
+        pays = sum(gains) >= self._group.price.per_forward / self._model.num_layers
         return [
             choice.climbs and choice.decide(pays and gain > 0)
             for choice, gain in zip(self.choices, gains, strict=True)
         ]
 
-    def _pass(self, tokens: Residual, layer: int) -> Residual:
+    def _pass(self, tokens: HiddenStates, layer: int) -> HiddenStates:
         """Through one layer; they are the last ones that were fed."""
-        assert isinstance(self._model, Llama)
-        self.forwards += 1 / len(self._model.layers)
+        assert isinstance(self._model, LayeredModel)
+        self.forwards += 1 / self._model.num_layers
         starts_B = integers(
             [start + self._fed - tokens.count for start in self._start], self._group.device
         )
         upto = max(self._start) + self._fed
-        return self._model.through(
-            self._group.slots, tokens, starts_B, upto, self._model.layers[layer]
-        )
+        return self._model.run_layer(self._group.slots, tokens, starts_B, upto, layer)

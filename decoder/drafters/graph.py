@@ -28,9 +28,10 @@ from decoder.drafters.base import DraftGroup, begin, keep
 from decoder.models.kv_cache import TreePositions
 from decoder.models.ragged import integers, ragged
 from decoder.sequence.sequence import LiveSequence
+from decoder.verification.draft_spec import DraftSpec
 from decoder.verification.proposal import Proposal, Tree
 from decoder.verification.sampling import at_least_float32, probabilities, sample
-from decoder.verification.tree_shape import DraftSpec, chain_shape
+from decoder.verification.tree_shape import chain_shape
 from online.messages import MAX_GAMMA
 
 SHARED = 2  # last tokens that two hypotheses have to have in common

@@ -16,6 +16,7 @@ from decoder.models.base import LanguageModel
 from decoder.models.kv_cache import Slots, TreePositions
 from decoder.models.ragged import integers, ragged
 from decoder.sequence.sequence import LiveSequence
+from decoder.verification.draft_spec import DraftSpec, chain_spec
 from decoder.verification.proposal import Proposal, Tree
 from decoder.verification.sampling import (
     Sampling,
@@ -24,15 +25,7 @@ from decoder.verification.sampling import (
     probabilities,
     sample,
 )
-from decoder.verification.tree_shape import (
-    DraftSpec,
-    TreeLevel,
-    TreeShape,
-    best_shape,
-    chain_spec,
-    shape_of_widths,
-    span,
-)
+from decoder.verification.tree_shape import TreeLevel, TreeShape, best_shape, shape_of_widths, span
 from online.messages import MAX_GAMMA
 
 

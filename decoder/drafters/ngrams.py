@@ -13,8 +13,8 @@ import torch
 from decoder.drafters.base import DraftGroup, learn
 from decoder.drafters.chain import begun, finished, longest
 from decoder.sequence.sequence import LiveSequence
+from decoder.verification.draft_spec import DraftSpec, chain_spec
 from decoder.verification.proposal import Proposal
-from decoder.verification.tree_shape import DraftSpec, chain_spec
 
 
 class NgramDrafter:

@@ -14,9 +14,9 @@ import torch
 from decoder.drafters.base import DraftGroup
 from decoder.models.ragged import integers, ragged
 from decoder.sequence.sequence import LiveSequence
+from decoder.verification.draft_spec import DraftSpec, chain_spec
 from decoder.verification.proposal import Proposal
 from decoder.verification.sampling import at_least_float32, most_likely, probabilities, sample
-from decoder.verification.tree_shape import DraftSpec, chain_spec
 
 
 class ParallelDrafter:

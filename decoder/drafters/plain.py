@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from decoder.drafters.base import DraftGroup
 from decoder.sequence.sequence import LiveSequence
-from decoder.verification.tree_shape import NO_DRAFT, DraftSpec
+from decoder.verification.draft_spec import NO_DRAFT, DraftSpec
 
 
 class PlainDrafter:

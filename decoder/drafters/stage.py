@@ -30,9 +30,9 @@ from decoder.rollout.live import LiveDraft
 from decoder.sequence.ngram_index import NgramLookup, RouteNgrams
 from decoder.sequence.plan import StepPlan
 from decoder.sequence.sequence import LiveSequence
+from decoder.verification.draft_spec import NO_DRAFT, DraftSpec
 from decoder.verification.proposal import Proposal
 from decoder.verification.sampling import Sampling, probabilities
-from decoder.verification.tree_shape import NO_DRAFT, DraftSpec
 from decoder.verification.verify import VerifiedSequence
 from online.messages import MASKS
 from online.metrics import ServiceMetrics
@@ -240,7 +240,7 @@ class DraftStage:
             return self._nothing(len(plan.seqs))
         if len(parts) == 1 and len(parts[0][0]) == len(plan.seqs):
             return parts[0][1]
-        return Proposal.joined(parts, len(plan.seqs), self._vocab_size, plan.sampling.all_greedy)
+        return Proposal.merge(parts, len(plan.seqs), self._vocab_size, plan.sampling.all_greedy)
 
     def settle(self, verdicts: Sequence[VerifiedSequence]) -> None:
         """Before the sequences take their verdicts' tokens: what drafts hold of them becomes a part of their contexts."""

@@ -233,7 +233,7 @@ class Batch:
             len(seq.tokens) + count for seq, count in zip(plan.seqs, plan.drafted, strict=True)
         )
         starts_B = integers([seq.cached for seq in plan.seqs], self._device)
-        nodes = None if proposal.tree is None else proposal.tree.nodes(behind=fed_BT.shape[1] - 1)
+        nodes = None if proposal.tree is None else proposal.tree.positions(fed_BT.shape[1] - 1)
         logits_BTV = self.target.forward(slice(0, len(plan.seqs)), ids_BT, starts_B, upto, nodes)
         logits_BTV = at_least_float32(logits_BTV[:, fed_BT.shape[1] - 1 :])
         drawn = plan.accept_uniform_BN[:, : proposal.candidates], plan.emit_uniform_B
@@ -252,7 +252,7 @@ class Batch:
         """Of trees, models keep what lies on the accepted paths."""
         for i, (seq, verdict) in enumerate(zip(plan.seqs, verdicts, strict=True)):
             if (path := verdict.path[: verdict.accepted]) and path[-1] != len(path) - 1:
-                self.target.gather(i, len(seq.tokens), path)
+                self.target.keep_path(i, len(seq.tokens), path)
         self._stage.settle(verdicts)
 
     def _commit(

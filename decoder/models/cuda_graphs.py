@@ -24,7 +24,7 @@ class _Captured:
 
     ids: Tensor
     starts: Tensor
-    nodes: TreePositions | None
+    tree: TreePositions | None
     replay: Callable[[], Tensor]
 
 
@@ -55,37 +55,37 @@ class CudaGraphs:
             cls(forward, slots, capacity, device, capture_cuda()) if device.type == "cuda" else None
         )
 
-    def take(self, rows: Any, ids_BT: Tensor) -> bool:
+    def take(self, slots: Any, ids_BT: Tensor) -> bool:
         """Whether these sequences are the first slots, with few new tokens each."""
-        return isinstance(rows, slice) and rows.start == 0 and ids_BT.shape[1] <= self.TOKENS
+        return isinstance(slots, slice) and slots.start == 0 and ids_BT.shape[1] <= self.TOKENS
 
     def forward(
-        self, ids_BT: Tensor, starts_B: Tensor, upto: int, nodes: TreePositions | None
+        self, ids_BT: Tensor, starts_B: Tensor, upto: int, tree: TreePositions | None
     ) -> Tensor:
         count, new = ids_BT.shape
-        rows = min(1 << (count - 1).bit_length(), self._slots)
+        slots = min(1 << (count - 1).bit_length(), self._slots)
         context = min(
             next((rung for rung in self.CONTEXTS if rung >= upto), self._capacity), self._capacity
         )
-        key = rows, new, context, 0 if nodes is None else nodes.visible_BTC.shape[2]
+        key = slots, new, context, 0 if tree is None else tree.visible_BTC.shape[2]
         if key not in self._captured:
             self._captured[key] = self._new(*key)
         held = self._captured[key]
         held.ids[:count].copy_(ids_BT)
         held.starts[:count].copy_(starts_B)
         held.starts[count:].fill_(self._capacity - 1)
-        if nodes is not None and held.nodes is not None:
-            held.nodes.depth_BT[:count].copy_(nodes.depth_BT)
-            held.nodes.visible_BTC[:count].copy_(nodes.visible_BTC)
+        if tree is not None and held.tree is not None:
+            held.tree.depth_BT[:count].copy_(tree.depth_BT)
+            held.tree.visible_BTC[:count].copy_(tree.visible_BTC)
         return held.replay()[:count].clone()  # the next replay writes over it
 
-    def _new(self, rows: int, new: int, context: int, cells: int) -> _Captured:
-        ids = torch.zeros((rows, new), dtype=torch.long, device=self._device)
-        starts = torch.full((rows,), self._capacity - 1, device=self._device)
-        visible = torch.ones((rows, new, cells), dtype=torch.bool, device=self._device)
-        nodes = TreePositions(torch.zeros_like(ids), visible) if cells else None
-        replay = self._capture(lambda: self._forward(slice(0, rows), ids, starts, context, nodes))
-        return _Captured(ids, starts, nodes, replay)
+    def _new(self, slots: int, new: int, context: int, cells: int) -> _Captured:
+        ids = torch.zeros((slots, new), dtype=torch.long, device=self._device)
+        starts = torch.full((slots,), self._capacity - 1, device=self._device)
+        visible = torch.ones((slots, new, cells), dtype=torch.bool, device=self._device)
+        tree = TreePositions(torch.zeros_like(ids), visible) if cells else None
+        replay = self._capture(lambda: self._forward(slice(0, slots), ids, starts, context, tree))
+        return _Captured(ids, starts, tree, replay)
 
 
 def capture_cuda() -> Capture:

@@ -23,33 +23,33 @@ class GenericModel:
     @torch.inference_mode()
     def forward(
         self,
-        rows: Slots,
+        slots: Slots,
         ids_BT: Tensor,
         starts_B: Tensor,
         upto: int,
-        nodes: TreePositions | None = None,
+        tree: TreePositions | None = None,
     ) -> Tensor:
         return fit_vocabulary(
-            self._run(rows, ids_BT, starts_B, upto, nodes, keep=0), self.vocab_size
+            self._run(slots, ids_BT, starts_B, upto, tree, keep=0), self.vocab_size
         )
 
     @torch.inference_mode()
-    def encode(self, rows: Slots, ids_BT: Tensor, starts_B: Tensor, upto: int) -> None:
-        self._run(rows, ids_BT, starts_B, upto, None, keep=1)
+    def encode(self, slots: Slots, ids_BT: Tensor, starts_B: Tensor, upto: int) -> None:
+        self._run(slots, ids_BT, starts_B, upto, None, keep=1)
 
-    def gather(self, slot: int, start: int, nodes: Sequence[int]) -> None:
-        self.cache.store.gather(slot, start, nodes)
+    def keep_path(self, slot: int, start: int, nodes: Sequence[int]) -> None:
+        self.cache.store.keep_path(slot, start, nodes)
 
     def copy(self, source: int, destination: int, length: int) -> None:
         self.cache.store.copy(source, destination, length)
 
     def _run(
         self,
-        rows: Slots,
+        slots: Slots,
         ids_BT: Tensor,
         starts_B: Tensor,
         upto: int,
-        nodes: TreePositions | None,
+        tree: TreePositions | None,
         keep: int,
     ) -> Tensor:
         ids_BT, starts_B = ids_BT.to(self.device), starts_B.to(self.device)
@@ -58,9 +58,9 @@ class GenericModel:
             upto, capacity
         )  # sequences near their end draft along with others that go further
         # Padding of short sequences may point past the end: the last cell belongs to nobody.
-        positions_BT, cells_BT = stands(starts_B, ids_BT.shape[1], capacity, nodes)
-        mask_B1TK = visible(starts_B, cells_BT, upto, nodes)[:, None]
-        self.cache.aim(rows, cells_BT, upto)
+        positions_BT, cells_BT = stands(starts_B, ids_BT.shape[1], capacity, tree)
+        mask_B1TK = visible(starts_B, cells_BT, upto, tree)[:, None]
+        self.cache.aim(slots, cells_BT, upto)
         logits_BTV: Tensor = self.module(
             input_ids=ids_BT,
             position_ids=positions_BT,
@@ -103,10 +103,10 @@ class GenericCache(Cache):
         self._cells_N: Tensor | None = None
         self._upto = 0
 
-    def aim(self, rows: Slots, cells_BT: Tensor, upto: int) -> None:
+    def aim(self, slots: Slots, cells_BT: Tensor, upto: int) -> None:
         """Says where the next forward writes, and that it reads the first `upto` cells."""
-        slots_B = slot_index(rows, cells_BT.device)
-        self._rows, self._upto = rows if isinstance(rows, slice) else slots_B, upto
+        slots_B = slot_index(slots, cells_BT.device)
+        self._rows, self._upto = slots if isinstance(slots, slice) else slots_B, upto
         self._cells_N = (slots_B[:, None] * self.store.capacity + cells_BT).flatten()
 
     def update(

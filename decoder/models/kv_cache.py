@@ -52,21 +52,21 @@ class KVCache:
         self.keys[layer].flatten(0, 1).index_copy_(0, cells_N, keys_NKD)
         self.values[layer].flatten(0, 1).index_copy_(0, cells_N, values_NKD)
 
-    def read(self, layer: int, rows: slice | Tensor, upto: int) -> tuple[Tensor, Tensor]:
+    def read(self, layer: int, slots: slice | Tensor, upto: int) -> tuple[Tensor, Tensor]:
         """What the sequences may look at, [B, K, upto, D] each."""
         keys, values = self.keys[layer], self.values[layer]
         assert upto <= self.capacity, "what lies behind is another slot"
-        if isinstance(rows, slice):  # a view, by one operation
+        if isinstance(slots, slice):  # a view, by one operation
             _, _, K, D = keys.shape
             size, stride = (
-                (rows.stop - rows.start, K, upto, D),
+                (slots.stop - slots.start, K, upto, D),
                 (self.capacity * K * D, D, K * D, 1),
             )
-            offset = rows.start * self.capacity * K * D
+            offset = slots.start * self.capacity * K * D
             return keys.as_strided(size, stride, offset), values.as_strided(size, stride, offset)
-        return keys[rows, :upto].transpose(1, 2), values[rows, :upto].transpose(1, 2)
+        return keys[slots, :upto].transpose(1, 2), values[slots, :upto].transpose(1, 2)
 
-    def gather(self, slot: int, start: int, nodes: Sequence[int]) -> None:
+    def keep_path(self, slot: int, start: int, nodes: Sequence[int]) -> None:
         """What lies in the cells `start` + nodes, ascending, now lies in those from `start` on."""
         cells = torch.tensor(nodes, device=self.keys[0].device) + start if self.keys else None
         for tensor in (*self.keys, *self.values):
@@ -78,12 +78,12 @@ class KVCache:
             tensor[destination, :length] = tensor[source, :length]
 
 
-def slot_index(rows: Slots, device: torch.device) -> Tensor:
+def slot_index(slots: Slots, device: torch.device) -> Tensor:
     """The sequences' slots, [B]."""
-    if isinstance(rows, slice):
-        return torch.arange(rows.start, rows.stop, device=device)
-    return torch.tensor(rows, device=device)
+    if isinstance(slots, slice):
+        return torch.arange(slots.start, slots.stop, device=device)
+    return torch.tensor(slots, device=device)
 
 
-def slot_at(rows: Slots, i: int) -> int:
-    return rows.start + i if isinstance(rows, slice) else rows[i]
+def slot_at(slots: Slots, i: int) -> int:
+    return slots.start + i if isinstance(slots, slice) else slots[i]

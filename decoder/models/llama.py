@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 
 from decoder.models.base import fit_vocabulary
 from decoder.models.cuda_graphs import CudaGraphs
+from decoder.models.hidden import HiddenStates
 from decoder.models.kv_cache import KVCache, Slots, TreePositions
 from decoder.models.linear import Linear, padded
 from decoder.models.ops import Norms, Operations, Place, Rotations, operations
@@ -77,7 +78,7 @@ class Layer:
         q_BKQD = self.ops.turn(
             self.qkv(x_NE), self.heads, place, self.head_norms, cache, self.index
         )
-        keys_BKUD, values_BKUD = cache.read(self.index, place.rows, place.upto)
+        keys_BKUD, values_BKUD = cache.read(self.index, place.slots, place.upto)
         y_BKQD = F.scaled_dot_product_attention(q_BKQD, keys_BKUD, values_BKUD, place.bias_B1QU)
         (B, K, Q, D), T = q_BKQD.shape, place.tokens
         y_NX = y_BKQD.view(B, K, Q // T, T, D).permute(0, 3, 1, 2, 4).reshape(B * T, -1)
@@ -97,6 +98,7 @@ class Llama:
         group = config.num_attention_heads // config.num_key_value_heads
         self._ops = operations(_rotations(module, cache.capacity, self._dtype), group)
         self.layers = [Layer(i, state, config, self._ops) for i in range(config.num_hidden_layers)]
+        self.num_layers = len(self.layers)
         tied = config.tie_word_embeddings
         self.head = _stack(state, ["model.embed_tokens" if tied else "lm_head"])
         for index in range(
@@ -120,83 +122,85 @@ class Llama:
     @torch.inference_mode()
     def forward(
         self,
-        rows: Slots,
+        slots: Slots,
         ids_BT: Tensor,
         starts_B: Tensor,
         upto: int,
-        nodes: TreePositions | None = None,
+        tree: TreePositions | None = None,
     ) -> Tensor:
         ids_BT, starts_B = ids_BT.to(self.device), starts_B.to(self.device)
-        if self.graphs is not None and self.graphs.take(rows, ids_BT):
-            return self.graphs.forward(ids_BT, starts_B, upto, nodes)
-        return self._forward(rows, ids_BT, starts_B, upto, nodes)
+        if self.graphs is not None and self.graphs.take(slots, ids_BT):
+            return self.graphs.forward(ids_BT, starts_B, upto, tree)
+        return self._forward(slots, ids_BT, starts_B, upto, tree)
 
     @torch.inference_mode()
-    def encode(self, rows: Slots, ids_BT: Tensor, starts_B: Tensor, upto: int) -> None:
-        self._run(rows, ids_BT.to(self.device), starts_B.to(self.device), upto)
+    def encode(self, slots: Slots, ids_BT: Tensor, starts_B: Tensor, upto: int) -> None:
+        self._run(slots, ids_BT.to(self.device), starts_B.to(self.device), upto)
 
     # ── layer by layer ──
 
-    def embed(self, ids_BT: Tensor) -> "Residual":
-        return Residual(F.embedding(ids_BT, self.embedding).float(), None)
+    def embed(self, ids_BT: Tensor) -> HiddenStates:
+        return HiddenStates(F.embedding(ids_BT, self.embedding).float(), None)
 
     @torch.inference_mode()
-    def through(
-        self, rows: Slots, tokens: "Residual", starts_B: Tensor, upto: int, layer: Layer
-    ) -> "Residual":
-        """One layer over tokens that have passed the ones before, from `starts_B` on; `tokens` is used up."""
-        place = self._ops.place(rows, starts_B, tokens.count, min(upto, self.cache.capacity))
-        size, shape = padded(tokens.numel(), self.embedding), tokens.x_BTE.shape
-        x_NE, y_NE = (
-            None if z is None else _pad(z.flatten(0, 1), size) for z in (tokens.x_BTE, tokens.y_BTE)
-        )
-        assert x_NE is not None
-        y_NE = layer(x_NE, y_NE, place, self.cache)
-        return Residual(*(z[: tokens.numel()].view(shape).clone() for z in (x_NE, y_NE)))
+    def run_layer(
+        self, slots: Slots, hidden: HiddenStates, starts_B: Tensor, upto: int, layer: int
+    ) -> HiddenStates:
+        place = self._ops.place(slots, starts_B, hidden.count, min(upto, self.cache.capacity))
+        x_NE, y_NE = self._padded(hidden)
+        y_NE = self.layers[layer](x_NE, y_NE, place, self.cache)
+        count, shape = hidden.numel(), hidden.residual_BTE.shape
+        residual_BTE = x_NE[:count].view(shape).clone()
+        return HiddenStates(residual_BTE, y_NE[:count].view(shape).clone())
 
     @torch.inference_mode()
-    def say(self, tokens: "Residual") -> Tensor:
-        """What the head makes of them, [B, T, V]."""
-        (B, T, E), rows = tokens.x_BTE.shape, padded(tokens.numel(), self.embedding)
-        x_NE, y_NE = (
-            None if z is None else _pad(z.reshape(B * T, E).clone(), rows)
-            for z in (tokens.x_BTE, tokens.y_BTE)
-        )
-        assert x_NE is not None
-        logits_NV = self.head(self._ops.add_norm(x_NE, y_NE, self.norm, self.eps))[: B * T]
+    def exit_logits(self, hidden: HiddenStates) -> Tensor:
+        x_NE, y_NE = self._padded(hidden)
+        # The norm writes into x, which the caller goes on with.
+        normed_NE = self._ops.add_norm(x_NE.clone(), y_NE, self.norm, self.eps)
+        logits_NV = self.head(normed_NE)[: hidden.numel()]
+        B, T, _ = hidden.residual_BTE.shape
         return fit_vocabulary(logits_NV.view(B, T, -1), self.vocab_size)
 
-    def gather(self, slot: int, start: int, nodes: Sequence[int]) -> None:
-        self.cache.gather(slot, start, nodes)
+    def _padded(self, hidden: HiddenStates) -> tuple[Tensor, Tensor | None]:
+        """The residual stream and the last layer's output, flattened and padded."""
+        tokens = padded(hidden.numel(), self.embedding)
+        x_NE = _pad(hidden.residual_BTE.flatten(0, 1).contiguous(), tokens)
+        if hidden.update_BTE is None:
+            return x_NE, None
+        return x_NE, _pad(hidden.update_BTE.flatten(0, 1).contiguous(), tokens)
+
+    def keep_path(self, slot: int, start: int, nodes: Sequence[int]) -> None:
+        self.cache.keep_path(slot, start, nodes)
 
     def copy(self, source: int, destination: int, length: int) -> None:
         self.cache.copy(source, destination, length)
 
     def _forward(
         self,
-        rows: Slots,
+        slots: Slots,
         ids_BT: Tensor,
         starts_B: Tensor,
         upto: int,
-        nodes: TreePositions | None = None,
+        tree: TreePositions | None = None,
     ) -> Tensor:
-        x_NE, y_NE = self._run(rows, ids_BT, starts_B, upto, nodes)
+        x_NE, y_NE = self._run(slots, ids_BT, starts_B, upto, tree)
         logits_NV = self.head(self._ops.add_norm(x_NE, y_NE, self.norm, self.eps))[: ids_BT.numel()]
         return fit_vocabulary(logits_NV.view(*ids_BT.shape, -1), self.vocab_size)
 
     def _run(
         self,
-        rows: Slots,
+        slots: Slots,
         ids_BT: Tensor,
         starts_B: Tensor,
         upto: int,
-        nodes: TreePositions | None = None,
+        tree: TreePositions | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The residual stream, and what the last layer adds to it."""
         upto = min(
             upto, self.cache.capacity
         )  # sequences near their end draft along with others that go further
-        place = self._ops.place(rows, starts_B, ids_BT.shape[1], upto, nodes)
+        place = self._ops.place(slots, starts_B, ids_BT.shape[1], upto, tree)
         x_NE, y_NE = F.embedding(ids_BT.flatten(), self.embedding).float(), None
         x_NE = _pad(x_NE, padded(len(x_NE), self.embedding))
         for layer in self.layers:
@@ -232,33 +236,6 @@ class Llama:
         return held and all(
             torch.equal(self._rest[name], tensor) for name, tensor in staged.rest.items()
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Residual:
-    """Tokens on their way through the layers: the residual stream, and what the last layer adds to it."""
-
-    x_BTE: Tensor
-    y_BTE: Tensor | None
-
-    @property
-    def count(self) -> int:
-        return self.x_BTE.shape[1]
-
-    def numel(self) -> int:
-        """Of tokens."""
-        return self.x_BTE.shape[:2].numel()
-
-    @property
-    def last(self) -> "Residual":
-        return Residual(self.x_BTE[:, -1:], None if self.y_BTE is None else self.y_BTE[:, -1:])
-
-    def behind(self, before: "Residual | None") -> "Residual":
-        """Together with those that have come as far, and stand before them."""
-        if before is None:
-            return self
-        pairs = ((before.x_BTE, self.x_BTE), (before.y_BTE, self.y_BTE))
-        return Residual(*(torch.cat(pair, 1) for pair in pairs))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ Rotations = tuple[Tensor, Tensor]  # cosines and sines by position, [L, D] each
 class Place:
     """Where a forward's tokens stand: the same for every layer."""
 
-    rows: slice | Tensor
+    slots: slice | Tensor
     tokens: int  # of each sequence
     upto: int
     bias_B1QU: (
@@ -40,11 +40,11 @@ class Norms:
 class Operations(Protocol):
     def place(
         self,
-        rows: Slots,
+        slots: Slots,
         starts_B: Tensor,
         tokens: int,
         upto: int,
-        nodes: TreePositions | None = None,
+        tree: TreePositions | None = None,
     ) -> Place:
         """Where a forward of this many tokens a sequence stands, from `starts_B` on, in sight of the first `upto` cells.
 
@@ -81,23 +81,23 @@ class TorchOperations:
 
     def place(
         self,
-        rows: Slots,
+        slots: Slots,
         starts_B: Tensor,
         tokens: int,
         upto: int,
-        nodes: TreePositions | None = None,
+        tree: TreePositions | None = None,
     ) -> Place:
         capacity = self._capacity
-        slots_B = slot_index(rows, starts_B.device)
-        positions_BT, cells_BT = stands(starts_B, tokens, capacity, nodes)
+        slots_B = slot_index(slots, starts_B.device)
+        positions_BT, cells_BT = stands(starts_B, tokens, capacity, tree)
         cells_N = (slots_B[:, None] * capacity + cells_BT).flatten()
         # Even a lone token needs it: a captured graph looks further than the context goes.
-        visible_BTU = visible(starts_B, cells_BT, upto, nodes).repeat(1, self._group, 1)
+        visible_BTU = visible(starts_B, cells_BT, upto, tree).repeat(1, self._group, 1)
         bias = torch.zeros(visible_BTU.shape, dtype=self._cos.dtype, device=starts_B.device)
         bias = bias.masked_fill_(~visible_BTU, -torch.inf)[:, None]
         turns = self._cos[positions_BT][:, :, None], self._sin[positions_BT][:, :, None]
         return Place(
-            rows if isinstance(rows, slice) else slots_B, tokens, upto, bias, (cells_N, *turns)
+            slots if isinstance(slots, slice) else slots_B, tokens, upto, bias, (cells_N, *turns)
         )
 
     def add_norm(self, x_NE: Tensor, y_NE: Tensor | None, weight_E: Tensor, eps: float) -> Tensor:
@@ -132,28 +132,28 @@ class TorchOperations:
 
 
 def stands(
-    starts_B: Tensor, tokens: int, capacity: int, nodes: TreePositions | None
+    starts_B: Tensor, tokens: int, capacity: int, tree: TreePositions | None
 ) -> tuple[Tensor, Tensor]:
     """Positions of a forward's tokens and the cells of their slots, [B, T] each."""
     steps_T = torch.arange(tokens, device=starts_B.device)
-    if nodes is None:
+    if tree is None:
         cells_BT = (starts_B[:, None] + steps_T).clamp_(max=capacity - 1)
         return cells_BT, cells_BT
-    cells_BT = (starts_B[:, None] + nodes.first + steps_T).clamp_(max=capacity - 1)
-    return (starts_B[:, None] + nodes.depth_BT).clamp_(max=capacity - 1), cells_BT
+    cells_BT = (starts_B[:, None] + tree.first + steps_T).clamp_(max=capacity - 1)
+    return (starts_B[:, None] + tree.depth_BT).clamp_(max=capacity - 1), cells_BT
 
 
-def visible(starts_B: Tensor, cells_BT: Tensor, upto: int, nodes: TreePositions | None) -> Tensor:
+def visible(starts_B: Tensor, cells_BT: Tensor, upto: int, tree: TreePositions | None) -> Tensor:
     """Which of the first `upto` cells of its slot a token may look at, [B, T, U]."""
     cells_U = torch.arange(upto, device=starts_B.device)
-    if nodes is None:
+    if tree is None:
         return cells_U <= cells_BT[..., None]
     behind_BU = cells_U - starts_B[:, None]
-    node_BTU = behind_BU.clamp(0, nodes.visible_BTC.shape[2] - 1)[:, None].expand(
+    node_BTU = behind_BU.clamp(0, tree.visible_BTC.shape[2] - 1)[:, None].expand(
         -1, cells_BT.shape[1], -1
     )
     among_BTU = (
-        nodes.visible_BTC.gather(2, node_BTU) & (behind_BU < nodes.visible_BTC.shape[2])[:, None]
+        tree.visible_BTC.gather(2, node_BTU) & (behind_BU < tree.visible_BTC.shape[2])[:, None]
     )
     return torch.where((behind_BU < 0)[:, None], True, among_BTU)
 

@@ -53,26 +53,26 @@ class FusedOperations:
 
     def place(
         self,
-        rows: Slots,
+        slots: Slots,
         starts_B: Tensor,
         tokens: int,
         upto: int,
-        nodes: TreePositions | None = None,
+        tree: TreePositions | None = None,
     ) -> Place:
         (B,) = starts_B.shape
         assert starts_B.dtype == torch.long, "kernels read numbers as they lie"
-        where = rows if isinstance(rows, slice) else slot_index(rows, starts_B.device)
+        where = slots if isinstance(slots, slice) else slot_index(slots, starts_B.device)
         first, slots_B = (where.start, None) if isinstance(where, slice) else (0, where)
         stands_2BT = torch.empty((2, B, tokens), dtype=torch.long)  # positions and cells
         several = (
-            B * tokens > 1 or nodes is not None
+            B * tokens > 1 or tree is not None
         )  # a lone token is the last of `upto`: it sees all of them
         bias = (
             torch.empty((B, 1, self._group * tokens, upto), dtype=self._dtype) if several else None
         )
         depth_BT = visible_BTC = None
-        if nodes is not None:
-            depth_BT, visible_BTC = nodes.depth_BT.contiguous(), nodes.visible_BTC.contiguous()
+        if tree is not None:
+            depth_BT, visible_BTC = tree.depth_BT.contiguous(), tree.visible_BTC.contiguous()
         shape = (
             B,
             tokens,

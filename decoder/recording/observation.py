@@ -110,7 +110,7 @@ def observe(
 ) -> Observation:
     """`record_k` tokens a position go into signals; `report_k` is the most a client asked for, None if nobody did."""
     k = min(max(record_k, report_k or 0), logits_BTV.shape[-1])
-    proposal, logits_BTV = proposal.along(verdict.accepted_B, verdict.path_BN, logits_BTV)
+    proposal, logits_BTV = proposal.as_chain(verdict.accepted_B, verdict.path_BN, logits_BTV)
     looked_at = logits_BTV, proposal.logits_BQV, proposal.tokens_BN, proposal.drafted_B, k
     fused = compiled(logits_BTV)
     ids, logp, norm_BT, *of_draft = look(*looked_at) if fused is None else fused.observe(*looked_at)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from decoder.device.transfer import upload
 from decoder.sequence.sequence import LiveSequence
+from decoder.verification.draft_spec import DraftSpec
 from decoder.verification.lenience import LenientAcceptance
 from decoder.verification.sampling import Sampling
-from decoder.verification.tree_shape import DraftSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ class LenientAcceptance:
     def exact_B(self) -> Tensor:
         return (self.scale_B == 1) & (self.power_B == 1)
 
-    def of_rows(self, rows: list[int]) -> "LenientAcceptance":
+    def select(self, rows: list[int]) -> "LenientAcceptance":
         return LenientAcceptance(self.scale_B[rows], self.power_B[rows])
 
     def __call__(self, p_BG: Tensor) -> Tensor:

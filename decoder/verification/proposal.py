@@ -52,7 +52,7 @@ class Tree:
         )
 
     @classmethod
-    def room(
+    def blank(
         cls, rows: int, candidates: int, like: "Sequence[Tree]", device: torch.device | str
     ) -> "Tree":
         """For these trees to be put in; padding sees itself."""
@@ -65,7 +65,7 @@ class Tree:
             nothing_BN, nothing_BN.clone(), distinct_B, visible_BTT, depth, forks, [False] * rows
         )
 
-    def nodes(self, behind: int) -> TreePositions | None:
+    def positions(self, behind: int) -> TreePositions | None:
         """Where a forward of all nodes stands that is fed so many tokens of the context before them, too; None: where
         any tokens would."""
         if not self.forks:
@@ -77,7 +77,7 @@ class Tree:
             seen_BTT = whole_BCC
         return TreePositions(seen_BTT.sum(-1) - 1, seen_BTT)
 
-    def of_rows(self, rows: list[int]) -> "Tree":
+    def select(self, rows: list[int]) -> "Tree":
         return replace(
             self,
             parents_BN=self.parents_BN[rows],
@@ -87,7 +87,7 @@ class Tree:
             chains=[self.chains[row] for row in rows],
         )
 
-    def put(self, members: list[int], part: "Tree") -> None:
+    def write(self, members: list[int], part: "Tree") -> None:
         size = part.parents_BN.shape[1]
         self.parents_BN[members, :size], self.sources_BN[members, :size] = (
             part.parents_BN,
@@ -126,7 +126,7 @@ class Proposal:
         )
 
     @classmethod
-    def joined(
+    def merge(
         cls, parts: "Sequence[tuple[list[int], Proposal]]", rows: int, vocab_size: int, greedy: bool
     ) -> "Proposal":
         """One for all sequences of what was proposed for some of them each; other sequences have drafted nothing."""
@@ -145,9 +145,9 @@ class Proposal:
                 part.tree or Tree.of(chain_shape(part.candidates), len(m), False, device)
                 for m, part in parts
             ]
-            tree = Tree.room(rows, candidates, trees, device)
+            tree = Tree.blank(rows, candidates, trees, device)
             for (members, _), own in zip(parts, trees, strict=True):
-                tree.put(members, own)
+                tree.write(members, own)
         for members, part in parts:
             tokens_BN[members, : part.candidates], drafted_B[members] = (
                 part.tokens_BN,
@@ -160,7 +160,7 @@ class Proposal:
                 probs_BQV[members, : part.probs_BQV.shape[1]] = part.probs_BQV.to(probs_BQV.dtype)
         return cls(tokens_BN, probs_BQV, _pieces(logits_BQV), drafted_B, tree)
 
-    def along(
+    def as_chain(
         self, accepted_B: Tensor, path_BN: Tensor, logits_BTV: Tensor
     ) -> "tuple[Proposal, Tensor]":
         """Of each sequence's tree the chain that was walked, and on behind its end to the first candidate of each node, as a

@@ -4,13 +4,11 @@ Legend: N candidates, T = N + 1 nodes.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 
 import torch
 from torch import Tensor
-
-from online.messages import MAX_GAMMA
 
 SHAPES = 256  # kept: acceptance goes on to suggest others
 Span = slice | list[int]
@@ -181,27 +179,3 @@ def best_shape(rates: tuple[float, ...], candidates: int, depth: int) -> TreeSha
 @cache
 def shape_of_widths(widths: tuple[int, ...]) -> TreeShape:
     return TreeShape.of_widths(widths)
-
-
-@dataclass(frozen=True)
-class DraftSpec:
-    """What a sequence drafts in a step: by which drafter, in which shape, and how many of the shape's candidates."""
-
-    drafter: str
-    shape: TreeShape
-    candidates: int
-    distinct: bool = True  # siblings are drawn without replacement
-    lead: int = 0  # of a cascade: how many the draft drafts, before n-grams go on
-
-    def first(self, candidates: int) -> "DraftSpec":
-        """No more candidates than this."""
-        return (
-            self if candidates >= self.candidates else replace(self, candidates=max(0, candidates))
-        )
-
-
-def chain_spec(gamma: int, drafter: str = "chain") -> DraftSpec:
-    return DraftSpec(drafter, chain_shape(max(gamma, MAX_GAMMA)), gamma)
-
-
-NO_DRAFT = chain_spec(0)

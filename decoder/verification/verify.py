@@ -105,7 +105,7 @@ def _apart(
     ):
         if not rows:
             continue
-        own, part = None if lenient is None else lenient.of_rows(rows), tree.of_rows(rows)
+        own, part = None if lenient is None else lenient.select(rows), tree.select(rows)
         p_BTV, q_BQV, tokens_BN = (
             probs_BTV[rows],
             proposal.probs_BQV[rows],

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from decoder.device.placement import device_of
-from decoder.models.llama import Llama, Residual
+from decoder.models.base import LayeredModel
+from decoder.models.hidden import HiddenStates
 from decoder.models.loading import load_tokenizer
 from decoder.verification.verify import judge
 from lab import rig
@@ -88,8 +89,10 @@ class Bench:
         self._computed = self._forwards = 0.0
         model = serving.engine.batch.drafts[rig.ROUTE].model
         model.forward = self._counted(model.forward, torch.Tensor.numel)  # type: ignore[method-assign]
-        if isinstance(model, Llama):  # exits ask for layers one by one
-            model.through = self._counted(model.through, Residual.numel, 1 / len(model.layers))  # type: ignore[method-assign]
+        if isinstance(model, LayeredModel):  # exits ask for layers one by one
+            model.run_layer = self._counted(
+                model.run_layer, HiddenStates.numel, 1 / model.num_layers
+            )  # type: ignore[method-assign]
 
     def run(self, one: Contestant, asked: Sequence[Asked], at_once: int) -> None:
         """A turn of its."""

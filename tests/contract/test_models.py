@@ -254,8 +254,8 @@ def test_nodes_of_a_tree_see_their_own_ancestors_only(make: Make, cut: int | Non
                 at = tree[at - 1]
             expected = whole([*contexts[b], *(int(tokens[b, n]) for n in (0, *path[::-1]))])
             assert close(found[b, node], expected[-1]), (b, node)
-    model.gather(0, 4, [0, 2, 5])
-    model.gather(1, 2, [0, 3, 4])
+    model.keep_path(0, 4, [0, 2, 5])
+    model.keep_path(1, 2, [0, 3, 4])
     last = feed(model, slice(0, 2), [[50], [51]], [7, 5])
     assert close(last[0], whole([5, 6, 7, 8, 20, 22, 25, 50])[-1:])
     assert close(last[1], whole([9, 10, 30, 33, 34, 51])[-1:])

@@ -342,16 +342,16 @@ class _Always(TableModel):
 
     def forward(
         self,
-        rows: Slots,
+        slots: Slots,
         ids_BT: Tensor,
         starts_B: Tensor,
         upto: int,
-        nodes: TreePositions | None = None,
+        tree: TreePositions | None = None,
     ) -> Tensor:
         if self.fails:
             self.fails -= 1
             raise RuntimeError("out of memory, says the device")
-        return super().forward(rows, ids_BT, starts_B, upto, nodes).float().to(DEVICE)
+        return super().forward(slots, ids_BT, starts_B, upto, tree).float().to(DEVICE)
 
 
 class Failing:
