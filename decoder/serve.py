@@ -23,6 +23,7 @@ from decoder.models.loading import (
     refuse_windows,
     save_first_draft,
 )
+from decoder.recording.observation import RecordLimits
 from decoder.recording.recorder import Recorder
 from decoder.rollout.canary import CanaryController
 from decoder.rollout.installer import Installer
@@ -74,7 +75,7 @@ def build(settings: Settings) -> FastAPI:
         kept_contexts=settings.kept_contexts,
         gamma=settings.gamma,
         prefill_tokens=settings.prefill_tokens or prefill_tokens(device),
-        signal_top_k=settings.signal_top_k,
+        record=RecordLimits(settings.signal_top_k, settings.branch_tokens),
         max_waiting=settings.max_waiting,
         max_context=max_context,
         threads=threads,

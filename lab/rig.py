@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from decoder.device.placement import device_of, prefill_tokens, stay_on_one_core
 from decoder.engine.engine import Engine, EngineLimits
 from decoder.models.loading import ModelFiles, end_ids, load_models, load_tokenizer
+from decoder.recording.observation import RecordLimits
 from decoder.recording.recorder import Recorder
 from decoder.rollout.live import LiveDraft
 from lab import traffic
@@ -225,7 +226,7 @@ def rig(
         kept_contexts=kept,
         gamma=gamma or settings.gamma,
         prefill_tokens=settings.prefill_tokens or prefill_tokens(device),
-        signal_top_k=settings.signal_top_k,
+        record=RecordLimits(settings.signal_top_k, settings.branch_tokens),
         max_waiting=10**6,
         max_context=max_context,
         threads=pair.threads,

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, TypeAdapter, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from online.messages import MAX_GAMMA
@@ -12,6 +12,7 @@ from online.speculation import DraftingOptions
 
 _NAME = re.compile(r"^[a-z0-9][a-z0-9_-]{0,62}$")
 _SHA256 = re.compile(r"^[0-9a-f]{64}$")
+_COUNT = TypeAdapter(NonNegativeInt)
 CommaSeparated = Annotated[tuple[str, ...], NoDecode]
 
 
@@ -264,6 +265,15 @@ class Settings(BaseSettings):
     @property
     def artifacts_path(self) -> Path:
         return (self.artifacts_dir or self.data_dir / "artifacts").absolute()
+
+    @property
+    def branch_tokens(self) -> int:
+        """Tokens of every rejected branch that recipes learn from, hence that signals hold.
+
+        Raises:
+            ValidationError: the recipe's value is not a count.
+        """
+        return _COUNT.validate_python(self.recipe.get("branch_tokens", 0))
 
     @property
     def default_route(self) -> str:

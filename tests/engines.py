@@ -18,6 +18,7 @@ from transformers import (
 
 from decoder.engine.engine import Engine, EngineLimits
 from decoder.models.loading import load_models, load_module, over_slots
+from decoder.recording.observation import RecordLimits
 from decoder.recording.recorder import Recorder
 from decoder.rollout.live import LiveDraft
 from online.buffer import BufferLimits, MemoryBuffer
@@ -133,9 +134,13 @@ def bench(
     target: object = None,
     dtype: str = "float32",
     canary: Path | None = None,
+    branch_tokens: int = 16,
     **limits: int,
 ) -> Iterator[Bench]:
-    """`canary`: what the first route's canary has, as version 9, for half of the requests."""
+    """`canary`: what the first route's canary has, as version 9, for half of the requests.
+
+    `branch_tokens`: recorded of every rejected branch; by default all of it.
+    """
     metrics = ServiceMetrics("tiny")
     buffer = MemoryBuffer(BufferLimits(10_000, 2**30, 3600))
     recorder = Recorder(buffer, "tiny-target", 1000, metrics)
@@ -147,7 +152,6 @@ def bench(
         "gamma": 4,
         "prefill_tokens": 64,
         "kept_contexts": 4,
-        "signal_top_k": 16,
     }
     sizes.update(limits)
     slots, routes = sizes["slots"] + sizes["kept_contexts"], drafts or {"default": pair.draft}
@@ -168,7 +172,7 @@ def bench(
         live,
         tokenizer.backend_tokenizer,
         frozenset([0]),
-        EngineLimits(**sizes),
+        EngineLimits(**sizes, record=RecordLimits(16, branch_tokens)),
         recorder,
         metrics,
         frozenset(["closed"]),

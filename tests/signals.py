@@ -23,13 +23,11 @@ def signal(request_id: str = "r", route: str = "default", k: int = 4, **more: ob
         "step_start": np.array([0, 2], np.int32),
         "step_drafted": np.array([2, 1], np.int32),
         "step_accepted": np.array([1, 1], np.int32),
-        "step_version": np.array([1, 2], np.int32),
-        "draft_ids": np.array([10, 99, 12], np.int32),
-        "draft_logp": np.log(np.array([0.5, 0.2, 0.9])).astype(np.float16),
+        "branch_tokens": 16,
+        "branch_ids": np.array([99], np.int32),
         "top_ids": np.arange(5 * k, dtype=np.int32).reshape(5, k),
         "top_logp": np.full((5, k), np.log(0.9 / k), np.float16),
         "rest_mass": np.full(5, 0.1, np.float16),
-        "draft_top_logp": np.full((3, k), np.log(0.8 / k), np.float16),
     }
     return Signal(**{**values, **more})  # type: ignore[arg-type]
 
@@ -71,13 +69,10 @@ def taught(
             step_start=steps,
             step_drafted=zeros,
             step_accepted=zeros,
-            step_version=zeros + 1,
-            draft_ids=np.zeros(0, np.int32),
-            draft_logp=np.zeros(0, np.float16),
+            branch_ids=np.zeros(0, np.int32),
             top_ids=top.indices[i].numpy().astype(np.int32),
             top_logp=top.values[i].numpy().astype(np.float16),
             rest_mass=rest[i].numpy().astype(np.float16),
-            draft_top_logp=np.zeros((0, k), np.float16),
             client=client,
         )
         for i in range(count)

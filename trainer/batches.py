@@ -61,9 +61,9 @@ class Example:
             [np.full(len(path), PATH)],
             length,
         )
-        for start, drafted, count, verified in signal.branches() if branch_tokens else ():
+        for start, branch, count, verified in signal.branches() if branch_tokens else ():
             count = min(count, branch_tokens)
-            ids.append(signal.draft_ids[drafted : drafted + count].astype(np.int64))
+            ids.append(signal.branch_ids[branch : branch + count].astype(np.int64))
             positions.append(prompt + start + np.arange(count))
             seen.append(np.full(count, prompt + start))
             own.append(np.full(count, end))
@@ -116,7 +116,7 @@ def usable(signal: Signal, vocab_size: int) -> bool:
     """A signal that teaches this draft something: emitted tokens, and no ids beyond its vocabulary."""
     if len(signal.output_ids) == 0 or not np.isfinite(signal.top_logp).all():
         return False
-    ids = (signal.prompt_ids, signal.output_ids, signal.draft_ids, signal.top_ids)
+    ids = (signal.prompt_ids, signal.output_ids, signal.branch_ids, signal.top_ids)
     return max(int(a.max(initial=0)) for a in ids) < vocab_size
 
 

@@ -20,7 +20,8 @@ from decoder.models.ragged import encode, fit, integers, ragged
 from decoder.policy.draft_cost import DraftCostModel
 from decoder.policy.gamma import GammaController
 from decoder.policy.step_times import StepTimes
-from decoder.recording.observation import Observation, StepTrace, observe
+from decoder.recording.observation import Observation, RecordLimits, observe
+from decoder.recording.trace import StepTrace
 from decoder.rollout.live import LiveDraft
 from decoder.sequence.plan import Planner, StepPlan
 from decoder.sequence.prefix_cache import CachedContext, PrefixCache
@@ -40,7 +41,7 @@ class BatchLimits:
     kept_contexts: int  # slots beyond those of sequences
     gamma: int
     prefill_tokens: int
-    signal_top_k: int
+    record: RecordLimits
 
 
 class Batch:
@@ -244,7 +245,7 @@ class Batch:
             (seq.query.logprobs for seq in plan.seqs if seq.query.logprobs is not None),
             default=None,
         )
-        return verdict, observe(logits_BTV, proposal, verdict, self.limits.signal_top_k, reported)
+        return verdict, observe(logits_BTV, proposal, verdict, self.limits.record, reported)
 
     # ── commit ──
 
@@ -278,7 +279,7 @@ class Batch:
             emitted += taken
             logprobs: tuple[TokenLogprob, ...] = ()
             if seen is not None and seq.trace is not None:
-                seq.trace.steps.append(StepTrace(seen, i, start, accepted, version))
+                seq.trace.steps.append(StepTrace(seen, i, start, accepted))
             if seen is not None and (top := seq.query.logprobs) is not None:
                 logprobs = tuple(seen.token_logprob(i, j, new[j], top) for j in range(taken))
             seq.deliver(text, new[:taken], logprobs)

@@ -1,13 +1,11 @@
-"""What a step saw, for signals and log-probabilities: computed on the device, read by whoever needs it later.
+"""What signals and clients' log-probabilities need of a step, computed on the device.
 
-Legend: B sequences, G drafted positions, T = G + 1 verified positions, K = top-k, V vocabulary, S steps, D tokens that they
-draft.
+Legend: B sequences, N candidates, G tokens of a chain, T = G + 1 verified positions, K = top-k,
+V vocabulary.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,126 +18,107 @@ from decoder.verification.sampling import compiled
 from decoder.verification.verify import Verification
 from online.messages import TokenLogprob
 
+LOWEST_LOGP = -9999.0  # JSON has no infinity; vLLM reports impossible tokens by this, too
 Array = NDArray[np.float32]
 
 
-class Observation:
-    """One step's view of all its sequences. The numbers travel to the host while the engine goes on."""
+@dataclass(frozen=True, slots=True)
+class RecordLimits:
+    """How much of a step signals hold."""
 
-    def __init__(self, download: Download, record_k: int) -> None:
-        self._download, self.record_k = download, record_k
-
-    @cached_property
-    def seen(self) -> "Seen":
-        return Seen(*self._download.arrays())
-
-    def token_logprob(self, seq: int, position: int, token_id: int, top: int) -> TokenLogprob:
-        seen = self.seen
-        ids, logp = seen.top_ids_BTK[seq, position, :top], seen.top_logp_BTK[seq, position, :top]
-        pairs = tuple((int(i), _finite(p)) for i, p in zip(ids, logp, strict=True))
-        assert seen.emitted_logp_BT is not None, "nobody asked for log-probabilities in this step"
-        return TokenLogprob(token_id, _finite(seen.emitted_logp_BT[seq, position]), pairs)
+    top_k: int  # the target's most likely tokens of a position
+    branch_tokens: int  # tokens of every rejected branch
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """All log-probabilities are the models' own: at temperature 1, before top-k and top-p."""
+class StepArrays:
+    """One step of all its sequences, on the host.
+
+    Of a tree, the chain is the accepted path, continued by each node's first candidate.
+    Log-probabilities are the target's own: at temperature 1, before top-k and top-p.
+    """
 
     top_ids_BTK: NDArray[np.int64]
     top_logp_BTK: Array
-    draft_ids_BG: NDArray[np.int64]
-    draft_logp_BG: Array
-    draft_top_logp_BGK: Array
-    drafted_B: NDArray[np.int64]
-    emitted_logp_BT: Array | None = None  # the target's, of the token that was emitted there
+    chain_ids_BG: NDArray[np.int64]
+    length_B: NDArray[np.int64]  # of the chain
+    emitted_logp_BT: Array | None = None  # of the token emitted there; None: no client asked
+
+    def positions(self, seq: int, count: int, k: int) -> dict[str, NDArray[np.generic]]:
+        """The sequence's first `count` positions, by the names that signals have for them."""
+        return {
+            "top_ids": self.top_ids_BTK[seq, :count, :k],
+            "top_logp": self.top_logp_BTK[seq, :count, :k],
+        }
 
 
-@dataclass(frozen=True, slots=True)
-class StepTrace:
-    """One sequence's part of an observation."""
+class Observation:
+    """One step of all its sequences, on its way to the host while the engine goes on."""
 
-    observation: Observation
-    seq: int
-    start: int  # index into the output of the first token that the step could emit
-    accepted: int
-    version: int
+    def __init__(self, download: Download, limits: RecordLimits) -> None:
+        self._download = download
+        self.limits = limits
 
-    @property
-    def drafted(self) -> int:
-        """Of a chain its tokens; of a tree those that were walked to, and behind them each node's first candidate."""
-        return int(self.observation.seen.drafted_B[self.seq])
+    @cached_property
+    def arrays(self) -> StepArrays:
+        """Waits for the download."""
+        return StepArrays(*self._download.arrays())
 
-
-def join(steps: Sequence[StepTrace]) -> dict[str, NDArray[Any]]:
-    """All of one sequence's steps: draft_ids, draft_logp [D]; top_ids, top_logp [D + S, K]; draft_top_logp [D, K]."""
-    parts = []
-    for step in steps:
-        seen, k, b, drafted = (
-            step.observation.seen,
-            step.observation.record_k,
-            step.seq,
-            step.drafted,
+    def token_logprob(self, seq: int, position: int, token_id: int, top: int) -> TokenLogprob:
+        """An emitted token and the `top` most likely tokens at its position."""
+        arrays = self.arrays
+        assert arrays.emitted_logp_BT is not None, (
+            "this step was observed without log-probabilities"
         )
-        parts.append(
-            (
-                seen.draft_ids_BG[b, :drafted],
-                seen.draft_logp_BG[b, :drafted],
-                seen.top_ids_BTK[b, : drafted + 1, :k],
-                seen.top_logp_BTK[b, : drafted + 1, :k],
-                seen.draft_top_logp_BGK[b, :drafted, :k],
-            )
-        )
-    names = ("draft_ids", "draft_logp", "top_ids", "top_logp", "draft_top_logp")
-    return {
-        name: np.concatenate(arrays)
-        for name, arrays in zip(names, zip(*parts, strict=True), strict=True)
-    }
+        ids = arrays.top_ids_BTK[seq, position, :top]
+        logp = arrays.top_logp_BTK[seq, position, :top]
+        pairs = tuple((int(i), _finite(p)) for i, p in zip(ids, logp, strict=True))
+        return TokenLogprob(token_id, _finite(arrays.emitted_logp_BT[seq, position]), pairs)
 
 
 def _finite(logp: np.float32) -> float:
-    """JSON has no infinity: tokens that a model masks out get the floor that vLLM gives them."""
-    return max(float(logp), -9999.0)
+    return max(float(logp), LOWEST_LOGP)
 
 
 def observe(
     logits_BTV: Tensor,
     proposal: Proposal,
-    verdict: Verification,
-    record_k: int,
+    verification: Verification,
+    limits: RecordLimits,
     report_k: int | None,
 ) -> Observation:
-    """`record_k` tokens a position go into signals; `report_k` is the most a client asked for, None if nobody did."""
-    k = min(max(record_k, report_k or 0), logits_BTV.shape[-1])
-    proposal, logits_BTV = proposal.as_chain(verdict.accepted_B, verdict.path_BN, logits_BTV)
-    looked_at = logits_BTV, proposal.logits_BQV, proposal.tokens_BN, proposal.drafted_B, k
-    fused = compiled(logits_BTV)
-    ids, logp, norm_BT, *of_draft = look(*looked_at) if fused is None else fused.observe(*looked_at)
-    arrays = [ids, logp, proposal.tokens_BN, *of_draft, proposal.drafted_B]
-    if report_k is not None:
-        # The emitted tokens in place: accepted drafts, then the target's own.
-        emitted_BT = torch.nn.functional.pad(proposal.tokens_BN, (0, 1))
-        emitted_BT = emitted_BT.scatter_(1, verdict.accepted_B[:, None], verdict.next_B[:, None])
-        arrays.append(logits_BTV.gather(-1, emitted_BT[..., None]).squeeze(-1) - norm_BT)
-    return Observation(Download(arrays), record_k)
-
-
-def look(
-    logits_BTV: Tensor,
-    draft_logits_B1V: list[Tensor],
-    draft_tokens_BG: Tensor,
-    drafted_B: Tensor,
-    k: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """top_ids_BTK, top_logp_BTK, norm_BT (log Σ e^logits), draft_logp_BG, draft_top_logp_BGK."""
-    draft_logits_BGV = torch.cat(draft_logits_B1V, 1) if draft_logits_B1V else logits_BTV[:, :0]
-    norm_BT, draft_norm_BG = logits_BTV.logsumexp(-1), draft_logits_BGV.logsumexp(-1)
-    top_BTK, top_ids_BTK = logits_BTV.topk(k, -1)
-    draft_BG = draft_logits_BGV.gather(-1, draft_tokens_BG[..., None]).squeeze(-1)
-    draft_top_BGK = draft_logits_BGV.gather(-1, top_ids_BTK[:, :-1])
-    return (
-        top_ids_BTK,
-        top_BTK - norm_BT[..., None],
-        norm_BT,
-        draft_BG - draft_norm_BG,
-        draft_top_BGK - draft_norm_BG[..., None],
+    """`report_k`: the most tokens that a client wants reported; None if no client asks."""
+    accepted_B = verification.accepted_B
+    tokens_BG, length_B, logits_BTV = proposal.as_chain(
+        accepted_B, verification.path_BN, logits_BTV
     )
+    branch_B = (length_B - accepted_B).clamp(max=limits.branch_tokens)
+    k = min(max(limits.top_k, report_k or 0), logits_BTV.shape[-1])
+    top = top_tokens(logits_BTV, accepted_B + 1 + branch_B, k)
+    arrays = [top.ids_BTK, top.logp_BTK, tokens_BG, length_B]
+    if report_k is not None:
+        # Emitted tokens in place: the accepted ones, then the target's own.
+        emitted_BT = torch.nn.functional.pad(tokens_BG, (0, 1))
+        emitted_BT = emitted_BT.scatter_(1, accepted_B[:, None], verification.next_B[:, None])
+        emitted_logits_BT = logits_BTV.gather(-1, emitted_BT[..., None]).squeeze(-1)
+        arrays.append(emitted_logits_BT - top.norm_BT)
+    return Observation(Download(arrays), limits)
+
+
+@dataclass(frozen=True, slots=True)
+class TopTokens:
+    """The most likely tokens of every position, and log Σ e^logits."""
+
+    ids_BTK: Tensor
+    logp_BTK: Tensor
+    norm_BT: Tensor
+
+
+def top_tokens(logits_BTV: Tensor, count_B: Tensor, k: int) -> TopTokens:
+    """Of each sequence's first `count_B` positions; what lies behind them is undefined."""
+    kernels = compiled(logits_BTV)
+    if kernels is not None:
+        return TopTokens(*kernels.observe(logits_BTV, count_B, k))
+    norm_BT = logits_BTV.logsumexp(-1)
+    logits_BTK, ids_BTK = logits_BTV.topk(k, -1)
+    return TopTokens(ids_BTK, logits_BTK - norm_BT[..., None], norm_BT)

@@ -9,16 +9,13 @@ import queue
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
-import numpy as np
 from redis import RedisError
 
-from decoder.recording.observation import StepTrace, join
+from decoder.recording.trace import Trace, to_signal
 from online.buffer import SignalBuffer
-from online.messages import Query
 from online.metrics import ServiceMetrics
-from online.signals import Signal, encode, pseudonym
+from online.signals import encode
 
 log = logging.getLogger("slipstream.recorder")
 
@@ -27,16 +24,6 @@ GATHER_S, GATHERED = (
     64,
 )  # how long requests queue up, and how many of them at most, before they are written
 RETRY_S = 1.0  # after a failed append, how long signals are dropped without trying again
-
-
-@dataclass(slots=True)
-class Trace:
-    """One request's steps, until it finishes."""
-
-    query: Query
-    steps: list[StepTrace] = field(default_factory=list)
-    output_ids: list[int] = field(default_factory=list)
-    acceptance: float | None = None
 
 
 class Recorder:
@@ -146,30 +133,3 @@ class Recorder:
     def _dropped(self, route: str, reason: str, count: int) -> None:
         for _ in range(count):
             self._metrics.signal_dropped(route, reason)
-
-
-def to_signal(trace: Trace, model: str) -> Signal:
-    query, steps = trace.query, trace.steps
-    seen = join(steps)
-    return Signal(
-        request_id=query.id,
-        route=query.route,
-        temperature=query.temperature,
-        top_p=query.top_p,
-        top_k=query.top_k,
-        model=model,
-        prompt_ids=np.array(query.prompt_ids, np.int32),
-        output_ids=np.array(trace.output_ids, np.int32),
-        step_start=np.array([s.start for s in steps], np.int32),
-        step_drafted=np.array([s.drafted for s in steps], np.int32),
-        step_accepted=np.array([s.accepted for s in steps], np.int32),
-        step_version=np.array([s.version for s in steps], np.int32),
-        draft_ids=seen["draft_ids"].astype(np.int32),
-        draft_logp=seen["draft_logp"].astype(np.float16),
-        top_ids=seen["top_ids"].astype(np.int32),
-        top_logp=seen["top_logp"].astype(np.float16),
-        rest_mass=(1 - np.exp(seen["top_logp"]).sum(-1)).clip(min=0).astype(np.float16),
-        draft_top_logp=seen["draft_top_logp"].astype(np.float16),
-        acceptance=trace.acceptance,
-        client=pseudonym(query.client),
-    )

@@ -7,7 +7,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from decoder.policy.acceptance import SEQUENCE_MEMORY, Acceptance
-from decoder.recording.recorder import Trace
+from decoder.recording.trace import Trace
 from decoder.rollout.live import LiveDraft
 from decoder.sequence.ngram_index import NgramLookup, RouteNgrams
 from decoder.sequence.text import TextStream

@@ -20,7 +20,6 @@ from decoder.verification.fused_kernels import (
     best,
     block,
     draw,
-    largest,
     norm,
     soften,
     top,
@@ -106,34 +105,17 @@ def verify(
     return accepted_B, path_BN, next_B, next_p_B, overlap_B, compared_B
 
 
-def observe(
-    logits_BTV: Tensor,
-    draft_logits_B1V: list[Tensor],
-    draft_tokens_BG: Tensor,
-    drafted_B: Tensor,
-    k: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`decoder.recording.observation.look`, but padding gets no values."""
-    (B, T, V), G = logits_BTV.shape, draft_tokens_BG.shape[1]
-    logits_BTV, draft_tokens_BG = logits_BTV.contiguous(), draft_tokens_BG.contiguous()
-    draft_logits_B1V = [logits.float().contiguous() for logits in draft_logits_B1V]
-    assert all(logits.shape == (B, 1, V) for logits in draft_logits_B1V), (
-        "kernels read as far as they are told"
-    )
-    draft_logits_at = np.array([at(logits) for logits in draft_logits_B1V], np.int64)
-    top_ids, top_logp, norm = (
-        torch.empty((B, T, k), dtype=torch.long),
-        torch.empty((B, T, k)),
-        torch.empty((B, T)),
-    )
-    draft_logp, draft_top_logp = torch.empty((B, G)), torch.empty((B, G, k))
-    told = at(logits_BTV), draft_logits_at.ctypes.data, at(draft_tokens_BG), at(drafted_B)
-    seen = at(top_ids), at(top_logp), at(norm), at(draft_logp), at(draft_top_logp)
-    columns = (
-        1 << (k * V).bit_length() // 2
-    )  # about √(k V): as many as there are candidates in k of them
-    _observe(*told, *seen, B, G, V, k, max(k, min(columns, V)))
-    return top_ids, top_logp, norm, draft_logp, draft_top_logp
+def observe(logits_BTV: Tensor, count_B: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`decoder.recording.observation.top_tokens`: top_ids_BTK, top_logp_BTK, norm_BT."""
+    B, T, V = logits_BTV.shape
+    logits_BTV, count_B = logits_BTV.contiguous(), count_B.contiguous()
+    top_ids_BTK = torch.empty((B, T, k), dtype=torch.long)
+    top_logp_BTK, norm_BT = torch.empty((B, T, k)), torch.empty((B, T))
+    # About √(k V): as many columns as there are candidates in k of them.
+    columns = 1 << (k * V).bit_length() // 2
+    found = at(top_ids_BTK), at(top_logp_BTK), at(norm_BT)
+    _observe(at(logits_BTV), at(count_B), *found, B, T, V, k, max(k, min(columns, V)))
+    return top_ids_BTK, top_logp_BTK, norm_BT
 
 
 # ── compiled ──
@@ -241,33 +223,21 @@ def _judge(
         overlap_B[b], compared_B[b] = overlap, compared
 
 
-@njit(types.void(*[_int] * 14), **EXACT)
+@njit(types.void(*[_int] * 10), **EXACT)
 def _observe(
-    logits_at: Any, draft_logits_at: Any, tokens_at: Any, drafted_at: Any, top_ids_at: Any, top_logp_at: Any,
-    norm_at: Any, draft_logp_at: Any, draft_top_logp_at: Any, B: Any, G: Any, V: Any, K: Any, C: Any,
+    logits_at: Any, count_at: Any, top_ids_at: Any, top_logp_at: Any, norm_at: Any,
+    B: Any, T: Any, V: Any, K: Any, C: Any,
 ) -> None:  # fmt: skip
-    T, maxima_C, chosen_K = G + 1, np.empty(C, np.float32), np.empty(K, np.int64)
-    logits_BTV, draft_logits_at_G = (
-        carray(floats(logits_at), (B, T, V)),
-        carray(integers(draft_logits_at), (G,)),
-    )
-    tokens_BG, drafted_B = carray(integers(tokens_at), (B, G)), carray(integers(drafted_at), (B,))
-    top_ids_BTK, top_logp_BTK = (
-        carray(integers(top_ids_at), (B, T, K)),
-        carray(floats(top_logp_at), (B, T, K)),
-    )
-    norm_BT, draft_logp_BG = carray(floats(norm_at), (B, T)), carray(floats(draft_logp_at), (B, G))
-    draft_top_logp_BGK = carray(floats(draft_top_logp_at), (B, G, K))
+    maxima_C, chosen_K = np.empty(C, np.float32), np.empty(K, np.int64)
+    logits_BTV = carray(floats(logits_at), (B, T, V))
+    count_B = carray(integers(count_at), (B,))
+    top_ids_BTK = carray(integers(top_ids_at), (B, T, K))
+    top_logp_BTK = carray(floats(top_logp_at), (B, T, K))
+    norm_BT = carray(floats(norm_at), (B, T))
     for b in range(B):
-        for t in range(drafted_B[b] + 1):
-            ids_K, logp_K = top_ids_BTK[b, t], top_logp_BTK[b, t]
-            top(logits_BTV[b, t], maxima_C, chosen_K, logp_K, ids_K)
+        for t in range(count_B[b]):
+            logp_K = top_logp_BTK[b, t]
+            top(logits_BTV[b, t], maxima_C, chosen_K, logp_K, top_ids_BTK[b, t])
             norm_BT[b, t] = norm(logits_BTV[b, t], logp_K[0])
             for k in range(K):
                 logp_K[k] -= norm_BT[b, t]
-            if t < drafted_B[b]:
-                x_V = carray(floats(draft_logits_at_G[t] + 4 * b * V), (V,))
-                draft_norm = norm(x_V, largest(x_V))
-                draft_logp_BG[b, t] = x_V[tokens_BG[b, t]] - draft_norm
-                for k in range(K):
-                    draft_top_logp_BGK[b, t, k] = x_V[ids_K[k]] - draft_norm

@@ -162,12 +162,14 @@ class Proposal:
 
     def as_chain(
         self, accepted_B: Tensor, path_BN: Tensor, logits_BTV: Tensor
-    ) -> "tuple[Proposal, Tensor]":
-        """Of each sequence's tree the chain that was walked, and on behind its end to the first candidate of each node, as a
-        proposal, with the target's logits at its nodes."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The verified chain of every sequence: its tokens, its length, and the target's logits.
+
+        Of a tree, the chain is the accepted path, continued by each node's first candidate.
+        """
         tree = self.tree
         if tree is None:
-            return self, logits_BTV
+            return self.tokens_BN, self.drafted_B, logits_BTV
         rows, candidates = self.tokens_BN.shape
         order_N = torch.arange(candidates, device=self.tokens_BN.device)
         real_BN = order_N < self.drafted_B[:, None]
@@ -190,24 +192,7 @@ class Proposal:
         taken_BG = torch.stack(taken, 1)
         nodes_BT = torch.nn.functional.pad(taken_BG + 1, (1, 0))
         row_B1 = torch.arange(rows, device=node_B.device)[:, None]
-        tokens_BG, source_BG = (
-            self.tokens_BN.gather(1, taken_BG),
-            tree.sources_BN.gather(1, taken_BG),
-        )
-        said = _pieces(self._said(tokens_BG, source_BG, logits_BTV.shape[-1]))
-        return Proposal(tokens_BG, self.probs_BQV[:, :0], said, length_B), logits_BTV[
-            row_B1, nodes_BT
-        ]
-
-    def _said(self, tokens_BG: Tensor, source_BG: Tensor, vocab_size: int) -> Tensor:
-        """The logits that tokens were drawn from; of a chosen one, those of a draft that is sure of it."""
-        sure_BGV = torch.full((*tokens_BG.shape, vocab_size), -torch.inf, device=tokens_BG.device)
-        sure_BGV.scatter_(2, tokens_BG[..., None], 0.0)
-        if not self.logits_BQV:
-            return sure_BGV
-        row_B1 = torch.arange(len(tokens_BG), device=tokens_BG.device)[:, None]
-        said_BGV = torch.cat(self.logits_BQV, 1)[row_B1, source_BG.clamp(min=0)]
-        return torch.where((source_BG == CHOSEN)[..., None], sure_BGV.to(said_BGV.dtype), said_BGV)
+        return self.tokens_BN.gather(1, taken_BG), length_B, logits_BTV[row_B1, nodes_BT]
 
 
 def _pieces(logits_BQV: Tensor) -> list[Tensor]:

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from decoder.recording.observation import look
-from decoder.verification import fused as vocabulary
+from decoder.recording.observation import top_tokens
 from decoder.verification.lenience import LenientAcceptance
 from decoder.verification.proposal import CHOSEN, Proposal, Tree
 from decoder.verification.sampling import Sampling, most_likely, probabilities, sample
@@ -155,23 +154,16 @@ def judged_alike(logits_BTV: Tensor, proposal: Proposal, *more: Any) -> set[int]
 
 @pytest.mark.parametrize(("size", "k"), [(3, 3), (64, 32), (1000, 32), (4099, 5)])
 def test_observations(size: int, k: int) -> None:
-    logits_BTV, drafts = (
-        3 * torch.randn(B, G + 1, size),
-        [3 * torch.randn(B, 1, size) for _ in range(G)],
-    )
+    logits_BTV = 3 * torch.randn(B, G + 1, size)
     logits_BTV[2, 1, k - 1 :] = -torch.inf  # fewer possible tokens than are reported
-    tokens_BG, drafted_B = torch.randint(size, (B, G)), torch.full((B,), G)
-    compiled = vocabulary.observe(logits_BTV, drafts, tokens_BG, drafted_B, k)
-    reference = look(
-        logits_BTV.double(), [draft.double() for draft in drafts], tokens_BG, drafted_B, k
-    )
-    possible = reference[1] > -torch.inf
-    assert torch.equal(compiled[0][possible], reference[0][possible])
-    compiled[4][~possible[:, :-1]] = reference[4][
-        ~possible[:, :-1]
-    ].float()  # any of the impossible ones will do
-    for found, expected in zip(compiled[1:], reference[1:], strict=True):
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    count_B = torch.full((B,), G + 1)
+    compiled = top_tokens(logits_BTV, count_B, k)
+    reference = top_tokens(logits_BTV.double(), count_B, k)
+    possible = reference.logp_BTK > -torch.inf  # any of the impossible ones will do
+    assert torch.equal(compiled.ids_BTK[possible], reference.ids_BTK[possible])
+    for name in ("logp_BTK", "norm_BT"):
+        found, expected = getattr(compiled, name).double(), getattr(reference, name)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_logits_that_are_no_numbers_end_nowhere_else() -> None:
@@ -181,7 +173,5 @@ def test_logits_that_are_no_numbers_end_nowhere_else() -> None:
         proposal = Proposal.empty(B, G, 100, "cpu", greedy=False)
         drawn = torch.rand(B, G, dtype=torch.float64), torch.rand(B, dtype=torch.float64)
         assert verify(logits_BTV, proposal, own, *drawn).next_B.max() < 100
-        ids = vocabulary.observe(
-            logits_BTV, proposal.logits_BQV, proposal.tokens_BN, torch.full((B,), G), 8
-        )[0]
+        ids = top_tokens(logits_BTV, torch.full((B,), G + 1), 8).ids_BTK
         assert 0 <= ids.min() <= ids.max() < 100

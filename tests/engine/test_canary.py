@@ -76,16 +76,12 @@ def test_a_requests_side_is_a_stable_hash_of_its_id() -> None:
 
 
 def test_each_row_drafts_with_the_version_it_was_given(pair: TinyPair, tiny: Bench) -> None:
-    """Greedy outputs are the target's in both arms; what is reported and logged is the version that drafted."""
+    """Greedy outputs are the target's in both arms; what is reported is the version that drafted."""
     found = run(tiny)
     for name, finished in found.items():
         assert finished.ids == target_alone(pair, PROMPTS[3], 40)
         assert versions(finished) == {active(tiny).assigned(name).version}
     assert rate(by_version(found, 9)) < rate(by_version(found, 1)) / 2
-    logged = {
-        signal.request_id: set(signal.step_version.tolist()) for signal in tiny.signals(len(NAMES))
-    }
-    assert logged == {name: versions(finished) for name, finished in found.items()}
 
 
 def test_without_a_share_nobody_gets_the_canary(tiny: Bench) -> None:
@@ -127,8 +123,9 @@ def test_rows_of_a_canary_end_with_it_when_it_is_promoted(pair: TinyPair, tiny: 
         active(tiny).install(staged, 9)
         active(tiny).share = 0.0
 
-    tiny.engine.between_steps(promote)
+    promoted = tiny.engine.between_steps(promote)
     found = {name: listener.wait() for name, listener in running.items()}
+    promoted.result()
     assert all(finished.ids == target_alone(pair, PROMPTS[3], 120) for finished in found.values())
     assert all(9 in versions(finished) for finished in found.values())
     assert {v for finished in run(tiny).values() for v in versions(finished)} == {9}

@@ -188,25 +188,46 @@ def test_signals_hold_the_targets_distribution_of_every_verified_position(
         "nothing was rejected: this test looks at nothing"
     )
     model = AutoModelForCausalLM.from_pretrained(pair.target, dtype=torch.float32)
-    draft = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
-    drafted = verified = 0
-    for start, count in zip(signal.step_start, signal.step_drafted, strict=True):
-        branch = signal.draft_ids[drafted : drafted + count].tolist()
-        context = [*PROMPTS[2], *signal.output_ids[:start].tolist(), *branch]
+    contexts = {at: found.ids[:index] for index, at in signal.path()}
+    for start, first, count, at in signal.branches():
+        branch = signal.branch_ids[first : first + count].tolist()
+        for j in range(count):
+            contexts[at + j] = found.ids[:start] + branch[: j + 1]
+    assert sorted(contexts) == list(range(len(signal.top_ids)))
+    for at, context in contexts.items():
         with torch.no_grad():
-            target_logp = model(torch.tensor([context])).logits[0].log_softmax(-1)[-count - 1 :]
-            draft_logp = draft(torch.tensor([context])).logits[0].log_softmax(-1)[-count - 1 :]
-        for j in range(count + 1):
-            at = verified + j
-            top = target_logp[j].topk(16)
-            assert signal.top_logp[at] == pytest.approx(top.values.numpy(), abs=0.02)
-            assert signal.rest_mass[at] == pytest.approx(
-                1 - top.values.exp().sum().item(), abs=2e-3
-            )
-            if j < count:
-                own = draft_logp[j][torch.from_numpy(signal.top_ids[at].astype(np.int64))]
-                assert signal.draft_top_logp[drafted + j] == pytest.approx(own.numpy(), abs=0.05)
-        drafted, verified = drafted + count, verified + count + 1
+            logits_V = model(torch.tensor([[*PROMPTS[2], *context]])).logits[0, -1]
+        top = logits_V.log_softmax(-1).topk(16)
+        assert signal.top_ids[at].tolist() == top.indices.tolist()
+        assert signal.top_logp[at] == pytest.approx(top.values.numpy(), abs=0.02)
+        assert signal.rest_mass[at] == pytest.approx(1 - top.values.exp().sum().item(), abs=2e-3)
+
+
+@pytest.mark.parametrize("branch_tokens", [0, 1, 2])
+def test_signals_hold_as_much_of_a_rejected_branch_as_recipes_learn_from(
+    pair: TinyPair, branch_tokens: int
+) -> None:
+    """By default none of it; what is recorded is what a signal of whole branches holds there."""
+    asked = query(PROMPTS[2], "logged", temperature=1.0, seed=3, max_tokens=40)
+    signals = []
+    for recorded in (16, branch_tokens):
+        with bench(pair, branch_tokens=recorded) as tiny:
+            tiny.run(asked)
+            signals += tiny.signals(1)
+    whole, cut = signals
+    assert (whole.step_branch > branch_tokens).any(), "no branch is longer: nothing is cut"
+    assert cut.step_branch.tolist() == whole.step_branch.clip(max=branch_tokens).tolist()
+    same = dict(zip((at for _, at in cut.path()), (at for _, at in whole.path()), strict=True))
+    if branch_tokens:
+        for left, right in zip(cut.branches(), whole.branches(), strict=True):
+            assert (left[0], left[2]) == (right[0], min(branch_tokens, right[2]))
+            left_ids, right_ids = cut.branch_ids[left[1] :], whole.branch_ids[right[1] :]
+            assert left_ids[: left[2]].tolist() == right_ids[: left[2]].tolist()
+            same |= {left[3] + j: right[3] + j for j in range(left[2])}
+    assert sorted(same) == list(range(len(cut.top_ids)))
+    for left, right in same.items():
+        assert cut.top_ids[left].tolist() == whole.top_ids[right].tolist()
+        assert cut.top_logp[left].tolist() == whole.top_logp[right].tolist()
 
 
 def test_signals_know_how_much_was_accepted(tiny: Bench) -> None:

@@ -5,14 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
+from online.settings import Settings
 from online.signals import Signal
 from tests.signals import signal, taught
 from tests.tiny import TinyPair
 from trainer.batches import BRANCH, MASK, Example, collate
 from trainer.distill import Recipe, accepts_positions, distill, draft_logits, position_losses
 from trainer.divergences import divergence
+from trainer.recipe_search import CANDIDATES, configured_recipe
 
 
 def drafted(request_id: str = "r", prompt: tuple[int, ...] = (5, 6, 7)) -> Signal:
@@ -24,36 +27,33 @@ def drafted(request_id: str = "r", prompt: tuple[int, ...] = (5, 6, 7)) -> Signa
         step_start=np.array([0, 2, 3], np.int32),
         step_drafted=np.array([3, 3, 3], np.int32),
         step_accepted=np.array([1, 0, 3], np.int32),
-        step_version=np.ones(3, np.int32),
-        draft_ids=np.array([10, 90, 91, 80, 81, 82, 13, 14, 15], np.int32),
-        draft_logp=np.zeros(9, np.float16),
+        branch_ids=np.array([90, 91, 80, 81, 82], np.int32),
         top_ids=np.arange(12 * 4, dtype=np.int32).reshape(12, 4),
         top_logp=np.full((12, 4), np.log(0.2), np.float16),
         rest_mass=np.full(12, 0.2, np.float16),
-        draft_top_logp=np.zeros((9, 4), np.float16),
     )
 
 
 def contexts(drafts: Signal) -> dict[int, list[int]]:
-    """By the position that was verified: the tokens it was verified after, written from the contract of a signal."""
-    prompt, output, found, drafted_before, verified = (
-        drafts.prompt_ids.tolist(),
-        drafts.output_ids.tolist(),
-        {},
-        0,
-        0,
-    )
-    for start, count in zip(drafts.step_start, drafts.step_drafted, strict=True):
-        for j in range(count + 1):
-            own = drafts.draft_ids[drafted_before : drafted_before + j].tolist()
-            found[verified + j] = [*prompt, *output[:start], *own]
-        drafted_before, verified = drafted_before + count, verified + count + 1
+    """By position: the tokens that it was verified after, written from the contract of a signal."""
+    prompt, output = drafts.prompt_ids.tolist(), drafts.output_ids.tolist()
+    found: dict[int, list[int]] = {}
+    first = 0
+    for start, accepted, branch in zip(
+        drafts.step_start, drafts.step_accepted, drafts.step_branch, strict=True
+    ):
+        own = drafts.branch_ids[first : first + branch].tolist()
+        for j in range(accepted + 1):
+            found[len(found)] = [*prompt, *output[: start + j]]
+        for j in range(branch):
+            found[len(found)] = [*prompt, *output[: start + accepted], *own[: j + 1]]
+        first += branch
     return found
 
 
 def test_a_branch_is_what_was_drafted_and_not_kept() -> None:
     """Where it leaves the path, its first drafted token, how many, and what was verified after the first."""
-    assert list(drafted().branches()) == [(1, 1, 2, 2), (2, 3, 3, 5)]
+    assert list(drafted().branches()) == [(1, 0, 2, 2), (2, 2, 3, 5)]
 
 
 @pytest.mark.parametrize("branch_tokens", [0, 1, 2, 16])
@@ -112,6 +112,21 @@ def test_branches_are_learnt_from(pair: TinyPair) -> None:
         module, [[drafted()]], Recipe(epochs=2, branch_tokens=4, branch_weight=0.5), pad_id=3
     )
     assert told.positions == 2 * 12
+
+
+@pytest.mark.parametrize("drafter", [None, "tree", "parallel", "exits", "auto"])
+def test_decoders_record_as_much_of_branches_as_any_recipe_learns_from(
+    drafter: str | None,
+) -> None:
+    """The configured recipe of every drafter, and whatever else a cycle may choose."""
+    for recipe, expected in (({}, 0), ({"branch_tokens": 4}, 4)):
+        told = {"recipe": recipe, "drafters": {"default": {"drafter": drafter}}}
+        configured = Settings.model_validate(told)
+        base = configured_recipe(configured, "default", 0)
+        assert configured.branch_tokens == base.branch_tokens == expected
+        assert {replace(base, **change).branch_tokens for change in CANDIDATES} == {expected}
+    with pytest.raises(ValidationError):
+        _ = Settings(recipe={"branch_tokens": -1}).branch_tokens
 
 
 def test_models_that_count_positions_themselves_get_no_branches() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from online.errors import SignalError
 from online.signals import SIGNAL_VERSION, decode, encode, pseudonym
 from tests.signals import signal
+
+RECORDS = Path(__file__).parents[1] / "records"  # of earlier versions, written by their code
 
 
 def test_a_signal_survives_the_wire() -> None:
@@ -58,18 +61,41 @@ def test_an_unknown_version_is_refused() -> None:
         decode(record)
 
 
-def test_records_of_version_1_are_read_as_nobodys() -> None:
-    """What waits in a buffer when the service is updated is not lost; it did not know its client."""
-    record = encode(signal(client="someone"))
-    header = json.loads(
-        json.loads(record[8 : 8 + int.from_bytes(record[:8], "little")])["__metadata__"]["signal"]
+@pytest.mark.parametrize(("version", "client"), [(1, ""), (2, "someone")])
+def test_records_of_earlier_versions_are_read(version: int, client: str) -> None:
+    """What waits in a buffer when the service is updated is not lost. Version 1 knew no client."""
+    record = (RECORDS / f"signal-v{version}.safetensors").read_bytes()
+    assert f'"signal_version":"{version}"'.encode() in record
+    found, today = decode(record), signal(client=client)
+    for field in dataclasses.fields(today):
+        if field.name not in ("branch_tokens", "acceptance"):
+            left, right = getattr(found, field.name), getattr(today, field.name)
+            assert np.array_equal(left, right), field.name
+    assert found.acceptance == (None if version == 1 else 0.75)
+    assert list(found.path()) == list(today.path())
+    assert list(found.branches()) == list(today.branches())
+    assert decode(encode(found)).step_branch.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("branch_tokens", [0, 1, 2, 5])
+def test_branches_are_cut_at_the_recipes_length(branch_tokens: int) -> None:
+    """Four drafted with one accepted, then three accepted: the first step's branch has three."""
+    branch = min(3, branch_tokens)
+    made = signal(
+        output_ids=np.array([10, 11, 12, 13, 14, 15], np.int32),
+        step_start=np.array([0, 2], np.int32),
+        step_drafted=np.array([4, 3], np.int32),
+        step_accepted=np.array([1, 3], np.int32),
+        branch_tokens=branch_tokens,
+        branch_ids=np.arange(branch, dtype=np.int32),
+        top_ids=np.zeros((6 + branch, 4), np.int32),
+        top_logp=np.zeros((6 + branch, 4), np.float16),
+        rest_mass=np.zeros(6 + branch, np.float16),
     )
-    assert header.pop("client") == "someone"
-    old = safetensors.numpy.save(
-        safetensors.numpy.load(record), {"signal_version": "1", "signal": json.dumps(header)}
-    )
-    assert decode(old).client == ""
-    assert decode(old).output_ids.tolist() == signal().output_ids.tolist()
+    found = decode(encode(made))
+    assert found.step_branch.tolist() == [branch, 0]
+    assert list(found.branches()) == ([(1, 0, branch, 2)] if branch else [])
+    assert [at for _, at in found.path()] == [0, 1, *range(2 + branch, 6 + branch)]
 
 
 def test_a_pseudonym_tells_clients_apart_and_names_nobody() -> None:
@@ -83,13 +109,17 @@ def test_a_pseudonym_tells_clients_apart_and_names_nobody() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("draft_ids", np.zeros(7, np.int32)),
+        ("branch_ids", np.zeros(7, np.int32)),
+        ("branch_tokens", 0),
+        ("branch_tokens", -1),
+        ("step_start", np.zeros(3, np.int32)),
         ("rest_mass", np.zeros(1, np.float16)),
         ("step_accepted", np.array([3, 1], np.int32)),
-        ("draft_top_logp", np.zeros((3, 9), np.float16)),
+        ("step_accepted", np.array([-1, 1], np.int32)),
+        ("top_logp", np.zeros((5, 9), np.float16)),
     ],
 )
-def test_lengths_that_do_not_fit_are_refused(field: str, value: np.ndarray) -> None:
+def test_lengths_that_do_not_fit_are_refused(field: str, value: object) -> None:
     """A damaged record never reaches training."""
     with pytest.raises(SignalError, match="damaged"):
         decode(encode(signal(**{field: value})))
