@@ -4,8 +4,9 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
 TORCH ?= torch==2.13.0
 PY := .venv/bin/python
+WORKERS ?= 2
 
-.PHONY: help setup demo serve test gpu check format reference-pair lock clean
+.PHONY: help setup demo serve test-unit test gpu check format reference-pair lock clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 18
@@ -25,8 +26,11 @@ demo: setup ## serve, learn, swap and show the gain (about 3 minutes)
 serve: setup ## run the whole service until Ctrl-C
 	@$(PY) -m online.cli up
 
-test: setup ## all tests, with real Redis and PostgreSQL from wheels
-	$(PY) -m pytest $(ARGS)
+test-unit: setup ## functions and objects alone, in seconds
+	$(PY) -m pytest tests/unit $(ARGS)
+
+test: setup ## all tests, in WORKERS processes, with real Redis and PostgreSQL from wheels
+	$(PY) -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
 gpu: setup ## tests of models, engine and drafters on this machine's GPU (TORCH has to be a CUDA build)
 	SLIPSTREAM_TEST_DEVICE=cuda $(PY) -m pytest tests/gpu tests/contract/test_models.py tests/engine/test_engine.py \
