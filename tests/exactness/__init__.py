@@ -1,1 +1,1 @@
-"""Enumerations of what the serving functions emit."""
+"""What the serving functions emit, by enumeration; compiles them."""

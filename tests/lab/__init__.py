@@ -1,1 +1,1 @@
-"""The lab's commands on tiny models."""
+"""The lab: its arithmetic, and its commands on tiny models."""
