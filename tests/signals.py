@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM
 
 from online.signals import Signal
 
@@ -47,6 +45,9 @@ def taught(
 
     Prompts are random, of token ids in the half-open range `prompt_ids`.
     """
+    import torch  # here, as unit tests make signals without a model
+    from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(*prompt_ids, (count, 6), generator=generator)

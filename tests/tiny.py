@@ -1,31 +1,34 @@
-"""Tiny random models on disk, in the Hugging Face layout: what the service loads, a thousand times smaller.
+"""Tiny random models on disk, in the Hugging Face layout: what the service loads, made small.
 
-The target is sharp (its logits are spread by hand), so that greedy decoding has no near-ties and a draft has something
-to learn. The draft is the target with noise: it accepts often, not always. `spoilt` is a draft of the same shape that
-knows nothing.
+The target's logits are scaled by hand, so that greedy decoding has no near-ties and a draft has
+something to learn. `draft` is the target with noise: its tokens are accepted often, not always.
+`spoilt` has the same shape and other random weights: it knows nothing of the target.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lab.reference_pair import CHAT_TEMPLATE, SPECIAL_TOKENS
+from tests.tokenizer import VOCABULARY, make_tokenizer
 
-VOCABULARY = 320
+transformers.utils.logging.disable_progress_bar()
 
 
 @dataclass(frozen=True)
 class TinyPair:
+    """Folders of the three models."""
+
     target: Path
     draft: Path
     spoilt: Path
 
 
 def make_pair(folder: Path) -> TinyPair:
-    tokenizer = _tokenizer()
+    """Writes the three models, each with the tokenizer."""
+    tokenizer = make_tokenizer()
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -72,21 +75,3 @@ def _noisy(model: LlamaForCausalLM, seed: int, noise: float = 0.015) -> LlamaFor
 def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([Path(__file__).read_text()] * 2, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>"
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast

@@ -1,21 +1,18 @@
 """Growing text: whole characters only, and nothing of a stop string."""
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
-from transformers import AutoTokenizer
 
 from decoder.sequence.text import HfCodec, TextStream
 from online.errors import InvalidRequest
-from tests.tiny import VOCABULARY, TinyPair
+from tests.tokenizer import VOCABULARY, make_tokenizer
 
 
 @pytest.fixture(scope="module")
-def tokenizer(pair: TinyPair) -> Tokenizer:
-    found: Tokenizer = AutoTokenizer.from_pretrained(pair.target).backend_tokenizer
+def tokenizer() -> Tokenizer:
+    found: Tokenizer = make_tokenizer().backend_tokenizer
     return found
 
 
@@ -85,9 +82,9 @@ def test_any_tokens_make_text(tokenizer: Tokenizer, ids: list[int], stop: str) -
     stream.finish()
 
 
-def test_templates_are_the_targets_own(pair: TinyPair, tmp_path: Path) -> None:
+def test_templates_are_the_targets_own() -> None:
     """A model without one says so."""
-    tokenizer = AutoTokenizer.from_pretrained(pair.target)
+    tokenizer = make_tokenizer()
     codec = HfCodec(tokenizer, "tiny", VOCABULARY)
     ids = codec.encode_chat([{"role": "user", "content": "hi"}])
     assert codec.backend.decode(ids, skip_special_tokens=False) == "<|user|>hi<|assistant|>"
