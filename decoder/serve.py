@@ -24,7 +24,7 @@ from decoder.models.loading import (
     save_first_draft,
 )
 from decoder.recording.observation import RecordLimits
-from decoder.recording.recorder import Recorder
+from decoder.recording.recorder import QUEUE_SIZE, Recorder
 from decoder.rollout.canary import CanaryController
 from decoder.rollout.installer import Installer
 from decoder.rollout.live import LiveDraft
@@ -40,7 +40,7 @@ from online.metrics import ServiceMetrics
 from online.prompt_routes import PromptClusters
 from online.registry import Registry
 from online.rollout import RolloutGuard, Rules
-from online.settings import Settings
+from online.settings import Settings, warn_about_unknown_variables
 from online.tables import connect
 from online.versions import Candidate
 
@@ -68,7 +68,7 @@ def build(settings: Settings) -> FastAPI:
     registry, ledger = Registry(database), CycleLedger(database)
     buffer = signal_buffer(settings)
     parts_of = dict.fromkeys(settings.cluster_routes, settings.default_route)
-    recorder = Recorder(buffer, fingerprint(target), settings.signal_queue, metrics, parts_of)
+    recorder = Recorder(buffer, fingerprint(target), QUEUE_SIZE, metrics, parts_of)
     clusters = PromptClusters.of(settings)
     limits = EngineLimits(
         slots=settings.slots,
@@ -171,6 +171,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     settings = Settings()
+    warn_about_unknown_variables()
     if not settings.admin_keys:
         log.warning(
             "no API keys are configured: bound to %s, and every caller is an admin",

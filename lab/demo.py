@@ -35,7 +35,6 @@ DEMO_SETTINGS: Mapping[str, Any] = {
     "canary_margin": 0.05,
     "guard_requests": 10,
     "search_recipe": False,  # which costs three passes
-    "worth_gain": 0.0,  # no rest
 }
 LOOK_S, SAY_S = 1.0, 5.0  # how often the demo looks at its route, and says how the traffic goes
 CYCLE_WAIT_S = 120.0

@@ -20,7 +20,8 @@ from decoder.recording.observation import RecordLimits
 from decoder.recording.recorder import Recorder
 from decoder.rollout.live import LiveDraft
 from lab import traffic
-from online.buffer import BufferLimits, MemoryBuffer, SignalBuffer
+from online.buffer import BufferLimits, SignalBuffer
+from online.memory_buffer import MemoryBuffer
 from online.messages import Delta, Query, SpeculationStats
 from online.metrics import ServiceMetrics
 from online.settings import Settings

@@ -6,7 +6,8 @@ from pathlib import Path
 import redis
 from celery import Celery
 
-from online.buffer import BufferLimits, RedisBuffer
+from online.buffer import BufferLimits
+from online.redis_buffer import RedisBuffer
 from online.settings import Settings
 
 CYCLE_TASK = "trainer.cycle"

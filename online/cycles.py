@@ -1,88 +1,105 @@
-"""The ledger of training cycles: single flight per route, leases, fencing, and the watermark of used signals.
+"""The ledger of training cycles: one unfinished cycle per route, leases, and used signals.
 
-SQL is the truth. Redis may deliver a task twice or forget an acknowledgement; the ledger makes either harmless.
+SQL holds the truth. If Redis delivers a task twice or forgets an acknowledgement, the ledger
+makes that harmless.
 """
 
-from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import Engine, func, select, update
+from sqlalchemy import Engine, func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from online.activations import (
-    add_activation,
-    newest_activation,
-    raced,
-    require_route,
-    serving_version,
-)
+from online.activations import raced, require_route
 from online.audit import record
 from online.buffer import id_order
-from online.canaries import open_canary, running_canary
-from online.errors import Conflict, NotFound
-from online.tables import MAX_ID, Cycle, Version, now, transaction
+from online.canaries import running_canary
+from online.errors import Conflict
+from online.leases import (
+    UNFINISHED,
+    Lease,
+    change_free_cycle,
+    change_leased_cycle,
+    close_cycle,
+    is_free,
+    require_cycle,
+    unfinished_cycle,
+)
+from online.promotion import roll_out
+from online.tables import Cycle, Version, now, transaction
 from online.versions import Candidate, add_version
-
-UNFINISHED = ("queued", "running")
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """The right to work on a cycle. A later lease on the same cycle has a higher fence and voids this one."""
-
-    cycle_id: int
-    fence: int
-
-
-class LeaseLost(Conflict):
-    """Another worker has taken the cycle over: stop, write nothing."""
-
-    code = "lease_lost"
 
 
 class CycleLedger:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
+    # ── reading ──
+
+    def cycle(self, cycle_id: int) -> Cycle:
+        with transaction(self._engine, writes=False) as session:
+            return require_cycle(session, cycle_id)
+
+    def cycles(self, route: str | None = None, limit: int = 100) -> list[Cycle]:
+        """Cycles of one route or of all routes, newest first."""
+        query = select(Cycle).order_by(Cycle.id.desc()).limit(limit)
+        if route:
+            query = query.where(Cycle.route == route)
+        with transaction(self._engine, writes=False) as session:
+            return list(session.scalars(query))
+
+    def unfinished(self, route: str) -> Cycle | None:
+        with transaction(self._engine, writes=False) as session:
+            return unfinished_cycle(session, route)
+
+    def counts(self) -> dict[tuple[str, str], int]:
+        """Number of cycles by (route, state)."""
+        group = (Cycle.route, Cycle.state)
+        query = select(*group, func.count()).group_by(*group)
+        with transaction(self._engine, writes=False) as session:
+            return {(route, state): count for route, state, count in session.execute(query)}
+
+    def watermark(self, route: str) -> str | None:
+        """The newest entry id that a finished cycle has used.
+
+        No later cycle may use this entry or an older one.
+        """
+        query = select(Cycle.window_last).where(
+            Cycle.route == route, Cycle.state.not_in(UNFINISHED), Cycle.window_last.is_not(None)
+        )
+        with transaction(self._engine, writes=False) as session:
+            used = [last for last in session.scalars(query) if last]
+        return max(used, key=id_order, default=None)
+
+    # ── starting ──
+
     def request(self, route: str, actor: str, reason: str = "") -> tuple[Cycle, bool]:
-        """A queued cycle of the route, and whether it is new: one that is unfinished is returned instead.
+        """Queues a cycle of the route. Returns it and True, or the unfinished one and False.
 
         Raises:
-            Conflict: the last cycle's candidate is still on trial. What is learnt now could not be promoted over it.
+            Conflict: a canary is running on the route. What a cycle learns now could not be
+                promoted over it.
         """
         try:
             with transaction(self._engine, writes=True) as session:
                 require_route(session, route)
-                if (cycle := _unfinished(session, route)) is not None:
+                if (cycle := unfinished_cycle(session, route)) is not None:
                     return cycle, False
-                if (canary := running_canary(session, route)) is not None:
-                    raise Conflict(
-                        f"version {canary.version} is a canary on route {route!r}; the next cycle waits for its end",
-                        code="canary_running",
-                    )
-                cycle = Cycle(route=route, state="queued", actor=actor)
-                session.add(cycle)
-                session.flush()
-                record(session, actor, "cycle:request", route, reason, cycle=cycle.id)
-                return cycle, True
+                return _queue_cycle(session, route, actor, reason), True
         except IntegrityError:
             cycle_now = self.unfinished(route)
             if cycle_now is None:
                 raise
             return cycle_now, False
 
-    def unfinished(self, route: str) -> Cycle | None:
-        with transaction(self._engine, writes=False) as session:
-            return _unfinished(session, route)
-
     def take(self, cycle_id: int, lease_s: float) -> Lease | None:
-        """A lease on a cycle that nobody works on (see `_free`), else None."""
+        """A lease on the cycle, or None if another worker holds it (see `is_free`)."""
         with transaction(self._engine, writes=True) as session:
-            cycle = _require(session, cycle_id)
+            cycle = require_cycle(session, cycle_id)
+            if not is_free(cycle, lease_s):
+                return None
             lease = Lease(cycle_id, cycle.fence + 1)
-            taken = _free(cycle, lease_s) and _replace(
+            taken = change_free_cycle(
                 session,
                 cycle,
                 state="running",
@@ -92,52 +109,42 @@ class CycleLedger:
             )
             return lease if taken else None
 
+    # ── working ──
+
     def heartbeat(self, lease: Lease) -> None:
-        self._update(lease, heartbeat_at=now())
+        self._change(lease, heartbeat_at=now())
 
     def set_window(self, lease: Lease, first: str, last: str) -> None:
-        self._update(lease, window_first=first, window_last=last)
+        """Records the first and last entry id that the cycle uses."""
+        self._change(lease, window_first=first, window_last=last)
 
-    def watermark(self, route: str) -> str | None:
-        """The newest entry id that a finished cycle has used. What is not newer must not be used again."""
-        query = select(Cycle.window_last).where(
-            Cycle.route == route, Cycle.state.not_in(UNFINISHED), Cycle.window_last.is_not(None)
-        )
-        with transaction(self._engine, writes=False) as session:
-            return max(
-                (last for last in session.scalars(query) if last), key=id_order, default=None
-            )
+    # ── ending ──
 
-    def finish(self, lease: Lease, state: str, report: dict[str, Any], error: str = "") -> Cycle:
-        """Ends a cycle that makes no version: nothing to learn from, or given up."""
-        with transaction(self._engine, writes=True) as session:
-            return _close(session, lease, state, report, error)
+    def release(self, lease: Lease, error: str) -> None:
+        """Queues a cycle again whose attempt failed."""
+        self._change(lease, state="queued", error=error, heartbeat_at=now())
 
     def give_up(self, cycle_id: int, lease_s: float, attempts: int) -> bool:
-        """Fails a cycle that has had its `attempts` and that nobody works on.
+        """Fails a cycle that nobody works on after `attempts` attempts. Returns whether it did.
 
-        Its window counts as used: a poisonous one must not loop.
+        Its window counts as used, so that a window that always fails is not tried for ever.
         """
         with transaction(self._engine, writes=True) as session:
-            cycle = _require(session, cycle_id)
-            if cycle.attempts < attempts or not _free(cycle, lease_s):
+            cycle = require_cycle(session, cycle_id)
+            if cycle.attempts < attempts or not is_free(cycle, lease_s):
                 return False
-            error = f"given up after {cycle.attempts} attempts; the last one: {cycle.error or 'ended unseen'}"
-            if not _replace(
-                session,
-                cycle,
-                state="failed",
-                error=error,
-                fence=cycle.fence + 1,
-                finished_at=now(),
-            ):
+            last = cycle.error or "ended unseen"
+            error = f"given up after {cycle.attempts} attempts; the last one: {last}"
+            ended = {"state": "failed", "error": error, "finished_at": now()}
+            if not change_free_cycle(session, cycle, fence=cycle.fence + 1, **ended):
                 return False
             record(session, "trainer", "cycle:failed", cycle.route, error, cycle=cycle_id)
             return True
 
-    def release(self, lease: Lease, error: str) -> None:
-        """Puts a cycle whose attempt failed back into the queue."""
-        self._update(lease, state="queued", error=error, heartbeat_at=now())
+    def finish(self, lease: Lease, state: str, report: dict[str, Any], error: str = "") -> Cycle:
+        """Ends a cycle that makes no version."""
+        with transaction(self._engine, writes=True) as session:
+            return close_cycle(session, lease, state, report, error)
 
     def conclude(
         self,
@@ -148,112 +155,39 @@ class CycleLedger:
         report: dict[str, Any],
         canary_share: float = 0.0,
     ) -> Cycle:
-        """Registers the candidate and promotes it, or not, in one transaction with the end of its cycle.
+        """Ends a cycle with a candidate: registers it and rolls it out if it passed the gate.
 
-        With a `canary_share` it first drafts for that share of the route's requests. It is held back when the route is
-        frozen, when another canary is running, or when the active version is no longer the one that it was compared
-        with.
+        `canary_share`: share of requests that it drafts for first; 0: it is active at once.
 
         Raises:
             LeaseLost: another worker has the cycle.
             Conflict: another activation came at the same moment; nothing was written.
         """
         with raced(), transaction(self._engine, writes=True) as session:
-            cycle = _close(session, lease, "rejected", report, "")
+            cycle = close_cycle(session, lease, "rejected", report)
             route = require_route(session, cycle.route, change=True)
-            newest = newest_activation(session, cycle.route)
             version = add_version(
-                session,
-                cycle.route,
-                candidate,
-                "trainer",
-                parent_id=parent.id,
-                cycle_id=lease.cycle_id,
+                session, route.name, candidate, "trainer", parent_id=parent.id, cycle_id=cycle.id
             )
-            if promote and route.frozen:
-                cycle.state, cycle.error = "held", "the route is frozen"
-            elif promote and (
-                (serving := serving_version(session, cycle.route)) is None
-                or serving.id != parent.id
-            ):
-                cycle.state, cycle.error = "held", f"the active version is no longer {parent.id}"
-            elif promote and (canary := running_canary(session, cycle.route)) is not None:
-                cycle.state, cycle.error = (
-                    "held",
-                    f"version {canary.version} is a canary on this route",
-                )
-            elif promote and canary_share:
-                cycle.state = "canary"
-                reason = candidate.gate["reason"]
-                open_canary(
-                    session, cycle.route, version.id, parent.id, canary_share, "trainer", reason
-                )
-            elif promote:
-                cycle.state = "promoted"
-                reason = candidate.gate["reason"]
-                add_activation(
-                    session, cycle.route, newest, version.id, "promotion", "trainer", reason
-                )
             cycle.report = {**report, "version": version.id}
+            if promote:
+                roll_out(session, cycle, route, version, parent, canary_share)
             return cycle
 
-    def cycle(self, cycle_id: int) -> Cycle:
-        with transaction(self._engine, writes=False) as session:
-            return _require(session, cycle_id)
-
-    def cycles(self, route: str | None = None, limit: int = 100) -> list[Cycle]:
-        query = select(Cycle).order_by(Cycle.id.desc()).limit(limit)
-        with transaction(self._engine, writes=False) as session:
-            return list(session.scalars(query.where(Cycle.route == route) if route else query))
-
-    def counts(self) -> dict[tuple[str, str], int]:
-        """(route, state) → cycles."""
-        query = select(Cycle.route, Cycle.state, func.count()).group_by(Cycle.route, Cycle.state)
-        with transaction(self._engine, writes=False) as session:
-            return {(route, state): count for route, state, count in session.execute(query)}
-
-    def _update(self, lease: Lease, **values: Any) -> None:
+    def _change(self, lease: Lease, **values: Any) -> None:
         with transaction(self._engine, writes=True) as session:
-            _guarded(session, lease, **values)
+            change_leased_cycle(session, lease, **values)
 
 
-def _free(cycle: Cycle, lease_s: float) -> bool:
-    """Queued, or running under a worker that has been silent for `lease_s`."""
-    silent = now() - cycle.heartbeat_at > timedelta(seconds=lease_s)
-    return cycle.state == "queued" or (cycle.state == "running" and silent)
-
-
-def _replace(session: Session, cycle: Cycle, **values: Any) -> bool:
-    """Changes an unfinished cycle unless its fence moved since it was read."""
-    same = update(Cycle).where(
-        Cycle.id == cycle.id, Cycle.fence == cycle.fence, Cycle.state.in_(UNFINISHED)
-    )
-    return bool(session.execute(same.values(**values)).rowcount == 1)  # type: ignore[attr-defined]
-
-
-def _guarded(session: Session, lease: Lease, **values: Any) -> None:
-    held = update(Cycle).where(
-        Cycle.id == lease.cycle_id, Cycle.fence == lease.fence, Cycle.state == "running"
-    )
-    if session.execute(held.values(**values)).rowcount != 1:  # type: ignore[attr-defined]
-        raise LeaseLost(f"cycle {lease.cycle_id} is no longer held with fence {lease.fence}")
-
-
-def _close(session: Session, lease: Lease, state: str, report: dict[str, Any], error: str) -> Cycle:
-    _guarded(session, lease, state=state, report=report, error=error, finished_at=now())
-    cycle = _require(session, lease.cycle_id)
-    session.refresh(cycle)
-    return cycle
-
-
-def _unfinished(session: Session, route: str) -> Cycle | None:
-    return session.scalars(
-        select(Cycle).where(Cycle.route == route, Cycle.state.in_(UNFINISHED))
-    ).one_or_none()
-
-
-def _require(session: Session, cycle_id: int) -> Cycle:
-    cycle = session.get(Cycle, cycle_id) if 0 < cycle_id <= MAX_ID else None
-    if cycle is None:
-        raise NotFound(f"no cycle {cycle_id}", param="cycle")
+def _queue_cycle(session: Session, route: str, actor: str, reason: str) -> Cycle:
+    if (canary := running_canary(session, route)) is not None:
+        raise Conflict(
+            f"version {canary.version} is a canary on route {route!r}; "
+            "the next cycle waits for its end",
+            code="canary_running",
+        )
+    cycle = Cycle(route=route, state="queued", actor=actor)
+    session.add(cycle)
+    session.flush()
+    record(session, actor, "cycle:request", route, reason, cycle=cycle.id)
     return cycle

@@ -21,7 +21,8 @@ from decoder.models.loading import load_models, load_module, over_slots
 from decoder.recording.observation import RecordLimits
 from decoder.recording.recorder import Recorder
 from decoder.rollout.live import LiveDraft
-from online.buffer import BufferLimits, MemoryBuffer
+from online.buffer import BufferLimits
+from online.memory_buffer import MemoryBuffer
 from online.messages import Delta, Query, SpeculationStats
 from online.metrics import ServiceMetrics
 from online.signals import Signal, decode
@@ -82,9 +83,7 @@ class Bench:
         deadline = time.monotonic() + 10
         while self.buffer.depth(route).signals < count and time.monotonic() < deadline:
             time.sleep(0.005)
-        return [
-            decode(entry.record) for entry in self.buffer.before(route, "99999999999999-0", 1000)
-        ]
+        return [decode(entry.record) for entry in self.buffer.entries(route)[::-1]]
 
     def counter(self, name: str) -> float:
         """A metric's value so far."""

@@ -25,8 +25,9 @@ from torch import nn
 from online.artifacts import ArtifactStore
 from online.buffer import Entry, SignalBuffer, id_order
 from online.connections import git_commit, signal_buffer
-from online.cycles import CycleLedger, Lease, LeaseLost
+from online.cycles import CycleLedger
 from online.errors import SignalError, SlipstreamError
+from online.leases import Lease, LeaseLost
 from online.registry import Registry
 from online.settings import Settings
 from online.signals import Signal, decode
@@ -43,6 +44,7 @@ from trainer.weights import Weights
 
 log = logging.getLogger("slipstream.trainer")
 
+HELD_OUT_SIGNALS = 200  # maximum of held-out requests that the gate compares on
 NICENESS, SESSION_NICENESS = 10, 4
 
 
@@ -94,7 +96,7 @@ def run(context: CycleContext, lease: Lease, on_step: Callable[[], None] = lambd
     recipe = configured_recipe(context.settings, route, lease.cycle_id)
     bounds = PlanLimits(
         context.settings.replay_signals,
-        context.settings.held_out_signals,
+        HELD_OUT_SIGNALS,
         context.settings.client_share,
     )
     chosen = make_plan(new, list(old.values()), bounds, _after(old, parent.window.get("last")))

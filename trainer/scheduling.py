@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from online.buffer import Depth, SignalBuffer
-from online.cycles import UNFINISHED, CycleLedger
+from online.cycles import CycleLedger
+from online.leases import UNFINISHED
 from online.registry import Registry
 from online.settings import Settings
 from online.tables import Cycle, now
 
+WORTH_GAIN = 0.01  # gain in tokens per step, as a share, below which a cycle was not worth its cost
 MAX_BACKOFF = 16  # times the usual number of new signals
 SHIFT_DIVISOR = 4  # after a shift, one in so many of the usual number is enough: what is gained is easily proven
 STEEP_DIVISOR = 2  # after a steep gain, one in so many
@@ -80,11 +82,11 @@ def required_signals(
     each = depth.bytes / max(1, depth.signals)
     room = min(settings.buffer_signals, settings.buffer_bytes / max(1.0, each))
     return min(
-        backed_off(past, settings.cycle_min_signals, settings.worth_gain), max(least, int(room / 2))
+        backed_off(past, settings.cycle_min_signals), max(least, int(room / 2))
     )
 
 
-def backed_off(past: Sequence[Cycle], usual: int, worth_gain: float) -> int:
+def backed_off(past: Sequence[Cycle], usual: int) -> int:
     """New signals that the next cycle is worth its cost after. `past`: cycles of the route, newest first."""
     finished = [
         cycle for cycle in past if cycle.state not in (*UNFINISHED, "failed")
@@ -93,7 +95,7 @@ def backed_off(past: Sequence[Cycle], usual: int, worth_gain: float) -> int:
     gains = [relative_gain(cycle) for cycle in finished]
     if gains and gains[0] >= STEEP_GAIN and finished[0].state in PASSED_GATE:
         return shortened(usual, STEEP_DIVISOR)
-    worthless = next((i for i, gained in enumerate(gains) if gained >= worth_gain), len(gains))
+    worthless = next((i for i, gained in enumerate(gains) if gained >= WORTH_GAIN), len(gains))
     return usual * min(MAX_BACKOFF, int(2**worthless))
 
 

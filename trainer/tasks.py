@@ -12,16 +12,20 @@ from functools import cache
 
 from online.canaries import CanaryLedger
 from online.connections import CYCLE_TASK, TICK_TASK, celery_app, signal_buffer
-from online.cycles import CycleLedger, Lease, LeaseLost
+from online.cycles import CycleLedger
+from online.leases import Lease, LeaseLost
 from online.processes import die_with_parent
 from online.registry import Registry
-from online.settings import Settings
+from online.settings import Settings, warn_about_unknown_variables
 from online.tables import connect
 from trainer.exit_codes import EXIT_LEASE_LOST, EXIT_REPORTED
 from trainer.scheduling import assess_route
 
 log = logging.getLogger("slipstream.tasks")
+MAX_ATTEMPTS = 3  # attempts at one window before its cycle fails
+
 settings = Settings()
+warn_about_unknown_variables()
 app = celery_app(settings)
 
 
@@ -44,7 +48,7 @@ def _canaries() -> CanaryLedger:
 def cycle(cycle_id: int) -> str:
     """Works a queued cycle, or one whose worker went silent. Delivered twice, the second delivery finds it taken."""
     ledger = _ledger()
-    if ledger.give_up(cycle_id, settings.lease_s, settings.cycle_attempts):
+    if ledger.give_up(cycle_id, settings.lease_s, MAX_ATTEMPTS):
         return "failed"
     lease = ledger.take(cycle_id, settings.lease_s)
     if lease is None:

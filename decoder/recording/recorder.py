@@ -23,6 +23,7 @@ GATHER_S, GATHERED = (
     0.1,
     64,
 )  # how long requests queue up, and how many of them at most, before they are written
+QUEUE_SIZE = 256  # finished requests that wait to be written; more are dropped
 RETRY_S = 1.0  # after a failed append, how long signals are dropped without trying again
 
 

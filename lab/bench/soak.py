@@ -172,7 +172,7 @@ def main() -> None:
         tempfile.TemporaryDirectory() as folder,
         rig.rig(sized, pair.files.draft, args.slots, max_tokens=args.max_tokens) as serving,
     ):
-        serving.buffer.bounds = BufferLimits(max(8, args.requests // 20), 2**26, 7 * 86400)
+        serving.buffer.limits = BufferLimits(max(8, args.requests // 20), 2**26, 7 * 86400)
         soak = Soak(args, serving, mix)
         soak.run(draft_folders(pair.files, Path(folder)))
         leaked = _leaked(serving, pair.prompts[0])

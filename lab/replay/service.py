@@ -21,10 +21,10 @@ from decoder.serve import follower
 from lab import rig
 from lab.replay.config import Replay
 from lab.replay.streams import Asked
+from lab.stored import stored
 from migrations import upgrade
-from online.buffer import LATEST
-from online.cycles import UNFINISHED
 from online.embedded_redis import start_server
+from online.leases import UNFINISHED
 from online.messages import DrafterName, Query
 from online.prompt_routes import PromptClusters
 from online.registry import Registry
@@ -192,9 +192,7 @@ class Service:
 
     def newest(self, route: str, count: int = 10**6) -> list[Signal]:
         """The route's last signals, oldest first."""
-        return [decode(entry.record) for entry in self.context.buffer.before(route, LATEST, count)][
-            ::-1
-        ]
+        return [decode(entry.record) for entry in stored(self.context.buffer, route, count)]
 
     def _written(self, route: str) -> float:
         registry = self._serving.metrics.registry

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from lab import rig, traffic
+from lab.stored import stored
 from lab.warmup.initial import spread, thinned
-from online.buffer import LATEST
 from online.messages import Query
 from online.signals import Signal, decode
 from trainer.batches import held_out, usable
@@ -116,7 +116,7 @@ def answers(
         # The step that ended the last answers has handed them to the recorder.
         serving.engine.between_steps(lambda: None).result()
         serving.recorder.stop(60)
-        records = [entry.record for entry in serving.buffer.before(rig.ROUTE, LATEST, len(queries))]
+        records = [entry.record for entry in stored(serving.buffer, rig.ROUTE)]
         vocab_size = serving.engine.batch.target.vocab_size
     torch.set_num_threads(
         pair.threads

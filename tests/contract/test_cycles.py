@@ -7,7 +7,8 @@ import pytest
 from sqlalchemy import Engine
 from sqlalchemy.exc import IntegrityError
 
-from online.cycles import CycleLedger, Lease, LeaseLost
+from online.cycles import CycleLedger
+from online.leases import Lease, LeaseLost
 from online.registry import Registry
 from online.tables import Cycle, Version, now
 from tests.contract.test_registry import at_once, candidate

@@ -16,9 +16,9 @@ from fastapi import FastAPI
 from decoder.serve import build
 from migrations import upgrade
 from online.artifacts import ArtifactStore
-from online.buffer import RedisBuffer
 from online.connections import signal_buffer
 from online.cycles import CycleLedger
+from online.redis_buffer import RedisBuffer
 from online.registry import Registry
 from online.settings import Settings
 from online.tables import connect, transaction

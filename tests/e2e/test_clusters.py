@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 
+from lab.stored import stored
 from online.prompt_routes import PromptClusters
 from online.signals import decode
 from tests.e2e.conftest import Served, serve, tiny_settings
 from tests.loop.conftest import until
 from tests.simulation.test_clustering import prompt, stream
 from tests.tiny import TinyPair
-
-LATEST = "99999999999999-0"
 
 
 @pytest.fixture
@@ -43,9 +42,7 @@ def versions(told: dict[str, Any]) -> set[int]:
 def signals(served: Served, route: str, count: int) -> list[str]:
     """Ids of the route's signals, once there are so many."""
     until(lambda: served.buffer.depth(route).signals >= count, 10)
-    return sorted(
-        decode(entry.record).request_id for entry in served.buffer.before(route, LATEST, 100)
-    )
+    return sorted(decode(entry.record).request_id for entry in stored(served.buffer, route))
 
 
 def test_each_kind_of_prompt_goes_to_its_cluster(sorted_out: Served) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from lab.stored import stored
 from online.embedded_redis import start_server
 from online.errors import Unavailable
 from online.processes import free_port
@@ -124,7 +125,7 @@ def test_what_is_not_to_be_stored_is_not(own: Served) -> None:
     own.complete("closed", metadata={"route": "closed"})
     kept = own.complete("public")
     until(lambda: own.buffer.depth("default").signals == 1)
-    entry = own.buffer.before("default", "99999999999999-0", 9)[0]
+    entry = stored(own.buffer, "default")[0]
     signal = decode(entry.record)
     assert signal.request_id.startswith(kept["id"])
     assert len(signal.prompt_ids) == kept["usage"]["prompt_tokens"]
@@ -136,7 +137,7 @@ def test_a_signal_tells_clients_apart_and_names_none(own: Served) -> None:
     for user in ("alice", "alice", None):
         own.complete("hello", user=user)
     entries = until(
-        lambda: e if len(e := own.buffer.before("default", "99999999999999-0", 9)) == 3 else None,
+        lambda: e if len(e := stored(own.buffer, "default")) == 3 else None,
         10,
     )
     assert sorted(decode(entry.record).client for entry in entries) == [

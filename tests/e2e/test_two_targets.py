@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from lab.stored import stored
 from lab.warmup.answers import model_from_target
 from online.processes import ROOT, end_group, environment, worker_command
 from online.settings import Settings
@@ -19,7 +20,6 @@ from tests.tiny import TinyPair
 
 PROMPTS = [f"def f{i}(" for i in range(64)]
 FIXED = PROMPTS[:6]
-LATEST = "99999999999999-0"
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def test_one_draft_serves_two_targets_and_learns_from_both(both: list[Served]) -
         )
     buffer = both[0].buffer
     until(lambda: buffer.depth("default").signals >= 2 * len(PROMPTS), 10)
-    signals = [decode(entry.record) for entry in buffer.before("default", LATEST, 1000)]
+    signals = [decode(entry.record) for entry in stored(buffer, "default")]
     targets = {served.http.get("/admin/routes").json()["target_fingerprint"] for served in both}
     assert {signal.model for signal in signals} == targets
     assert len(targets) == 2

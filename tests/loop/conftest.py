@@ -14,10 +14,10 @@ import pytest
 from celery import Celery
 
 from online.artifacts import ArtifactStore
-from online.buffer import RedisBuffer
 from online.connections import CYCLE_TASK, celery_app, signal_buffer
 from online.cycles import CycleLedger
 from online.processes import ROOT, beat_command, end_group, environment, worker_command
+from online.redis_buffer import RedisBuffer
 from online.registry import Registry
 from online.settings import Settings
 from online.signals import Signal, encode

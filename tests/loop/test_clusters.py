@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from online.cycles import Lease
+from online.leases import Lease
 from online.tables import Cycle, Version
 from online.versions import GENERIC, Candidate
 from tests.conftest import copy_into

@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from online.artifacts import ArtifactStore
-from online.buffer import BufferLimits, MemoryBuffer
+from online.buffer import BufferLimits
 from online.cycles import CycleLedger
+from online.memory_buffer import MemoryBuffer
 from online.registry import Registry
 from online.settings import Settings
 from online.signals import Signal, encode

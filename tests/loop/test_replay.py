@@ -46,7 +46,6 @@ wall_turns = 2
 drafters = ["ngrams", "auto"]
 [settings]
 cycle_min_signals = 55
-worth_gain = 0.0
 recipe = {{learning_rate = 5e-3, epochs = 8}}
 """
     path = folder / "replay.toml"
@@ -152,12 +151,12 @@ def test_another_configuration_is_not_mixed_in(pair: TinyPair, tmp_path: Path) -
     """A folder holds one replay, to which seeds and arms may be added; an arm's settings stay what they were."""
     config, path = read(toml(tmp_path, pair)), tmp_path / "replay.json"
     before = config.model_copy(
-        update={"arms": [Arm(name="loop"), Arm(name="other", settings={"worth_gain": 0})]}
+        update={"arms": [Arm(name="loop"), Arm(name="other", settings={"tick_s": 2})]}
     )
     _same_as_before(before, path)
     _same_as_before(config.model_copy(update={"seeds": [1, 2], "wall_queries": 0}), path)
     assert [arm["name"] for arm in json.loads(path.read_text())["arms"]] == ["loop", "other"]
-    changed = Arm(name="other", settings={"worth_gain": 1})
+    changed = Arm(name="other", settings={"tick_s": 1})
     for change in ({"gamma": 3}, {"arms": [changed]}):
         with pytest.raises(ValueError, match="holds a replay of another configuration"):
             _same_as_before(config.model_copy(update=change), path)

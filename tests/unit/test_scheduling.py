@@ -22,27 +22,27 @@ def cycle(state: str, gained: float) -> Cycle:
 def test_a_route_that_gains_little_rests_longer_each_time() -> None:
     """Twice as many signals after every worthless cycle, sixteen times at most; one that was worth it ends the rest."""
     small, worth = cycle("rejected", 0.001), cycle("promoted", 0.05)
-    assert backed_off([], 200, 0.01) == 200
-    assert backed_off([worth, small, small], 200, 0.01) == 200
-    assert backed_off([cycle("canary", 0.05), small, small], 200, 0.01) == 200
-    assert backed_off([small, worth], 200, 0.01) == 400
-    assert backed_off([small, cycle("promoted", 0.005), worth], 200, 0.01) == 800
-    assert backed_off([small] * 8, 200, 0.01) == 3200
-    assert backed_off([cycle("rejected", 0.04)], 200, 0.01) == 200
+    assert backed_off([], 200) == 200
+    assert backed_off([worth, small, small], 200) == 200
+    assert backed_off([cycle("canary", 0.05), small, small], 200) == 200
+    assert backed_off([small, worth], 200) == 400
+    assert backed_off([small, cycle("promoted", 0.005), worth], 200) == 800
+    assert backed_off([small] * 8, 200) == 3200
+    assert backed_off([cycle("rejected", 0.04)], 200) == 200
 
 
 def test_a_route_that_gains_much_goes_on_early() -> None:
     """A quarter of the signals, but never too few to be examined on."""
-    assert backed_off([cycle("promoted", 0.3)], 200, 0.01) == 100
-    assert backed_off([cycle("canary", 0.3)], 200, 0.01) == 100
-    assert backed_off([cycle("rejected", 0.3)], 200, 0.01) == 200
-    assert backed_off([cycle("promoted", 0.3)], 30, 0.01) == 16
-    assert backed_off([cycle("promoted", 0.3)], 8, 0.01) == 8
+    assert backed_off([cycle("promoted", 0.3)], 200) == 100
+    assert backed_off([cycle("canary", 0.3)], 200) == 100
+    assert backed_off([cycle("rejected", 0.3)], 200) == 200
+    assert backed_off([cycle("promoted", 0.3)], 30) == 16
+    assert backed_off([cycle("promoted", 0.3)], 8) == 8
 
 
 def test_faults_are_no_lack_of_worth() -> None:
     """A route whose artifacts were out of reach for a while goes on as soon as they are back."""
-    assert backed_off([cycle("failed", 0.0)] * 4, 200, 0.01) == 200
+    assert backed_off([cycle("failed", 0.0)] * 4, 200) == 200
 
 
 def test_no_route_waits_for_more_than_its_buffer_holds() -> None:
@@ -66,9 +66,9 @@ def test_no_route_waits_for_more_than_its_buffer_holds() -> None:
 
 def test_unfinished_cycles_and_lost_reports_say_nothing() -> None:
     """A cycle that runs is not counted; one without a gate gained nothing."""
-    assert backed_off([cycle("running", 0.0), cycle("promoted", 0.05)], 200, 0.01) == 200
+    assert backed_off([cycle("running", 0.0), cycle("promoted", 0.05)], 200) == 200
     assert relative_gain(Cycle(route="r", state="empty", report={"reason": "no signals"})) == 0
-    assert backed_off([Cycle(route="r", state="empty", report={})], 200, 0.01) == 400
+    assert backed_off([Cycle(route="r", state="empty", report={})], 200) == 400
 
 
 def rates(mean: float, count: int, rng: random.Random, deviation: float = 0.2) -> list[float]:

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from online.processes import environment
-from online.settings import Settings
+from online.settings import Settings, warn_about_unknown_variables
 from online.speculation import DraftingOptions
 
 HASH = "a" * 64
@@ -61,7 +61,7 @@ def test_children_get_the_settings_of_their_parent(
         ({"learnt_routes": 9}, "less than or equal to 8"),
         (
             {"routes": "a,a-c2", "learnt_routes": 2},
-            r"learnt_routes: \['a-c2'\] would be clusters' names",
+            r"learnt_routes: \['a-c2'\] would be names of clusters",
         ),
         ({"routes": "a" * 61, "learnt_routes": 1}, "too long a name"),
         ({"closed_routes": "default", "learnt_routes": 1}, "nothing would be learnt"),
@@ -95,3 +95,27 @@ def test_every_setting_is_described() -> None:
     assert {
         name for name, field in Settings.model_fields.items() if not field.description
     } <= silent
+
+
+def test_unknown_variables_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    """A misspelt or removed setting has no effect. The warning suggests a similar name."""
+    names = ["SLIPSTREAM_WORTH_GAIN", "SLIPSTREAM_RETENTION", "slipstream_port", "PATH"]
+    warn_about_unknown_variables(names)
+    assert [record.getMessage() for record in caplog.records] == [
+        "SLIPSTREAM_RETENTION is not a setting and has no effect; "
+        "did you mean SLIPSTREAM_RETENTION_S?",
+        "SLIPSTREAM_WORTH_GAIN is not a setting and has no effect",
+    ]
+
+
+def test_variables_of_the_process_are_checked(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """A child's environment is complete and known: it gives no warning."""
+    for name, value in environment(Settings(data_dir=tmp_path)).items():
+        monkeypatch.setenv(name, value)
+    warn_about_unknown_variables()
+    assert not caplog.records
+    monkeypatch.setenv("SLIPSTREAM_SIGNAL_QUEUE", "9")
+    warn_about_unknown_variables()
+    assert "SLIPSTREAM_SIGNAL_QUEUE" in caplog.text
