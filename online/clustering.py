@@ -1,11 +1,13 @@
-"""Which cluster a prompt belongs to, learnt from the prompts themselves: online spherical k-means over hashed tokens.
+"""Clusters of prompts, learnt while prompts arrive: online spherical k-means on hashed tokens.
 
-Pure: no I/O, no clock, no randomness but a fixed seed, so the same prompts in the same order give the same clusters.
-A prompt that is like no cluster is a stranger, and belongs to none. Strangers are kept, and once many have come within
-a while, groups among them become clusters, as long as there is room: first and later clusters come about alike.
-One prompt says too little to begin a cluster with: two short questions of one kind may share no word.
+No I/O, no clock: the same prompts in the same order give the same clusters.
 
-Legend: D hashed features, N clusters, P strangers or other prompts, T tokens.
+A prompt that is similar to no cluster is an outlier and gets no cluster. Outliers are pooled. Once
+the pool is full, groups among them become clusters, as long as there is room. So first and later
+clusters begin in the same way. A single prompt begins no cluster: two short questions of the same
+kind may share no word.
+
+Legend: F hashed features, C clusters, X prompts.
 """
 
 import io
@@ -16,218 +18,159 @@ from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-FORMAT = 1  # of the saved state; another one is refused
-DIMS = 4096
-POOL = 512  # strangers that are looked at together
-POOL_AGE = 4096  # prompts after which a stranger is forgotten: what is rare never becomes a cluster
-SMALLEST = 16  # strangers that make a cluster, at least
-ALIKE = 0.7  # cosine of two groups' centroids beyond which they are one
-FAR = 2.5  # standard deviations below a cluster's usual similarity at which a prompt is a stranger to it
-SLOWEST = (
-    1 / 1000
-)  # how far a prompt moves its cluster's centroid, at least: clusters follow what drifts
-HALVED_AT = 20_000  # prompts at which document frequencies are halved: what was usual long ago counts less and less
-WEIGHED_EVERY = 32  # prompts between two looks at how rare features are
-RESTARTS, ROUNDS = (
-    6,
-    12,
-)  # of k-means over strangers: once in a router's life, some tens of milliseconds
-_PRIMES = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)
+from online.prompt_features import DIMS, Floats, Halves, cosines, features, groups
 
-Floats = NDArray[np.float32]
-Halves = NDArray[np.float16]
-Ints = NDArray[np.int64]
+FORMAT = 1  # version of the saved state; others are refused
+POOL = 512  # outliers that are grouped together
+POOL_AGE = 4096  # prompts after which an outlier is dropped: rare kinds get no cluster
+SMALLEST = 16  # minimum of outliers that make a cluster
+FAR = 2.5  # standard deviations below a cluster's usual similarity at which a prompt is an outlier
+SLOWEST = 1 / 1000  # minimum step of a centroid towards a prompt: clusters follow a drift
+HALVED_AT = 20_000  # prompts after which document frequencies are halved: old ones fade
+WEIGHED_EVERY = 32  # prompts between two updates of the features' weights
 
 
 class ClusterRouter:
-    """At most `most` clusters. Not for two threads at once."""
+    """Assigns prompts to at most `max_clusters` clusters. Not thread-safe."""
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, max_clusters: int) -> None:
+        self.max_clusters = max_clusters
         self.prompts = 0
-        self.sizes: list[
-            int
-        ] = []  # prompts of each cluster: those that it began with and those assigned since
-        self._seen, self._having_D = (
-            0,
-            np.zeros(DIMS, np.float32),
-        )  # prompts, and those that have each feature
-        self._rarity_D = np.zeros(DIMS, np.float32)
-        self._centroid_ND = np.zeros((0, DIMS), np.float32)  # without rarity, which changes
-        self._usual_N2 = np.zeros(
-            (0, 2), np.float32
-        )  # mean and variance of the similarity of each cluster's prompts
-        self._strangers: deque[tuple[int, Halves]] = (
-            deque()
-        )  # after how many prompts each came, and its features
+        self.sizes: list[int] = []  # prompts of each cluster: its first ones and those assigned
+        self._counted = 0  # prompts in the document frequencies, halved now and then
+        self._frequency_F = np.zeros(DIMS, np.float32)  # prompts that have each feature
+        self._weight_F = np.zeros(DIMS, np.float32)
+        self._centroid_CF = np.zeros((0, DIMS), np.float32)  # unweighted, since weights change
+        self._usual_C2 = np.zeros((0, 2), np.float32)  # mean and variance of similarities
+        self._outliers: deque[tuple[int, Halves]] = deque()  # prompt number and features
 
     def assign(self, prompt_ids: Sequence[int], *, learn: bool = True) -> int | None:
-        """The prompt's cluster, which learns from it unless told not to; None: it is like none."""
-        feature_D = features(prompt_ids)
+        """The prompt's cluster, or None for an outlier. `learn`: update the clusters."""
+        feature_F = features(prompt_ids)
         if learn:
-            self._count(feature_D)
-        cluster, above = self._nearest(feature_D)
+            self._count(feature_F)
+        cluster, deviation = self._nearest(feature_F)
         if not learn:
             return cluster
         if cluster is None:
-            self._meet(feature_D)
+            self._pool(feature_F)
         else:
-            self._move(cluster, feature_D, above)
+            self._move(cluster, feature_F, deviation)
         return cluster
 
-    def _count(self, feature_D: Floats) -> None:
-        """Features that every prompt has, those of a chat template first of all, weigh nothing."""
-        self.prompts, self._seen = self.prompts + 1, self._seen + 1
-        self._having_D += feature_D > 0
-        if self._seen >= HALVED_AT:
-            self._seen, self._having_D = self._seen // 2, self._having_D / np.float32(2)
+    # ── weights of features ──
+
+    def _count(self, feature_F: Floats) -> None:
+        """Updates document frequencies. Features of every prompt (a template) weigh nothing."""
+        self.prompts += 1
+        self._counted += 1
+        self._frequency_F += feature_F > 0
+        if self._counted >= HALVED_AT:
+            self._counted //= 2
+            self._frequency_F = self._frequency_F / np.float32(2)
         if self.prompts % WEIGHED_EVERY == 0:
             self._weigh()
 
     def _weigh(self) -> None:
-        """The root of the inverse document frequency: on both sides of a product it weighs once."""
-        self._rarity_D = np.sqrt(np.log((self._seen + 1) / (self._having_D + 1)).clip(0)).astype(
-            np.float32
-        )
+        """The root of the inverse document frequency: both factors of a cosine carry it."""
+        inverse_F = np.log((self._counted + 1) / (self._frequency_F + 1)).clip(0)
+        self._weight_F = np.sqrt(inverse_F).astype(np.float32)
 
-    def _nearest(self, feature_D: Floats) -> tuple[int | None, float]:
-        """The cluster that the prompt is like, and by how much it is more like it than its prompts usually are."""
+    # ── clusters ──
+
+    def _nearest(self, feature_F: Floats) -> tuple[int | None, float]:
+        """The most similar cluster, and its similarity minus that cluster's usual one."""
         if not self.sizes:
             return None, 0.0
-        similarity_N = _cosines(
-            feature_D[None] * self._rarity_D, self._centroid_ND * self._rarity_D
-        )[0]
-        cluster = int(similarity_N.argmax())
-        mean, variance = self._usual_N2[cluster].tolist()
-        above = float(similarity_N[cluster]) - mean
-        return (None if above < -FAR * math.sqrt(variance) else cluster), above
+        weighted_CF = self._centroid_CF * self._weight_F
+        similarity_C = cosines(feature_F[None] * self._weight_F, weighted_CF)[0]
+        cluster = int(similarity_C.argmax())
+        mean, variance = self._usual_C2[cluster].tolist()
+        deviation = float(similarity_C[cluster]) - mean
+        if deviation < -FAR * math.sqrt(variance):
+            return None, deviation
+        return cluster, deviation
 
-    def _move(self, cluster: int, feature_D: Floats, above: float) -> None:
+    def _move(self, cluster: int, feature_F: Floats, deviation: float) -> None:
+        """Moves a cluster towards its new prompt."""
         self.sizes[cluster] += 1
         pace = max(1 / self.sizes[cluster], SLOWEST)
-        self._centroid_ND[cluster] += pace * (feature_D - self._centroid_ND[cluster])
-        self._usual_N2[cluster] += (
-            np.array([above, above**2 - self._usual_N2[cluster, 1]], np.float32) * pace
-        )
+        self._centroid_CF[cluster] += pace * (feature_F - self._centroid_CF[cluster])
+        variance_step = deviation**2 - self._usual_C2[cluster, 1]
+        self._usual_C2[cluster] += np.array([deviation, variance_step], np.float32) * pace
 
-    # ── strangers ──
+    # ── outliers ──
 
-    def _meet(self, feature_D: Floats) -> None:
-        """Keeps a stranger; once there are many, makes clusters of them."""
-        if len(self.sizes) >= self.most:
+    def _pool(self, feature_F: Floats) -> None:
+        """Keeps an outlier. A full pool becomes clusters."""
+        if len(self.sizes) >= self.max_clusters:
             return
-        while self._strangers and self._strangers[0][0] < self.prompts - POOL_AGE:
-            self._strangers.popleft()
-        self._strangers.append((self.prompts, feature_D.astype(np.float16)))
-        if len(self._strangers) >= POOL:
-            self._open(np.array([stranger_D for _, stranger_D in self._strangers], np.float32))
-            self._strangers.clear()
+        while self._outliers and self._outliers[0][0] < self.prompts - POOL_AGE:
+            self._outliers.popleft()
+        self._outliers.append((self.prompts, feature_F.astype(np.float16)))
+        if len(self._outliers) >= POOL:
+            self._begin_clusters(np.array([each for _, each in self._outliers], np.float32))
+            self._outliers.clear()
 
-    def _open(self, stranger_PD: Floats) -> None:
+    def _begin_clusters(self, outlier_XF: Floats) -> None:
         self._weigh()
-        weighted_PD = stranger_PD * self._rarity_D
-        group_P = groups(weighted_PD, self.most - len(self.sizes))
-        for group in range(group_P.max() + 1):
-            own_PD = stranger_PD[group_P == group]
-            if len(own_PD) < SMALLEST:
-                continue
-            centroid_1D = own_PD.mean(0, keepdims=True)
-            similarity_P = _cosines(own_PD * self._rarity_D, centroid_1D * self._rarity_D)
-            usual_12 = np.array([[similarity_P.mean(), similarity_P.var()]], np.float32)
-            self._centroid_ND = np.concatenate([self._centroid_ND, centroid_1D])
-            self._usual_N2 = np.concatenate([self._usual_N2, usual_12])
-            self.sizes.append(len(own_PD))
+        group_X = groups(outlier_XF * self._weight_F, self.max_clusters - len(self.sizes))
+        for group in range(group_X.max() + 1):
+            own_XF = outlier_XF[group_X == group]
+            if len(own_XF) >= SMALLEST:
+                self._begin_cluster(own_XF)
 
-    # ── kept over restarts ──
+    def _begin_cluster(self, own_XF: Floats) -> None:
+        centroid_1F = own_XF.mean(0, keepdims=True)
+        similarity_X = cosines(own_XF * self._weight_F, centroid_1F * self._weight_F)
+        usual_12 = np.array([[similarity_X.mean(), similarity_X.var()]], np.float32)
+        self._centroid_CF = np.concatenate([self._centroid_CF, centroid_1F])
+        self._usual_C2 = np.concatenate([self._usual_C2, usual_12])
+        self.sizes.append(len(own_XF))
+
+    # ── saved state: the names are those of format 1 ──
 
     def to_bytes(self) -> bytes:
         file = io.BytesIO()
+        outlier_XF = np.array([each for _, each in self._outliers], np.float16)
         np.savez_compressed(
             file,
-            numbers=np.array([FORMAT, self.prompts, self._seen, *self.sizes]),
-            having_D=self._having_D,
-            rarity_D=self._rarity_D,
-            centroid_ND=self._centroid_ND,
-            usual_N2=self._usual_N2,
-            met_P=np.array([at for at, _ in self._strangers], np.int64),
-            stranger_PD=np.array([each for _, each in self._strangers], np.float16).reshape(
-                -1, DIMS
-            ),
+            numbers=np.array([FORMAT, self.prompts, self._counted, *self.sizes]),
+            having_D=self._frequency_F,
+            rarity_D=self._weight_F,
+            centroid_ND=self._centroid_CF,
+            usual_N2=self._usual_C2,
+            met_P=np.array([number for number, _ in self._outliers], np.int64),
+            stranger_PD=outlier_XF.reshape(-1, DIMS),
         )
         return file.getvalue()
 
     @classmethod
-    def from_bytes(cls, state: bytes, most: int) -> "ClusterRouter":
-        """With room for `most` clusters; those that the state has more are kept in it, for their drafts are.
+    def from_bytes(cls, state: bytes, max_clusters: int) -> "ClusterRouter":
+        """Restores a router. Clusters beyond `max_clusters` stay in it, for their drafts exist.
 
         Raises:
-            ValueError: no state, or one of another version.
+            ValueError: not a saved state, or one of another format.
         """
-        router = cls(most)
         try:
-            if not zipfile.is_zipfile(io.BytesIO(state)):
-                raise zipfile.BadZipFile("no archive")
-            with np.load(io.BytesIO(state), allow_pickle=False) as kept:
-                version, router.prompts, router._seen, *router.sizes = kept["numbers"].tolist()
-                if version != FORMAT:
-                    raise ValueError(
-                        f"a router's state of version {version}, where {FORMAT} is read"
-                    )
-                router._having_D, router._rarity_D = kept["having_D"], kept["rarity_D"]
-                router._centroid_ND, router._usual_N2 = kept["centroid_ND"], kept["usual_N2"]
-                router._strangers.extend(
-                    zip(kept["met_P"].tolist(), kept["stranger_PD"], strict=True)
-                )
+            return cls._restored(state, max_clusters)
         except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"not the state of a router: {error}") from error
+
+    @classmethod
+    def _restored(cls, state: bytes, max_clusters: int) -> "ClusterRouter":
+        router = cls(max_clusters)
+        if not zipfile.is_zipfile(io.BytesIO(state)):
+            raise zipfile.BadZipFile("no archive")
+        with np.load(io.BytesIO(state), allow_pickle=False) as saved:
+            version, router.prompts, router._counted, *router.sizes = saved["numbers"].tolist()
+            if version != FORMAT:
+                raise ValueError(f"the state of a router in version {version}, not {FORMAT}")
+            router._frequency_F = saved["having_D"]
+            router._weight_F = saved["rarity_D"]
+            router._centroid_CF = saved["centroid_ND"]
+            router._usual_C2 = saved["usual_N2"]
+            numbers = saved["met_P"].tolist()
+            router._outliers.extend(zip(numbers, saved["stranger_PD"], strict=True))
         return router
-
-
-def features(prompt_ids: Sequence[int]) -> Floats:
-    """Hashed tokens and pairs of neighbours, their counts dampened, of length one [D]."""
-    id_T = np.asarray(prompt_ids, np.uint64)
-    hash_T = np.concatenate([id_T * _PRIMES[0], id_T[:-1] * _PRIMES[1] + id_T[1:] * _PRIMES[2]])
-    hash_T ^= hash_T >> np.uint64(29)
-    count_D = np.bincount((hash_T % np.uint64(DIMS)).astype(np.int64), minlength=DIMS)
-    unit_D: Floats = _unit(np.log1p(count_D.astype(np.float32))[None])[0]
-    return unit_D
-
-
-def groups(prompt_PD: Floats, most: int) -> Ints:
-    """The group of each prompt, `most` at most: spherical k-means, the best of a few; groups that are alike are one."""
-    unit_PD = _unit(prompt_PD)
-    tries = [_k_means(unit_PD, most, np.random.default_rng(seed)) for seed in range(RESTARTS)]
-    _, group_P, centroid_ND = max(tries, key=lambda found: found[0])
-    alike_NN = centroid_ND @ centroid_ND.T > ALIKE
-    first_N = alike_NN.argmax(
-        1
-    )  # the first group that each is like: itself, where there is none before
-    merged_P: Ints = np.unique(first_N[group_P], return_inverse=True)[1]
-    return merged_P
-
-
-def _k_means(unit_PD: Floats, most: int, rng: np.random.Generator) -> tuple[float, Ints, Floats]:
-    """Its quality, the group of each prompt, and the centroids, begun as k-means++ does."""
-    centroid_ND = unit_PD[rng.integers(len(unit_PD))][None]
-    while len(centroid_ND) < most:
-        distance_P = np.maximum(0, 1 - (unit_PD @ centroid_ND.T).max(1)).astype(np.float64) + 1e-9
-        chosen = rng.choice(len(unit_PD), p=distance_P / distance_P.sum())
-        centroid_ND = np.concatenate([centroid_ND, unit_PD[chosen][None]])
-    for _ in range(ROUNDS):
-        group_P = (unit_PD @ centroid_ND.T).argmax(1)
-        member_NP = (group_P == np.arange(most)[:, None]).astype(np.float32)
-        centroid_ND = _unit(member_NP @ unit_PD)
-    similarity_PN = unit_PD @ centroid_ND.T
-    return float(similarity_PN.max(1).sum()), similarity_PN.argmax(1), centroid_ND
-
-
-def _unit(array_PD: Floats) -> Floats:
-    unit_PD: Floats = array_PD / np.maximum(np.linalg.norm(array_PD, axis=1, keepdims=True), 1e-9)
-    return unit_PD
-
-
-def _cosines(prompt_PD: Floats, centroid_ND: Floats) -> Floats:
-    """[P, N]"""
-    return _unit(prompt_PD) @ _unit(centroid_ND).T

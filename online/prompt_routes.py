@@ -1,7 +1,7 @@
-"""The default route's clusters in one decoder process: its router for many threads, and the file that outlives it.
+"""Routes of prompt clusters in one decoder process: a router for many threads, and its file.
 
-The file is written rarely, and aside before it takes its place. Whatever is wrong with it, no request fails: the
-worst is that clusters begin anew, and their drafts learn what they are of now.
+The file is written rarely, and atomically. If it can't be read or written, no request fails:
+clusters begin anew, and their drafts then learn from the new clusters.
 """
 
 import logging
@@ -14,12 +14,15 @@ from online.settings import Settings
 
 log = logging.getLogger("slipstream.clusters")
 
-SAVE_EVERY = 1000  # prompts between two writings, unless a cluster begins
+SAVE_EVERY = 1000  # prompts between two writes, unless a cluster begins
 
 
 class PromptClusters:
+    """Sorts prompts of the default route into cluster routes. Thread-safe."""
+
     def __init__(self, settings: Settings) -> None:
-        self._generic, self._routes = settings.default_route, settings.cluster_routes
+        self._default_route = settings.default_route
+        self._routes = settings.cluster_routes
         self._path = settings.data_dir / "clusters.npz"
         self._lock = threading.Lock()
         self._router = self._restored()
@@ -27,29 +30,25 @@ class PromptClusters:
 
     @classmethod
     def of(cls, settings: Settings) -> "PromptClusters | None":
-        """None where no routes are learnt."""
+        """None if the settings ask for no clusters."""
         return cls(settings) if settings.learnt_routes else None
 
     def route(self, prompt_ids: Sequence[int], *, learn: bool) -> str:
-        """The route of the prompt's cluster, or the default route where it has none."""
+        """The route of the prompt's cluster; the default route for an outlier."""
         with self._lock:
-            known = len(self._router.sizes)
+            before = len(self._router.sizes)
             cluster = self._router.assign(prompt_ids, learn=learn)
-            due = (
-                self._router.prompts - self._saved_at >= SAVE_EVERY
-                or len(self._router.sizes) > known
-            )
+            has_grown = len(self._router.sizes) > before
+            due = has_grown or self._router.prompts - self._saved_at >= SAVE_EVERY
         if due:
             self.save()
-        # A state may have more clusters than are wanted now: those are kept, and have no route.
-        return (
-            self._generic
-            if cluster is None or cluster >= len(self._routes)
-            else self._routes[cluster]
-        )
+        # A saved state may have more clusters than the settings ask for: those have no route.
+        if cluster is None or cluster >= len(self._routes):
+            return self._default_route
+        return self._routes[cluster]
 
     def size(self, route: str) -> int | None:
-        """Prompts of the route's cluster so far; None where the route is no cluster's."""
+        """Prompts of the route's cluster so far; None if the route is not a cluster's."""
         if route not in self._routes:
             return None
         cluster = self._routes.index(route)
@@ -57,14 +56,15 @@ class PromptClusters:
 
     def save(self) -> None:
         with self._lock:
-            state, self._saved_at = self._router.to_bytes(), self._router.prompts
+            state = self._router.to_bytes()
+            self._saved_at = self._router.prompts
         aside = self._path.with_suffix(f".{threading.get_ident()}")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             aside.write_bytes(state)
             os.replace(aside, self._path)
         except OSError as error:
-            log.warning("clusters can't be kept in %s: %s", self._path, error)
+            log.warning("can't save clusters in %s: %s", self._path, error)
 
     def _restored(self) -> ClusterRouter:
         try:

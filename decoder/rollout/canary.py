@@ -16,7 +16,7 @@ from online.errors import Conflict
 from online.messages import ArmSeen, CanarySeen
 from online.metrics import ServiceMetrics
 from online.registry import Registry
-from online.rollout import Rules, Trial
+from online.rollout import CanaryTest, Rules
 from online.tables import Canary
 
 log = logging.getLogger("slipstream.canary")
@@ -27,9 +27,9 @@ ACTOR = "canary"
 @dataclass
 class _Running:
     canary: Canary
-    trial: Trial
+    test: CanaryTest
     since_s: float  # requests that came before belong to neither arm: short ones end first, and only in one of them
-    held: bool = False  # there is a verdict, and the route is frozen
+    held: bool = False  # there is a decision, and the route is frozen
 
 
 class CanaryController:
@@ -70,24 +70,24 @@ class CanaryController:
         """A request of the route has ended that `version` served alone."""
         ours = self._running.get(route)
         if ours is not None and arrived_s >= ours.since_s:
-            ours.trial.observe(version, acceptance_rate)
+            ours.test.observe(version, acceptance_rate)
 
     def decide(self) -> bool:
-        """Writes the verdicts that there are; whether something may have changed."""
+        """Writes the decisions that are due. Returns whether something may have changed."""
         changed = False
         for route, ours in self._running.items():
-            self._show(route, ours.trial)
-            verdict = ours.trial.verdict()
-            if verdict is None:
+            self._show(route, ours.test)
+            decision = ours.test.decision()
+            if decision is None:
                 continue
             if self._registry.route(route).frozen:
                 if not ours.held:
                     self._registry.record(
-                        ACTOR, "canary:held", route, f"frozen; {verdict.outcome}: {verdict.reason}"
+                        ACTOR, "canary:held", route, f"frozen; {decision.outcome}: {decision.reason}"
                     )
                 ours.held = True
                 continue
-            self._finish(ours.canary, verdict.outcome, verdict.reason)
+            self._finish(ours.canary, decision.outcome, decision.reason)
             changed = True
         return changed
 
@@ -96,7 +96,7 @@ class CanaryController:
         ours = self._running.get(route)
         if ours is None:
             return None
-        arms = (ours.trial.version, ours.trial.canary), (ours.trial.beside, ours.trial.active)
+        arms = (ours.test.version, ours.test.canary), (ours.test.beside, ours.test.active)
         return CanarySeen(
             *(ArmSeen(v, arm.requests, arm.mean if arm.requests else None) for v, arm in arms)
         )
@@ -119,8 +119,8 @@ class CanaryController:
             self._finish(canary, "aborted", f"it can't be loaded: {error}", even_frozen=True)
             return
         draft.share = canary.share
-        trial = Trial(canary.version, canary.beside_version, self._rules)
-        self._running[canary.route] = _Running(canary, trial, time.monotonic())
+        test = CanaryTest(canary.version, canary.beside_version, self._rules)
+        self._running[canary.route] = _Running(canary, test, time.monotonic())
         self._metrics.canary_share.labels(canary.route).set(canary.share)
         log.info(
             "route %s: version %d drafts for %g of the requests",
@@ -147,7 +147,7 @@ class CanaryController:
         else:
             log.warning("canary %d of route %s %s: %s", canary.id, canary.route, outcome, reason)
 
-    def _show(self, route: str, trial: Trial) -> None:
-        for name, arm in (("canary", trial.canary), ("active", trial.active)):
+    def _show(self, route: str, test: CanaryTest) -> None:
+        for name, arm in (("canary", test.canary), ("active", test.active)):
             if arm.requests:
                 self._metrics.canary_acceptance.labels(route, name).set(arm.mean)

@@ -1,4 +1,4 @@
-"""The default route's clusters: for many threads, kept over restarts, and never in a request's way."""
+"""Cluster routes: thread-safe, kept over restarts, and no request fails because of them."""
 
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -22,20 +22,20 @@ def routes(clusters: PromptClusters, count: int, seed: int = 0) -> list[str]:
     return [clusters.route(ids, learn=True) for _, ids in stream(2, count, seed)]
 
 
-def test_prompts_are_the_default_route_s_until_there_are_clusters(tmp_path: Path) -> None:
-    """Then each is its cluster's."""
+def test_prompts_get_the_default_route_until_there_are_clusters(tmp_path: Path) -> None:
+    """Then they get the routes of their clusters."""
     found = routes(PromptClusters(settings(tmp_path)), POOL + 100)
     assert set(found[:POOL]) == {"default"}
     assert set(found[POOL:]) - {"default"} == ROUTES
 
 
-def test_without_learnt_routes_there_are_none(tmp_path: Path) -> None:
-    """Nor a router."""
+def test_without_learnt_routes_there_are_no_clusters(tmp_path: Path) -> None:
+    """There is no router either."""
     assert PromptClusters.of(settings(tmp_path, 0)) is None
 
 
 def test_a_cluster_keeps_its_identity_over_restarts(tmp_path: Path) -> None:
-    """The state is written as soon as clusters begin, also without an orderly end."""
+    """The state is written as soon as clusters begin, so it survives a crash."""
     before = PromptClusters(settings(tmp_path))
     routes(before, POOL)
     again = PromptClusters(settings(tmp_path))
@@ -45,7 +45,7 @@ def test_a_cluster_keeps_its_identity_over_restarts(tmp_path: Path) -> None:
 
 
 def test_the_state_is_written_rarely(tmp_path: Path) -> None:
-    """Once when clusters begin, and then every so many prompts; nothing else is left beside it."""
+    """When clusters begin, then every `SAVE_EVERY` prompts. No temporary file stays."""
     clusters, path = PromptClusters(settings(tmp_path)), tmp_path / "data" / "clusters.npz"
     routes(clusters, POOL)
     first = path.read_bytes()
@@ -56,29 +56,29 @@ def test_the_state_is_written_rarely(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_damaged_state_fails_nothing(tmp_path: Path) -> None:
-    """Clusters begin anew."""
+def test_a_damaged_state_is_replaced(tmp_path: Path) -> None:
+    """Clusters begin anew, and no request fails."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "clusters.npz").write_bytes(b"junk")
     assert set(routes(PromptClusters(settings(tmp_path)), POOL + 50)) == {"default", *ROUTES}
 
 
-def test_a_place_that_can_t_be_written_fails_nothing(tmp_path: Path) -> None:
-    """Clusters live in memory then."""
+def test_without_a_writable_folder_clusters_stay_in_memory(tmp_path: Path) -> None:
+    """No request fails."""
     (tmp_path / "data").write_text("a file, where a folder should be")
     clusters = PromptClusters(settings(tmp_path))
     assert set(routes(clusters, POOL + 50)) == {"default", *ROUTES}
     clusters.save()
 
 
-def test_clusters_beyond_those_wanted_now_are_the_default_route_s(tmp_path: Path) -> None:
-    """Fewer than before: the others stay in the state, and have their drafts again when they are wanted again."""
+def test_with_fewer_learnt_routes_the_other_clusters_get_the_default_route(tmp_path: Path) -> None:
+    """They stay in the state and return with a higher setting."""
     routes(PromptClusters(settings(tmp_path)), POOL)
     assert set(routes(PromptClusters(settings(tmp_path, 1)), 50)) == {"default", "default-c1"}
     assert set(routes(PromptClusters(settings(tmp_path, 2)), 50)) >= ROUTES
 
 
-def test_many_threads_may_ask_at_once(tmp_path: Path) -> None:
+def test_it_is_thread_safe(tmp_path: Path) -> None:
     """Every prompt is counted once."""
     clusters, rng = PromptClusters(settings(tmp_path)), random.Random(0)
     prompts = [prompt(i % 2, rng) for i in range(POOL + 400)]
@@ -90,8 +90,8 @@ def test_many_threads_may_ask_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("learn", [True, False])
-def test_what_is_not_stored_is_not_learnt_from(tmp_path: Path, learn: bool) -> None:
-    """Prompts that must leave nothing make no clusters."""
+def test_prompts_that_are_not_stored_make_no_clusters(tmp_path: Path, learn: bool) -> None:
+    """Only learning changes the router."""
     clusters = PromptClusters(settings(tmp_path))
     found = [clusters.route(ids, learn=learn) for _, ids in stream(2, POOL + 50)]
     assert bool(set(found) & ROUTES) is learn

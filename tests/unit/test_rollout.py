@@ -1,4 +1,4 @@
-"""The guard: it sees a regression, and does not cry wolf."""
+"""The guard finds regressions and gives no false alarms."""
 
 import numpy as np
 
@@ -16,8 +16,8 @@ def around(mean: float, count: int, seed: int = 0) -> list[float]:
     return list(np.random.default_rng(seed).normal(mean, 0.1, count).clip(0, 1))
 
 
-def test_a_worse_version_is_found_and_said_once() -> None:
-    """The report names both versions and their intervals."""
+def test_a_worse_version_is_reported_once() -> None:
+    """The report names both versions."""
     guard = RolloutGuard(20)
     guard.started("r", 1, watched=True)
     assert feed(guard, 1, around(0.6, 50)) is None
@@ -30,7 +30,7 @@ def test_a_worse_version_is_found_and_said_once() -> None:
 
 
 def test_a_version_that_came_by_rollback_is_not_watched() -> None:
-    """It is where the guard itself would go."""
+    """The guard would return to the same version."""
     guard = RolloutGuard(20)
     guard.started("r", 2, watched=True)
     feed(guard, 2, around(0.9, 50))
@@ -38,8 +38,8 @@ def test_a_version_that_came_by_rollback_is_not_watched() -> None:
     assert feed(guard, 1, around(0.2, 100)) is None
 
 
-def test_a_mark_is_handed_on_by_a_version_that_hardly_served() -> None:
-    """Two activations in a row do not make the guard forget what was good."""
+def test_a_version_that_hardly_served_passes_its_baseline_on() -> None:
+    """Two activations in a row do not make the guard forget the earlier baseline."""
     guard = RolloutGuard(20)
     guard.started("r", 1, watched=True)
     feed(guard, 1, around(0.6, 50))
@@ -51,8 +51,8 @@ def test_a_mark_is_handed_on_by_a_version_that_hardly_served() -> None:
     assert found.baseline_version == 1
 
 
-def test_a_version_made_after_a_shift_is_not_taken_for_a_worse_one() -> None:
-    """What its predecessor accepted of other traffic is no mark; what it accepted of this traffic is."""
+def test_a_version_made_after_a_shift_is_compared_on_the_new_traffic() -> None:
+    """Its predecessor's acceptance on the old traffic is no baseline."""
     for successor, worse in ((0.4, False), (0.02, True)):
         guard = RolloutGuard(20)
         guard.started("r", 1, watched=True)
@@ -61,8 +61,8 @@ def test_a_version_made_after_a_shift_is_not_taken_for_a_worse_one() -> None:
         assert (feed(guard, 2, around(successor, 100, 2)) is not None) == worse
 
 
-def test_a_passing_run_of_easy_requests_is_no_mark() -> None:
-    """The last requests of a version may be all of one kind: its successor is held to all that it served, too."""
+def test_a_run_of_easy_requests_is_no_baseline() -> None:
+    """The latest requests of a version may be easy. All its recent requests count, too."""
     guard = RolloutGuard(20)
     guard.started("r", 1, watched=True)
     feed(guard, 1, [*around(0.4, 400), *around(0.7, 50, 1)])
@@ -71,7 +71,7 @@ def test_a_passing_run_of_easy_requests_is_no_mark() -> None:
 
 
 def test_other_versions_requests_do_not_count() -> None:
-    """A late answer of the old version says nothing about the new one."""
+    """A late answer of the old version is not counted for the new one."""
     guard = RolloutGuard(20)
     guard.started("r", 1, watched=True)
     feed(guard, 1, around(0.6, 50))
@@ -81,7 +81,7 @@ def test_other_versions_requests_do_not_count() -> None:
 
 
 def test_an_equal_version_is_rarely_rolled_back() -> None:
-    """At most 5 of 200 equal successors over 300 requests each, looked at after every request."""
+    """At most 5 of 200 equal successors over 300 requests each."""
     alarms = 0
     for seed in range(200):
         guard = RolloutGuard(20)
