@@ -36,12 +36,12 @@ from online.artifacts import ArtifactStore
 from online.canaries import CanaryLedger
 from online.connections import celery_app, git_commit, signal_buffer
 from online.cycles import CycleLedger
+from online.database import connect
 from online.metrics import ServiceMetrics
 from online.prompt_routes import PromptClusters
 from online.registry import Registry
 from online.rollout import RolloutGuard, Rules
 from online.settings import Settings, warn_about_unknown_variables
-from online.tables import connect
 from online.versions import Candidate
 
 log = logging.getLogger("slipstream.serve")

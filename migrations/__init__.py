@@ -1,4 +1,4 @@
-"""Database migrations. `slipstream migrate` applies them; `upgrade(url)` is the same call for tests and tools."""
+"""Database migrations. `slipstream migrate` and `upgrade(url)` apply them."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ from alembic.config import Config
 
 
 def config(url: str) -> Config:
+    """Alembic's configuration for a database."""
     made = Config()
     made.set_main_option("script_location", str(Path(__file__).parent))
     made.set_main_option("sqlalchemy.url", url.replace("%", "%%"))
@@ -14,5 +15,5 @@ def config(url: str) -> Config:
 
 
 def upgrade(url: str, revision: str = "head") -> None:
-    """Brings the database to the newest schema, or to an older one on the way there. Safe to repeat."""
+    """Brings the database to the newest schema or to a given revision. Safe to repeat."""
     command.upgrade(config(url), revision)

@@ -1,9 +1,10 @@
-"""Alembic's entry point: the URL comes from the caller's configuration, else from SLIPSTREAM_* settings."""
+"""Alembic's entry point. The URL is the configuration's, or else that of the settings."""
 
 from alembic import context
 
+from online.database import connect
 from online.settings import Settings
-from online.tables import Base, connect
+from online.tables import Base
 
 url = context.config.get_main_option("sqlalchemy.url") or Settings().sql_url
 options = {"target_metadata": Base.metadata, "render_as_batch": True, "compare_type": True}
@@ -15,8 +16,9 @@ if context.is_offline_mode():
 else:
     with connect(url).connect() as connection:
         if connection.dialect.name == "sqlite":
-            # A change to a constraint makes its table anew, and dropping the old one would count as deleting rows that
-            # others refer to. Only outside of a transaction is SQLite told so, and SQLAlchemy begins one by itself.
+            # SQLite changes a constraint by replacing the whole table, and other rows refer to
+            # its rows. The pragma has an effect only outside of a transaction, and SQLAlchemy
+            # begins one by itself.
             connection.connection.execute("PRAGMA foreign_keys=OFF")
         context.configure(connection=connection, **options)
         with context.begin_transaction():

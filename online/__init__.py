@@ -1,1 +1,4 @@
-"""What the processes say to each other, and where it is kept. Imports neither `decoder` nor `trainer`, and no torch."""
+"""What the processes share: settings, messages, stores and the REST API.
+
+Imports neither `decoder` nor `trainer`, and no torch.
+"""

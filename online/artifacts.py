@@ -1,4 +1,4 @@
-"""Draft weights on disk: one folder per artifact, named by the sha256 of its safetensors file, never changed.
+"""Draft weights on disk: immutable folders, named by the sha256 of their safetensors file.
 
 ROOT/<sha256>/model.safetensors, config.json, …     a Hugging Face model folder
 """
@@ -21,10 +21,13 @@ class ArtifactStore:
         self.root = root
 
     def publish(self, write: Callable[[Path], None]) -> str:
-        """Lets `write` fill a temporary folder, makes it durable, and renames it to its digest. Returns the digest.
+        """Publishes the folder that `write` fills. Returns its digest.
 
-        A crash at any point leaves either nothing or the whole artifact; publishing the same weights twice is one
-        artifact.
+        The folder is written aside, made durable and renamed. A crash leaves the whole artifact
+        or nothing. Publishing the same weights twice makes one artifact.
+
+        Raises:
+            ArtifactError: `write` made no weights, or the published artifact is damaged.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=".publish-", dir=self.root))
@@ -40,7 +43,7 @@ class ArtifactStore:
             try:
                 aside.rename(self.root / digest)
             except OSError:
-                self.verify(digest)  # The same weights are there already: they have to be whole.
+                self.verify(digest)  # These weights are published already: check them.
             _fsync(self.root)
             return digest
         finally:
@@ -50,26 +53,25 @@ class ArtifactStore:
         return self.root / digest
 
     def verify(self, digest: str) -> Path:
-        """The artifact's folder, its weights read and compared with the digest.
+        """The artifact's folder, after its weights were compared with the digest.
 
         Raises:
-            ArtifactError: missing, or not what was published.
+            ArtifactError: the artifact is missing or damaged.
         """
         weights = self.path(digest) / WEIGHTS
         try:
             found = file_sha256(weights)
         except OSError as error:
-            raise ArtifactError(
-                f"artifact {digest[:12]} is missing: {error.strerror}", code="artifact_missing"
-            ) from error
+            message = f"artifact {digest[:12]} is missing: {error.strerror}"
+            raise ArtifactError(message, code="artifact_missing") from error
         if found != digest:
             raise ArtifactError(f"artifact {digest[:12]} is damaged: its sha256 is {found[:12]}")
         return self.path(digest)
 
     def sweep(self, digests: Iterable[str], abandoned_s: float) -> list[str]:
-        """Deletes these artifacts, and what publishers that were killed have left behind for `abandoned_s`.
+        """Deletes these artifacts, and temporary folders older than `abandoned_s`.
 
-        Returns what was deleted.
+        Killed publishers leave temporary folders behind. Returns the names of deleted folders.
         """
         if not self.root.is_dir():
             return []

@@ -11,8 +11,9 @@ from sqlalchemy.orm import Session
 
 from online.activations import add_activation, newest_activation, raced, require_route
 from online.audit import record
+from online.database import now, transaction
 from online.errors import Conflict, NotFound
-from online.tables import Activation, Canary, now, transaction
+from online.tables import Activation, Canary
 
 Outcome = Literal["promoted", "aborted"]
 

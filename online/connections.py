@@ -1,12 +1,12 @@
-"""How every process reaches Redis and Celery. Making a connection object opens nothing."""
+"""How every process reaches Redis and Celery. Creating a connection object opens nothing."""
 
 import subprocess
-from pathlib import Path
 
 import redis
 from celery import Celery
 
 from online.buffer import BufferLimits
+from online.processes import ROOT
 from online.redis_buffer import RedisBuffer
 from online.settings import Settings
 
@@ -15,20 +15,20 @@ TICK_TASK = "trainer.tick"
 
 
 def redis_client(settings: Settings) -> "redis.Redis":
-    """Short timeouts: who waits for Redis here has something better to do."""
+    """A client with short timeouts: serving must not wait for Redis."""
     return redis.Redis.from_url(settings.redis_url, socket_timeout=2, socket_connect_timeout=1)
 
 
 def signal_buffer(settings: Settings) -> RedisBuffer:
-    bounds = BufferLimits(settings.buffer_signals, settings.buffer_bytes, settings.retention_s)
-    return RedisBuffer(redis_client(settings), bounds)
+    limits = BufferLimits(settings.buffer_signals, settings.buffer_bytes, settings.retention_s)
+    return RedisBuffer(redis_client(settings), limits)
 
 
 def celery_app(settings: Settings) -> Celery:
-    """One configuration for the worker, beat, and the API that only sends.
+    """One configuration for the worker, for beat, and for the API, which only sends.
 
-    The broker's own redelivery is quick (seconds after a kill -9): a task that runs twice is harmless here, since
-    cycles are leased and fenced in SQL.
+    The broker redelivers quickly, within seconds of a kill -9. A task that runs twice is harmless,
+    since cycles are leased and fenced in SQL.
     """
     transport = {
         "visibility_timeout": int(settings.cycle_limit_s + 60),
@@ -65,11 +65,10 @@ def celery_app(settings: Settings) -> Celery:
 
 
 def git_commit() -> str:
-    """The commit this code runs from, for the registry; "unknown" outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
+    """The commit of this code, for the registry; "unknown" outside a checkout."""
     try:
         found = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"],
+            ["git", "-C", str(ROOT), "rev-parse", "HEAD"],
             capture_output=True,
             text=True,
             timeout=5,

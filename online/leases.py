@@ -11,8 +11,9 @@ from typing import Any
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
+from online.database import now
 from online.errors import Conflict, NotFound
-from online.tables import MAX_ID, Cycle, now
+from online.tables import MAX_ID, Cycle
 
 UNFINISHED = ("queued", "running")
 

@@ -1,16 +1,16 @@
-"""What the REST API and the engine say to each other. Plain data: no HTTP in it, no tensors."""
+"""Messages between the REST API and the engine: plain data without HTTP and without tensors."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-MAX_GAMMA = 16  # drafted tokens, one behind another, that may be asked for
-MAX_CANDIDATES = 64  # drafted tokens of a step, beside and behind one another
+MAX_GAMMA = 16  # maximum length of a drafted chain
+MAX_CANDIDATES = 64  # maximum of drafted tokens per step, as in a tree
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 LenienceFunction = Literal["lin", "sq", "exp"]
-MASKS = 3  # tokens that a cascade's draft drafts by masks in one forward, beside the first
-# What they are: docs/drafters.md
+MASKS = 3  # tokens that a parallel draft predicts in one forward, after the first
+# docs/drafters.md describes them.
 DrafterName = Literal[
     "chain", "tree", "graph", "ngrams", "cascade", "parallel", "parallel_cascade", "exits", "auto"
 ]
@@ -18,7 +18,7 @@ DrafterName = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Lenience:
-    """Accepts more of a draft than is exact: f(p) takes the place of p (decoder/verification/lenience.py)."""
+    """Lossy acceptance: f(p) replaces the target's p (decoder/verification/lenience.py)."""
 
     function: LenienceFunction
     epsilon: float  # in (0, 1]; 1: exact
@@ -40,19 +40,17 @@ class Query:
     top_p: float = 1.0
     top_k: int = 0  # 0: all
     seed: int = 0
-    gamma: int | None = None  # drafted tokens a step; None: what the server finds fastest
+    gamma: int | None = None  # drafted tokens per step; None: the fastest number
     drafter: DrafterName = "chain"
-    widths: tuple[
-        int, ...
-    ] = ()  # of a tree: candidates behind every node, by depth; empty: as is best
-    replacement: bool = False  # of a tree: siblings may be the same token
+    widths: tuple[int, ...] = ()  # tree: candidates after each token, by depth; empty: chosen
+    replacement: bool = False  # tree: siblings may be the same token
     lenience: Lenience | None = None  # None: exact
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
-    logprobs: int | None = None  # most likely tokens to report per position; None: none
-    store: bool = True  # False: leaves no signal
-    client: str = ""  # who asks: a key's name or OpenAI's `user`; empty: nobody in particular
+    logprobs: int | None = None  # number of top tokens to report per position; None: no report
+    store: bool = True  # False: the query leaves no signal
+    client: str = ""  # name of the key, or OpenAI's `user`; empty: unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,27 +62,25 @@ class TokenLogprob:
 
 @dataclass(slots=True)
 class SpeculationStats:
-    """What speculation did for one sequence. A step is one target forward."""
+    """Speculation figures of one sequence. A step is one target forward."""
 
     steps: int = 0
     drafted: int = 0
     accepted: int = 0
     overlap: float = 0.0  # Σ over compared positions of Σ_x min(p(x), q(x))
-    compared: int = (
-        0  # positions up to and with the first rejected one that a draft model said something about
-    )
+    # Positions with a draft distribution, up to and including the first rejected one.
+    compared: int = 0
     histogram: dict[int, int] = field(default_factory=dict)  # accepted tokens of a step → steps
-    versions: list[tuple[int, int, int]] = field(
-        default_factory=list
-    )  # half-open token ranges: start, end, version
+    # Draft versions by half-open token ranges: (start, end, version).
+    versions: list[tuple[int, int, int]] = field(default_factory=list)
 
     @property
     def acceptance_rate(self) -> float | None:
-        """α: the mean of Σ min(p, q) over compared positions; None where nothing was drafted."""
+        """α: mean of Σ min(p, q) over compared positions; None if none was compared."""
         return self.overlap / self.compared if self.compared else None
 
     def add_probe(self, overlap: float, compared: int) -> None:
-        """Positions that a draft was compared on without drafting for them."""
+        """Adds positions on which a draft was compared without drafting for them."""
         self.overlap += overlap
         self.compared += compared
 
@@ -97,16 +93,20 @@ class SpeculationStats:
         self.overlap += overlap
         self.compared += compared
         self.histogram[accepted] = self.histogram.get(accepted, 0) + 1
-        end = self.versions[-1][1] if self.versions else 0
-        if self.versions and self.versions[-1][2] == version:
-            self.versions[-1] = (self.versions[-1][0], end + emitted, version)
+        self._extend(version, emitted)
+
+    def _extend(self, version: int, emitted: int) -> None:
+        """Adds `emitted` tokens of a draft version to the ranges."""
+        start, end, last = self.versions[-1] if self.versions else (0, 0, None)
+        if last == version:
+            self.versions[-1] = (start, end + emitted, version)
         else:
             self.versions.append((end, end + emitted, version))
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """The next piece of one sequence. The last one carries `finish_reason` and `stats`."""
+    """The next tokens of one sequence. The last delta has `finish_reason` and `stats`."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -118,14 +118,16 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class ArmSeen:
+    """One arm of a canary test: requests for which this version alone drafted."""
+
     version: int
-    requests: int  # finished ones that it drafted alone
-    acceptance: float | None  # their mean Σ min(p, q)
+    requests: int  # finished requests
+    acceptance: float | None  # their mean acceptance rate
 
 
 @dataclass(frozen=True, slots=True)
 class CanarySeen:
-    """What one decoder has seen of a canary, and of the active version at the same time."""
+    """Both arms of a canary test, as one decoder has seen them."""
 
     canary: ArmSeen
     active: ArmSeen
@@ -133,11 +135,11 @@ class CanarySeen:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The draft version that a decoder really runs on a route, beside the one it is asked to run."""
+    """The draft version that a decoder runs on a route, which may lag behind the active one."""
 
     version: int
-    error: str = ""  # why the wanted version could not be loaded
-    canary: CanarySeen | None = None  # once it drafts
+    error: str = ""  # why the active version could not be loaded
+    canary: CanarySeen | None = None  # None until a canary drafts
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,21 +154,27 @@ class EngineStatus:
 
 
 class EngineClient(Protocol):
-    """The engine as the API sees it. Every method may be called from any thread."""
+    """The engine, as the API uses it. Every method is thread-safe."""
 
     def submit(self, query: Query, on_delta: Callable[[Delta], None]) -> None:
-        """Queues a query; deltas arrive on the engine's thread. Raises Overloaded or Unavailable."""
+        """Queues a query. Deltas arrive on the engine's thread.
 
-    def cancel(self, query_id: str) -> None: ...
+        Raises:
+            Overloaded: the queue is full.
+            Unavailable: the engine is dead.
+        """
+
+    def cancel(self, query_id: str) -> None:
+        """Ends a query early. Unknown ids are ignored."""
 
     def status(self) -> EngineStatus: ...
 
     def nudge(self) -> None:
-        """Says that an activation was written: look now, do not wait for the next poll."""
+        """Makes the engine look for a new activation now, without waiting for the next poll."""
 
 
 class TextCodec(Protocol):
-    """The target's tokenizer as the API sees it."""
+    """The target's tokenizer, as the API uses it."""
 
     model_name: str
     vocab_size: int

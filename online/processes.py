@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from online.settings import Settings
+from online.settings import PREFIX, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 STOP_LIMIT_S = 5.0
@@ -35,30 +35,28 @@ def _celery(*arguments: str) -> list[str]:
 
 
 def environment(settings: Settings) -> Mapping[str, str]:
-    """The settings as SLIPSTREAM_* variables for a child, on top of what this process was given."""
-    own = {}
-    for name, value in settings.model_dump(exclude_none=True).items():
-        text = (
-            ",".join(value)
-            if isinstance(value, tuple)
-            else json.dumps(value)
-            if isinstance(value, dict)
-            else value
-        )
-        own[f"SLIPSTREAM_{name.upper()}"] = str(text)
-    return {
-        **os.environ,
-        **own,
-        "PYTHONUNBUFFERED": "1",
-        "SLIPSTREAM_DATA_DIR": str(settings.data_dir.absolute()),
-    }
+    """The environment of a child: this process's own, with every setting as a variable."""
+    given = settings.model_dump(exclude_none=True)
+    given["data_dir"] = settings.data_dir.absolute()
+    variables = {PREFIX + name.upper(): _as_variable(value) for name, value in given.items()}
+    return {**os.environ, **variables, "PYTHONUNBUFFERED": "1"}
+
+
+def _as_variable(value: object) -> str:
+    """The text that a setting is read from."""
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def die_with_parent() -> Callable[[], None] | None:
-    """On Linux: has the kernel end a child when its parent dies, even by kill -9. Elsewhere None."""
+    """A `preexec_fn` with which the kernel ends a child when its parent dies, even by kill -9.
+
+    None except on Linux.
+    """
     if sys.platform != "linux":
         return None
-    import ctypes  # only here: loaded before the fork, since nothing may be imported after it
+    import ctypes  # before the fork: a child must not import anything
 
     prctl = ctypes.CDLL(None).prctl
     set_death_signal = 1  # PR_SET_PDEATHSIG
@@ -66,7 +64,7 @@ def die_with_parent() -> Callable[[], None] | None:
 
 
 def end_group(child: "subprocess.Popen[bytes]") -> None:
-    """Ends a child that leads its own session, and every process it started there."""
+    """Ends a child that leads a session, and every process of that session."""
     if child.poll() is None:
         child.terminate()
         try:
@@ -81,6 +79,7 @@ def end_group(child: "subprocess.Popen[bytes]") -> None:
 
 
 def free_port() -> int:
+    """A port on loopback that nothing listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -18,8 +18,9 @@ from online.activations import (
 )
 from online.audit import record
 from online.canaries import supersede_canary
+from online.database import transaction
 from online.errors import Conflict, NotFound
-from online.tables import Activation, Audit, Cycle, Route, Version, transaction
+from online.tables import Activation, Audit, Cycle, Route, Version
 from online.versions import Candidate, add_version, require_version
 
 

@@ -1,40 +1,41 @@
-"""How a request wants tokens drafted, or a route where its requests say nothing: checked, and what holds in the end."""
+"""How tokens are drafted: a request's options, and a route's defaults for requests without any."""
 
+from collections.abc import Sequence
 from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from online.messages import MAX_CANDIDATES, MAX_GAMMA, DrafterName
 
+Width = Annotated[int, Field(ge=1)]
+Widths = Annotated[list[Width], Field(min_length=1, max_length=MAX_GAMMA)]
+
 
 class DraftingOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
     drafter: DrafterName | None = Field(
-        None, description="what drafts; null: as the route says, else the draft's chain"
+        None, description="drafter; null: the route's default, else chain"
     )
     gamma: int | None = Field(
         None,
         ge=0,
         le=MAX_CANDIDATES,
-        description="tokens drafted a step; 0: none; null: as is fastest",
+        description="drafted tokens per step; 0: none; null: the fastest number",
     )
-    widths: (
-        Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1, max_length=MAX_GAMMA)]
-        | None
-    ) = Field(
+    widths: Widths | None = Field(
         None,
-        description="of a tree: tokens drafted behind every token, by depth; null: as measured acceptance has it",
+        description="drafter tree: candidates after each token, by depth; "
+        "null: chosen from measured acceptance rates",
     )
     replacement: bool | None = Field(
         None,
-        description="of a tree: whether a token may be drafted twice behind the same one; null: no",
+        description="drafter tree: whether siblings may be the same token; null: no",
     )
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        tree = self.drafter == "tree"
-        for name, given in (("widths", self.widths), ("replacement", self.replacement)):
-            if given is not None and not tree:
+        for name in ("widths", "replacement"):
+            if getattr(self, name) is not None and self.drafter != "tree":
                 raise ValueError(f'{name} is for the drafter "tree"')
         if self.widths is not None and self.gamma is not None:
             raise ValueError("gamma and widths both say how much to draft: give one of them")
@@ -47,18 +48,19 @@ class DraftingOptions(BaseModel):
         return self
 
     def over(self, route: "DraftingOptions") -> "DraftingOptions":
-        """The request's own wish where it has one: another drafter takes nothing over from the route's."""
+        """These options, completed by the route's defaults.
+
+        A request that names a drafter takes none of the defaults.
+        """
         if self.drafter is not None:
             return self
-        return (
-            route
-            if self.gamma is None
-            else route.model_copy(update={"gamma": self.gamma, "widths": None})
-        )
+        if self.gamma is None:
+            return route
+        return route.model_copy(update={"gamma": self.gamma, "widths": None})
 
 
-def candidates(widths: tuple[int, ...] | list[int]) -> int:
-    """Of a tree with so many behind every node, by depth."""
+def candidates(widths: Sequence[int]) -> int:
+    """Number of candidates in a tree. `widths`: candidates after each token, by depth."""
     total, level = 0, 1
     for width in widths:
         level *= width

@@ -1,6 +1,6 @@
-"""The whole service on one machine: Redis, migrations, decoder with API, worker and beat, as child processes.
+"""The whole service on one machine: Redis, migrations, decoder, worker and beat as children.
 
-`slipstream up` runs it. Ctrl-C, or the end of this process however it comes, ends every child.
+`slipstream up` runs it. Ctrl-C ends every child, and so does any other end of this process.
 """
 
 import logging
@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import IO
 
 from online.embedded_redis import start_server
@@ -32,7 +33,7 @@ RESTART_PAUSE_S = 2.0
 
 
 class Stack:
-    """Children by name. Use as a context manager; `settings` are complete once it is entered."""
+    """The children by name. Inside this context manager, `settings` are complete."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -43,8 +44,8 @@ class Stack:
 
     @property
     def url(self) -> str:
-        host = self.settings.bind_host
-        return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{self.settings.port}"
+        host = self.settings.bind_host.replace("0.0.0.0", "127.0.0.1")
+        return f"http://{host}:{self.settings.port}"
 
     def __enter__(self) -> "Stack":
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -66,7 +67,10 @@ class Stack:
         self.stop()
 
     def start(self, name: str, command: list[str]) -> None:
-        """A child in a session of its own: the terminal's Ctrl-C reaches only this process, which ends the rest."""
+        """Starts a child in its own session.
+
+        The terminal's Ctrl-C then reaches only this process, which ends the children in order.
+        """
         self._commands[name] = command
         self.children[name] = subprocess.Popen(
             command,
@@ -79,7 +83,7 @@ class Stack:
         )
 
     def watch(self) -> None:
-        """Restarts children that ended, until the decoder does: without it there is no service.
+        """Restarts children that ended, except the decoder: without it there is no service.
 
         Raises:
             Unavailable: the decoder ended.
@@ -88,16 +92,15 @@ class Stack:
             if child.poll() is None:
                 continue
             if name == "decoder":
-                raise Unavailable(
-                    f"the decoder ended with {child.returncode}; see {self.logs / 'decoder.log'}"
-                )
+                status = child.returncode
+                raise Unavailable(f"the decoder ended with {status}; see {self._decoder_log}")
             if time.monotonic() >= self._restart_at.get(name, 0):
-                log.warning("%s ended with %s: starting it again", name, child.returncode)
+                log.warning("%s ended with %s; restarting it", name, child.returncode)
                 self._restart_at[name] = time.monotonic() + RESTART_PAUSE_S
                 self.start(name, self._commands[name])
 
     def stop(self) -> None:
-        """Ends every child and all of their children: politely first, then not."""
+        """Ends every child and its own children: SIGTERM first, then SIGKILL."""
         for name in ("beat", "worker", "decoder", "redis"):
             if (child := self.children.pop(name, None)) is not None:
                 end_group(child)
@@ -130,8 +133,12 @@ class Stack:
             except (urllib.error.URLError, OSError):
                 time.sleep(0.1)
         raise Unavailable(
-            f"the decoder was not ready after {READY_LIMIT_S:.0f} s; see {self.logs / 'decoder.log'}"
+            f"the decoder was not ready after {READY_LIMIT_S:.0f} s; see {self._decoder_log}"
         )
+
+    @property
+    def _decoder_log(self) -> Path:
+        return self.logs / "decoder.log"
 
     def _log(self, name: str) -> IO[bytes]:
         return (self.logs / f"{name}.log").open("ab")

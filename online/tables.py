@@ -1,56 +1,21 @@
 """The registry's tables, the same on SQLite and PostgreSQL. Migrations live in `migrations/`.
 
-Nothing that happened is ever updated or deleted in `versions`, `activations` and `audit`. A route's active version is
-its newest activation, no column.
+Rows of `versions`, `activations` and `audit` are never updated or deleted. The active version of a
+route is not a column: its newest activation names it.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, ClassVar
 
-from sqlalchemy import (
-    JSON,
-    CheckConstraint,
-    Connection,
-    DateTime,
-    Dialect,
-    Engine,
-    ForeignKey,
-    Index,
-    MetaData,
-    TypeDecorator,
-    UniqueConstraint,
-    create_engine,
-    event,
-    text,
-)
-from sqlalchemy.exc import DataError, OperationalError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy import JSON, CheckConstraint, ForeignKey, Index, MetaData, UniqueConstraint, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from online.errors import InvalidRequest, Unavailable
+from online.database import UtcDateTime, now
 
 CYCLE_STATES = ("queued", "running", "promoted", "canary", "held", "rejected", "empty", "failed")
 CANARY_STATES = ("running", "promoted", "aborted", "superseded")
 ACTIVATION_KINDS = ("initial", "promotion", "manual", "rollback", "auto_rollback")
 MAX_ID = 2**31 - 1  # largest value of an id column
-
-
-class UtcDateTime(TypeDecorator[datetime]):
-    """Aware UTC in Python on every database; SQLite alone would give naive times back."""
-
-    impl = DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        return value.astimezone(UTC) if value else None
-
-    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        return value.replace(tzinfo=UTC) if value and value.tzinfo is None else value
-
-
-def now() -> datetime:
-    return datetime.now(UTC)
 
 
 class Base(DeclarativeBase):
@@ -75,7 +40,7 @@ class Route(Base):
 
 
 class Version(Base):
-    """An immutable draft."""
+    """A draft version. Immutable."""
 
     __tablename__ = "versions"
 
@@ -93,7 +58,10 @@ class Version(Base):
 
 
 class Activation(Base):
-    """Who made which version active, when and why. `number` counts per route, so two writers can't both be next."""
+    """Which version became active, when, by whom and why.
+
+    `number` counts per route and is unique, so that two writers can't both be next.
+    """
 
     __tablename__ = "activations"
     __table_args__ = (
@@ -113,12 +81,12 @@ class Activation(Base):
 
 
 class Cycle(Base):
-    """One attempt to learn from one window. `fence` grows each time a worker takes the cycle over."""
+    """One training cycle over one window. `fence` grows whenever a worker takes it over."""
 
     __tablename__ = "cycles"
     __table_args__ = (
         CheckConstraint(f"state IN {CYCLE_STATES}", name="state"),
-        # Single flight: one unfinished cycle per route.
+        # A route has one unfinished cycle at most.
         Index(
             "uq_cycles_unfinished",
             "route",
@@ -126,7 +94,7 @@ class Cycle(Base):
             sqlite_where=text("state IN ('queued', 'running')"),
             postgresql_where=text("state IN ('queued', 'running')"),
         ),
-        # The same signals never conclude two cycles.
+        # Two cycles never use the same signals.
         UniqueConstraint("route", "window_last"),
     )
 
@@ -146,9 +114,9 @@ class Cycle(Base):
 
 
 class Canary(Base):
-    """A candidate that drafts for a share of its route's requests, beside the version that was active when it came.
+    """A candidate that drafts for a share of its route's requests, beside the active version.
 
-    `actor` and `reason` are of its end once it has one; who began it is in the audit.
+    `actor` and `reason` tell of its start while it runs, then of its end. The audit has both.
     """
 
     __tablename__ = "canaries"
@@ -176,7 +144,7 @@ class Canary(Base):
 
 
 class Audit(Base):
-    """Every change that someone or something made."""
+    """One change, by a person or by the service itself."""
 
     __tablename__ = "audit"
 
@@ -187,49 +155,3 @@ class Audit(Base):
     route: Mapped[str]
     reason: Mapped[str] = mapped_column(default="")
     detail: Mapped[dict[str, Any]] = mapped_column(default=dict)
-
-
-def connect(url: str) -> Engine:
-    """An engine on `url`. SQLite gets WAL, foreign keys, patience, and writers that queue instead of failing."""
-    if not url.startswith("sqlite"):
-        return create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": 3})
-    engine = create_engine(url, connect_args={"timeout": 10})
-
-    @event.listens_for(engine, "connect")
-    def _prepare(connection: Any, _: object) -> None:
-        connection.isolation_level = (
-            None  # The driver must not begin by itself: `_begin` below does.
-        )
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA foreign_keys=ON")
-
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:
-        # A transaction that reads first and writes later fails at once when another writer came between, whatever the
-        # timeout; one that takes the write lock at its start waits.
-        immediate = connection.get_execution_options().get("writes")
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
-
-    return engine
-
-
-@contextmanager
-def transaction(engine: Engine, *, writes: bool) -> Iterator[Session]:
-    """A session that commits at its end. Rows stay readable after it.
-
-    Raises:
-        Unavailable: the database can't be reached.
-        InvalidRequest: a value that it can't hold (PostgreSQL refuses NUL in text).
-    """
-    try:
-        with (
-            Session(engine.execution_options(writes=writes), expire_on_commit=False) as session,
-            session.begin(),
-        ):
-            yield session
-    except OperationalError as error:
-        raise Unavailable(
-            f"the database can't be reached: {error.orig}", code="database_unavailable"
-        ) from error
-    except DataError as error:
-        raise InvalidRequest(f"the database can't keep this value: {error.orig}") from error

@@ -17,8 +17,9 @@ from sqlalchemy import Engine, create_engine, text
 
 from decoder.device.placement import stay_on_one_core
 from migrations import upgrade
+from online.database import connect
 from online.embedded_redis import servers, start_server
-from online.tables import connect
+from online.database import connect
 
 if TYPE_CHECKING:  # unit tests load no model
     from tests.tiny import TinyPair

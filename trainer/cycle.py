@@ -26,12 +26,13 @@ from online.artifacts import ArtifactStore
 from online.buffer import Entry, SignalBuffer, id_order
 from online.connections import git_commit, signal_buffer
 from online.cycles import CycleLedger
+from online.database import connect, now
 from online.errors import SignalError, SlipstreamError
 from online.leases import Lease, LeaseLost
 from online.registry import Registry
 from online.settings import Settings
 from online.signals import Signal, decode
-from online.tables import Version, connect, now
+from online.tables import Version
 from online.versions import Candidate, is_generic
 from trainer.batches import usable
 from trainer.distill import Recipe, distill

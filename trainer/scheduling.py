@@ -14,10 +14,11 @@ from datetime import timedelta
 
 from online.buffer import Depth, SignalBuffer
 from online.cycles import CycleLedger
+from online.database import now
 from online.leases import UNFINISHED
 from online.registry import Registry
 from online.settings import Settings
-from online.tables import Cycle, now
+from online.tables import Cycle
 
 WORTH_GAIN = 0.01  # gain in tokens per step, as a share, below which a cycle was not worth its cost
 MAX_BACKOFF = 16  # times the usual number of new signals

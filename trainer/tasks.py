@@ -13,11 +13,11 @@ from functools import cache
 from online.canaries import CanaryLedger
 from online.connections import CYCLE_TASK, TICK_TASK, celery_app, signal_buffer
 from online.cycles import CycleLedger
+from online.database import connect
 from online.leases import Lease, LeaseLost
 from online.processes import die_with_parent
 from online.registry import Registry
 from online.settings import Settings, warn_about_unknown_variables
-from online.tables import connect
 from trainer.exit_codes import EXIT_LEASE_LOST, EXIT_REPORTED
 from trainer.scheduling import assess_route
 

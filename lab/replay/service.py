@@ -23,6 +23,7 @@ from lab.replay.config import Replay
 from lab.replay.streams import Asked
 from lab.stored import stored
 from migrations import upgrade
+from online.database import connect
 from online.embedded_redis import start_server
 from online.leases import UNFINISHED
 from online.messages import DrafterName, Query
@@ -30,7 +31,7 @@ from online.prompt_routes import PromptClusters
 from online.registry import Registry
 from online.settings import Settings
 from online.signals import Signal, decode
-from online.tables import Cycle, Version, connect
+from online.tables import Cycle, Version
 from trainer.cycle import CycleContext, run
 from trainer.evaluation import Evaluation, evaluate
 from trainer.scheduling import assess_route

@@ -7,10 +7,11 @@ from typing import Any
 from migrations import upgrade
 from online.artifacts import ArtifactStore
 from online.connections import git_commit
+from online.database import connect
 from online.errors import Conflict, InvalidRequest
 from online.registry import Registry
 from online.settings import Settings
-from online.tables import Version, connect
+from online.tables import Version
 from online.versions import Candidate
 
 ACTOR = "warm-up"

@@ -56,7 +56,7 @@ def downgrade() -> None:
 
 
 def _allow(states: tuple[str, ...]) -> None:
-    """The states that a cycle may have. SQLite has to make the table anew; see `env.py` for what refers to it."""
+    """Sets the states that a cycle may have. On SQLite this replaces the table (see `env.py`)."""
     with op.batch_alter_table("cycles") as cycles:
         cycles.drop_constraint(op.f("ck_cycles_state"), type_="check")
         cycles.create_check_constraint(op.f("ck_cycles_state"), f"state IN {states}")

@@ -1,7 +1,7 @@
-"""One HTTP request's sequences in the engine: submit all, listen to all, cancel what is left when the client goes."""
+"""One HTTP request's sequences in the engine: submit, receive deltas, cancel if the client goes."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class ClientGone(Exception):
-    """The client closed the connection; nobody is left to answer."""
+    """The client closed the connection before it had its answer."""
 
 
 class Job:
@@ -26,16 +26,12 @@ class Job:
 
     @asynccontextmanager
     async def running(self) -> "AsyncIterator[Job]":
-        """Submits every sequence; on the way out, cancels those that have not finished."""
+        """Submits every sequence; at the end, cancels those that have not finished."""
         loop = asyncio.get_running_loop()
         submitted = []
         try:
             for index, query in enumerate(self._queries):
-
-                def deliver(delta: Delta, index: int = index) -> None:
-                    loop.call_soon_threadsafe(self._deltas.put_nowait, (index, delta))
-
-                self._engine.submit(query, deliver)
+                self._engine.submit(query, self._receiver(loop, index))
                 submitted.append(index)
             yield self
         finally:
@@ -43,8 +39,16 @@ class Job:
                 if index in self._open:
                     self._engine.cancel(self._queries[index].id)
 
+    def _receiver(self, loop: asyncio.AbstractEventLoop, index: int) -> Callable[[Delta], None]:
+        """Passes the deltas of one sequence from the engine's thread to the event loop."""
+
+        def receive(delta: Delta) -> None:
+            loop.call_soon_threadsafe(self._deltas.put_nowait, (index, delta))
+
+        return receive
+
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
-        """(sequence, delta) as they come, until every sequence has finished.
+        """(sequence, delta) in order of arrival, until every sequence has finished.
 
         Raises:
             Unavailable: the engine failed on a sequence.
@@ -59,22 +63,26 @@ class Job:
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """Awaits `work`, and drops it when the client disconnects first.
+    """Awaits `work`, or drops it if the client disconnects first.
 
-    `request.is_disconnected` does not see it behind middleware; reading the next message does.
+    Behind middleware `request.is_disconnected` misses that; reading the next message does not.
+
+    Raises:
+        ClientGone: the client disconnected first.
     """
 
     async def disconnected() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    answer, gone = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
+    answer = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(disconnected())
     try:
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
             raise ClientGone
         return answer.result()
     finally:
-        for task in (answer, gone):
-            task.cancel()
+        answer.cancel()
+        gone.cancel()
         await asyncio.gather(answer, gone, return_exceptions=True)

@@ -1,7 +1,7 @@
-"""Bodies of the generation endpoints, checked. Unknown fields are refused by name, as OpenAI's API does.
+"""Bodies of the generation endpoints, validated. Unknown fields are refused by name.
 
-Fields whose only supported value is the neutral one are accepted with it, because clients send them always; any other
-value is an error, not a silent difference.
+Some fields are not supported, but clients send them anyway. Their neutral value is accepted; any
+other value is an error.
 """
 
 from typing import Annotated, Any, Literal
@@ -22,6 +22,8 @@ def _encodable(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_encodable)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+Prompts = Field(min_length=1, max_length=64)  # bounds of a list of prompts
 Body = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -34,22 +36,20 @@ class StreamOptions(BaseModel):
 class LenienceOptions(BaseModel):
     model_config = Body
     function: LenienceFunction = Field(
-        description="of the target's p: lin: p / epsilon, sq: p / epsilon², exp: p^epsilon"
+        description="replaces the target's p: lin: p / epsilon, sq: p / epsilon², exp: p^epsilon"
     )
-    epsilon: float = Field(
-        gt=0, le=1, description="1: exact; no smaller than the server's lenience_floor"
-    )
+    epsilon: float = Field(gt=0, le=1, description="1: exact; at least the server's lenience_floor")
 
 
 class Speculation(DraftingOptions):
     lenience: LenienceOptions | None = Field(
         None,
-        description="lossy: drafted tokens are kept more often than the target's distribution allows; null: exact",
+        description="lossy: accepts drafted tokens more often than is exact; null: exact",
     )
 
 
 class GenerationBody(BaseModel):
-    """What both generation endpoints take. None is "not given" everywhere: clients send nulls."""
+    """The fields of both generation endpoints. None means "not given": clients send nulls."""
 
     model_config = Body
     model: Text | None = None
@@ -63,14 +63,14 @@ class GenerationBody(BaseModel):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    store: bool | None = Field(None, description="false: the request leaves no signal")
+    store: bool | None = Field(None, description="false: the request is not recorded")
     metadata: dict[Text, Text] | None = Field(
-        None, max_length=16, description='"route" chooses the route'
+        None, max_length=16, description='"route" names the route'
     )
     user: Text | None = None
     speculation: Speculation | None = None
     return_token_ids: bool | None = None
-    # Neutral values only.
+    # Only neutral values are accepted.
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
@@ -115,14 +115,7 @@ class GenerationBody(BaseModel):
 
 
 class CompletionBody(GenerationBody):
-    prompt: (
-        Text
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Text], Field(min_length=1, max_length=64)]
-        | Annotated[
-            list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=64)
-        ]
-    )
+    prompt: Text | TokenIds | Annotated[list[Text], Prompts] | Annotated[list[TokenIds], Prompts]
     max_tokens: int | None = Field(None, ge=1)
     logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -141,7 +134,7 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart]
     name: Text | None = None
-    # Clients send an answer's message back as it came. Accepted as long as they are empty.
+    # Clients send an answer's message back unchanged. These must be empty.
     refusal: None = None
     audio: None = None
     function_call: None = None
@@ -151,11 +144,9 @@ class Message(BaseModel):
 
     @property
     def text(self) -> str:
-        return (
-            self.content
-            if isinstance(self.content, str)
-            else "".join(part.text for part in self.content)
-        )
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
 
 
 class ChatBody(GenerationBody):

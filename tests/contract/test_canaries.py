@@ -8,9 +8,10 @@ from sqlalchemy.exc import IntegrityError
 
 from online.canaries import CanaryLedger, open_canary
 from online.cycles import CycleLedger
+from online.database import transaction
 from online.errors import Conflict, NotFound
 from online.registry import Registry
-from online.tables import Canary, Cycle, transaction
+from online.tables import Canary, Cycle
 from tests.contract.test_cycles import active, leased
 from tests.contract.test_registry import at_once, candidate, version
 

@@ -8,9 +8,10 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import IntegrityError
 
 from online.cycles import CycleLedger
+from online.database import now
 from online.leases import Lease, LeaseLost
 from online.registry import Registry
-from online.tables import Cycle, Version, now
+from online.tables import Cycle, Version
 from tests.contract.test_registry import at_once, candidate
 
 LEASE_S = 0.2

@@ -6,7 +6,8 @@ from sqlalchemy import inspect, text
 from sqlalchemy.exc import IntegrityError
 
 from migrations import config, upgrade
-from online.tables import Base, connect
+from online.database import connect
+from online.tables import Base
 
 
 def test_upgrading_makes_what_the_models_say(database_url: str) -> None:

@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import Engine
 
+from online.database import connect, transaction
 from online.errors import Conflict, InvalidRequest, NotFound, SlipstreamError, Unavailable
 from online.registry import Registry
-from online.tables import Version, connect, transaction
+from online.tables import Version
 from online.versions import Candidate, add_version
 
 

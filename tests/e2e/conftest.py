@@ -18,10 +18,10 @@ from migrations import upgrade
 from online.artifacts import ArtifactStore
 from online.connections import signal_buffer
 from online.cycles import CycleLedger
+from online.database import connect, transaction
 from online.redis_buffer import RedisBuffer
 from online.registry import Registry
 from online.settings import Settings
-from online.tables import connect, transaction
 from online.versions import Candidate, add_version
 from tests.conftest import copy_into
 from tests.loop.conftest import until

@@ -14,9 +14,9 @@ from decoder.rollout.installer import Installer
 from decoder.rollout.live import LiveDraft, fraction
 from online.artifacts import ArtifactStore
 from online.canaries import CanaryLedger, open_canary
+from online.database import transaction
 from online.registry import Registry
 from online.rollout import Rules
-from online.tables import transaction
 from online.versions import Candidate, add_version
 from tests.conftest import copy_into
 from tests.engine.test_engine import PROMPTS, Failing

@@ -15,10 +15,10 @@ from lab.warmup import align, cold_start, generic, two_stage
 from lab.warmup.prompts import SOURCES, frame_of
 from lab.warmup.register import opened, register
 from online.artifacts import ArtifactStore
+from online.database import connect
 from online.errors import Conflict, InvalidRequest
 from online.registry import Registry
 from online.settings import Settings
-from online.tables import connect
 from tests.conftest import copy_into
 from tests.lab.conftest import Command, prompts
 from tests.signals import taught

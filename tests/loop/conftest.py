@@ -16,12 +16,13 @@ from celery import Celery
 from online.artifacts import ArtifactStore
 from online.connections import CYCLE_TASK, celery_app, signal_buffer
 from online.cycles import CycleLedger
+from online.database import connect
 from online.processes import ROOT, beat_command, end_group, environment, worker_command
 from online.redis_buffer import RedisBuffer
 from online.registry import Registry
 from online.settings import Settings
 from online.signals import Signal, encode
-from online.tables import Cycle, connect
+from online.tables import Cycle
 from online.versions import Candidate
 from tests.conftest import copy_into
 from tests.tiny import TinyPair

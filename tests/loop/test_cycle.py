@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from online.canaries import CanaryLedger
+from online.database import connect, transaction
 from online.signals import Signal
-from online.tables import connect, transaction
 from online.versions import Candidate, add_version
 from tests.conftest import copy_into
 from tests.loop.conftest import Loop, kill, until

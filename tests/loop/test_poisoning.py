@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM
 from online.artifacts import ArtifactStore
 from online.buffer import BufferLimits
 from online.cycles import CycleLedger
+from online.database import connect
 from online.memory_buffer import MemoryBuffer
 from online.registry import Registry
 from online.settings import Settings
 from online.signals import Signal, encode
-from online.tables import Cycle, connect
+from online.tables import Cycle
 from online.versions import Candidate
 from tests.conftest import copy_into
 from tests.signals import taught

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from online.stack import ROOT
+from online.processes import ROOT
 
 PAGES = [
     path
