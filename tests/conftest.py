@@ -19,7 +19,6 @@ from decoder.device.placement import stay_on_one_core
 from migrations import upgrade
 from online.database import connect
 from online.embedded_redis import servers, start_server
-from online.database import connect
 
 if TYPE_CHECKING:  # unit tests load no model
     from tests.tiny import TinyPair
