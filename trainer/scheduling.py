@@ -82,9 +82,7 @@ def required_signals(
         return least
     each = depth.bytes / max(1, depth.signals)
     room = min(settings.buffer_signals, settings.buffer_bytes / max(1.0, each))
-    return min(
-        backed_off(past, settings.cycle_min_signals), max(least, int(room / 2))
-    )
+    return min(backed_off(past, settings.cycle_min_signals), max(least, int(room / 2)))
 
 
 def backed_off(past: Sequence[Cycle], usual: int) -> int:

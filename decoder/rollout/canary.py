@@ -83,7 +83,10 @@ class CanaryController:
             if self._registry.route(route).frozen:
                 if not ours.held:
                     self._registry.record(
-                        ACTOR, "canary:held", route, f"frozen; {decision.outcome}: {decision.reason}"
+                        ACTOR,
+                        "canary:held",
+                        route,
+                        f"frozen; {decision.outcome}: {decision.reason}",
                     )
                 ours.held = True
                 continue
