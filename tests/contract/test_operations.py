@@ -32,6 +32,7 @@ def agree(found: list[torch.Tensor], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 5, 80])
 def test_norms_and_gates(dtype: torch.dtype, tokens: int) -> None:
+    """Fused and torch operations agree, and leave the same residual stream."""
     x, y, weight = (
         torch.randn(tokens, 48),
         torch.randn(tokens, 48).to(dtype),
@@ -55,6 +56,7 @@ def test_norms_and_gates(dtype: torch.dtype, tokens: int) -> None:
 def test_turned_heads_and_their_places(
     dtype: torch.dtype, normed: bool, rows: Slots, tokens: int
 ) -> None:
+    """Rotated queries agree, and so do the keys and values that both write into the cache."""
     count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
     starts = torch.tensor(
         [4, CAPACITY - 1, 9][:count]
@@ -105,6 +107,7 @@ def test_places_of_the_nodes_of_trees(rows: Slots, first: int) -> None:
 
 
 def test_numbers_that_are_none_stay_none() -> None:
+    """A NaN stays NaN; large gate values saturate without overflow."""
     for dtype in DTYPES:
         gate_up = torch.tensor([[math.nan, -math.inf, 200.0, -200.0, 1.0, 1.0, 1.0, 1.0]]).to(dtype)
         for ops in both(dtype):

@@ -34,6 +34,7 @@ def sampling(size: int, top_k: int = 0) -> Sampling:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_probabilities_and_samples(size: int) -> None:
+    """Both give the same probabilities, the same argmax, and the same samples."""
     logits, uniform = 4 * torch.randn(B, G, size), torch.rand(B, G, dtype=torch.float64)
     logits[1, 0, 1:] = -torch.inf
     room = torch.empty(B, 2 * G, size)
@@ -154,6 +155,7 @@ def judged_alike(logits_BTV: Tensor, proposal: Proposal, *more: Any) -> set[int]
 
 @pytest.mark.parametrize(("size", "k"), [(3, 3), (64, 32), (1000, 32), (4099, 5)])
 def test_observations(size: int, k: int) -> None:
+    """The recorded top-k tokens and their log-probabilities agree."""
     logits_BTV = 3 * torch.randn(B, G + 1, size)
     logits_BTV[2, 1, k - 1 :] = -torch.inf  # fewer possible tokens than are reported
     count_B = torch.full((B,), G + 1)

@@ -23,6 +23,7 @@ CASES = [(shape, "plain") for shape in SHAPES] + [
 def test_emitted_distribution_is_the_targets(
     shape: str, way_: str, setting: str, dtype: torch.dtype
 ) -> None:
+    """Every tree shape emits the target's distribution, however its candidates are made."""
     case = Case.of(SHAPES[shape], way_, SETTINGS[setting], dtype)
     assert case.probability_B.sum().item() == pytest.approx(1)
     assert distance(verify, case) <= LIMIT

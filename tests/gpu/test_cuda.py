@@ -29,6 +29,7 @@ PROMPTS = [(40, 50, 60), (70,), tuple(range(80, 120))]
 def test_what_is_emitted_has_the_targets_distribution(
     shape: str, way: str, setting: tuple[float, int, float]
 ) -> None:
+    """Verification of chains and trees on the GPU is exact by enumeration."""
     assert (
         distance(on(DEVICE, verify), Case.of(SHAPES[shape], way, setting, torch.float32)) <= LIMIT
     )
