@@ -1,1 +1,1 @@
-"""What proposes candidates. No drafter knows another, and no verifier knows any of them."""
+"""Drafters propose candidate tokens. Each lives in one file, and `registry` finds it."""

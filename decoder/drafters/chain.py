@@ -1,16 +1,16 @@
-"""Chains that are drafted as far as they are likely to be kept, by n-grams and, in a cascade, by a model.
+"""One sequence's chain while it is drafted: by n-grams and, in a cascade, by the draft model.
 
-Legend: B sequences, N candidates of a sequence at most, Q drawn tokens of a sequence at most, V vocabulary.
+A chain grows while its next token is likely enough to be accepted for what it costs. The estimates
+come from the acceptance rate α of the model's tokens and from counts by evidence.
+
+Whether a token is drawn may depend on the tokens before it and on other sequences. Once drawn it
+stays: leaving it out because of what it is would change the distribution that it was drawn from.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import zip_longest
-
-from torch import Tensor
+from dataclasses import dataclass, field
 
 from decoder.drafters.base import DraftGroup
-from decoder.models.ragged import integers, ragged
 from decoder.policy.draft_cost import NO_COST, DraftCost
 from decoder.policy.token_acceptance import (
     Evidence,
@@ -20,209 +20,161 @@ from decoder.policy.token_acceptance import (
 )
 from decoder.sequence.ngram_index import NgramGuess
 from decoder.sequence.sequence import LiveSequence
-from decoder.verification.proposal import CHOSEN, Proposal, Tree
-from decoder.verification.tree_shape import chain_shape
-from online.messages import MAX_GAMMA
+from decoder.verification.proposal import CHOSEN
 
-MASKED = 0.8  # how much less than the one before a mask's token is kept, where nothing is known
-AHEAD = 0.3  # how likely the model's draws must have followed guesses for one more to be worth a place in its forward
-LITTLE = 0.01  # how likely a token must be kept to be added, whoever pays for its place
+# Prior: acceptance of a token drawn at a mask divided by that of the token before it.
+MASK_ACCEPTANCE = 0.8
+# The draft verifies a guess only if it is this likely to draw the guess and those before it.
+MIN_AGREEMENT = 0.3
+# A guess is added only if it is this likely to be accepted, even where a place costs nothing.
+MIN_ACCEPTANCE = 0.01
 
 
 @dataclass(slots=True)
 class Chain:
-    """One sequence's, as far as it is drafted.
-
-    Whether a token is drawn may depend on the tokens before it and on other sequences; what becomes of one that has been
-    drawn, on nothing that it had a part in: to leave it out for what it is would be to draw from something else.
-    """
+    """A sequence's drafted tokens. "Accepted" probabilities include all tokens before."""
 
     context: list[int]
-    held: int  # tokens of context and chain that the draft's slot holds
-    most: int
-    lead: int  # tokens of the model's, at most
-    acceptance: float  # of the model's tokens, as far as is known without what follows
-    share: DraftCost  # of what the step costs
-    known: TokenAcceptance  # of the draft's tokens
+    cached: int  # tokens of context and chain that the draft's cache holds
+    limit: int  # tokens of the chain, at most
+    model_budget: int  # tokens that the model may still draw
+    acceptance: float  # rate α of the model's tokens
+    cost: DraftCost  # this sequence's share of what drafting costs the step
+    rates: TokenAcceptance  # acceptance of the draft's tokens by evidence
     greedy: bool
-    guess: Callable[[list[int]], NgramGuess | None]  # what may follow these drafted tokens
+    guess: Callable[[list[int]], NgramGuess | None]  # n-grams' token behind these drafted ones
     tokens: list[int] = field(default_factory=list)
-    sources: list[int] = field(default_factory=list)  # by token: which drawn one it is, or CHOSEN
+    sources: list[int] = field(default_factory=list)  # by token: draft distribution, or CHOSEN
     evidence: list[Evidence] = field(default_factory=list)  # by token
-    worth: list[float] = field(
-        default_factory=list
-    )  # by token: how likely it was to be kept, before it was drawn
-    reach: float = 1.0  # how likely all are kept
-    drawn: int = 0
-    lags: bool = False  # the draft's slot lacks too much of the context for the model to be asked in this step
-    missed: bool = False  # it lags, and the model would have been asked
+    # By token: probability that it is accepted, as estimated before it was drawn.
+    accepted_before_draw: list[float] = field(default_factory=list)
+    accepted: float = 1.0  # probability that all tokens so far are accepted
+    drawn: int = 0  # tokens that the model drew
+    draft_lags: bool = False  # too far for the model to draft in this step
+    wants_catch_up: bool = False  # the model would have drafted, but the draft lags
 
     @classmethod
-    def of(cls, seq: LiveSequence, most: int, share: DraftCost, group: DraftGroup) -> "Chain":
-        """A request that says how much to draft has it, whatever that costs."""
+    def of(cls, seq: LiveSequence, limit: int, cost: DraftCost, group: DraftGroup) -> "Chain":
+        """A sequence's empty chain. Where the request fixes γ, cost does not matter."""
         return cls(
             seq.tokens,
             seq.draft_cached,
-            most,
+            limit,
             group.spec.lead,
             seq.acceptance.rate,
-            share if seq.query.gamma is None else NO_COST,
+            cost if seq.query.gamma is None else NO_COST,
             seq.draft.token_acceptance,
             seq.ngram_lookup.greedy,
             lambda drafted: seq.ngram_lookup.guess(seq.tokens, drafted),
-            lags=seq.draft_uncached > group.feed,
+            draft_lags=seq.draft_uncached > group.max_lag,
         )
 
     @property
-    def asked(self) -> bool:
-        """Whether the request says how much to draft."""
-        return self.share is NO_COST
+    def fixed_length(self) -> bool:
+        """Whether the request fixes how much to draft."""
+        return self.cost is NO_COST
 
     @property
-    def open(self) -> bool:
-        """Whether there is room for another token of the model's."""
-        return self.lead > 0 and len(self.tokens) < self.most
+    def takes_model_token(self) -> bool:
+        return self.model_budget > 0 and len(self.tokens) < self.limit
 
-    def choose(self) -> None:
-        """Tokens that n-grams are sure of, before the model is asked."""
-        while self.open and (guess := self.guess(self.tokens)) is not None:
-            if (
-                guess.acceptance < self.sure
-                or self.reach * guess.acceptance < self.share.per_candidate
-            ):
-                return
-            self._add(guess.token, CHOSEN, guess.evidence, guess.acceptance, guess.acceptance)
+    @property
+    def drawn_length(self) -> int:
+        """Tokens up to the last one that was drawn. They stay in the chain."""
+        for n in range(len(self.sources), 0, -1):
+            if self.sources[n - 1] != CHOSEN:
+                return n
+        return 0
 
     @property
     def sure(self) -> float:
-        """How likely n-grams' token must be kept for the model not to be asked: where it is kept, as many follow either
-        way, 1 / (1 − acceptance) with itself, and the model's forward is saved."""
-        kept = self.expected(0)
-        return kept - self.share.per_forward * (1 - kept)
+        """Acceptance from which a guess replaces the model's token.
 
-    @property
-    def fixed(self) -> int:
-        """Tokens up to the last one that was drawn: they stay."""
-        return next(
-            (n for n in range(len(self.sources), 0, -1) if self.sources[n - 1] != CHOSEN), 0
+        An accepted guess is followed by as many tokens as an accepted model token, itself included
+        1 / (1 - α), and it saves a forward of the model.
+        """
+        rate = self.model_acceptance(0)
+        return rate - self.cost.per_forward * (1 - rate)
+
+    def model_acceptance(self, masks: int) -> float:
+        """Acceptance rate of the model's token behind so many masks."""
+        prior = (
+            self.acceptance if masks == 0 else MASK_ACCEPTANCE * self.model_acceptance(masks - 1)
         )
+        return self.rates.rate(Evidence(self.greedy, draft_token(masks), None), prior)
 
-    def grown(self, place: int) -> float:
-        """How likely the token there was to be kept before it was drawn; where the chain ends, n-grams go on first."""
-        guess = self.guess(self.tokens) if place == len(self.tokens) < self.most else None
-        if guess is not None and (self.asked or self.reach * guess.acceptance >= LITTLE):
-            self._add(guess.token, CHOSEN, guess.evidence, guess.acceptance, guess.acceptance)
-        return self.worth[place] if place < len(self.tokens) else 0.0
+    def model_prospects(self, masks: int) -> list[float]:
+        """Probabilities that the model's next tokens are accepted, if drawn in one forward."""
+        prospects: list[float] = []
+        accepted = self.accepted
+        for n in range(min(1 + masks, self.model_budget, self.limit - len(self.tokens))):
+            accepted *= self.model_acceptance(n)
+            prospects.append(accepted)
+        return prospects
 
-    def expected(self, place: int) -> float:
-        """How likely the model's token is kept; `place` is 0, or how many masks it stands behind."""
-        evidence = Evidence(self.greedy, draft_token(place), None)
-        return self.known.rate(
-            evidence, self.acceptance if place == 0 else MASKED * self.expected(place - 1)
-        )
+    def add_sure_guesses(self) -> None:
+        """Adds n-gram guesses that are as good as the model's tokens."""
+        while self.takes_model_token and (guess := self.guess(self.tokens)) is not None:
+            if (
+                guess.acceptance < self.sure
+                or self.accepted * guess.acceptance < self.cost.per_candidate
+            ):
+                return
+            self._add_guess(guess)
 
-    def promises(self, masks: int) -> list[float]:
-        """How likely tokens would be kept that the model, asked now, drew one behind another."""
-        found, reach = [], self.reach
-        for place in range(min(1 + masks, self.lead, self.most - len(self.tokens))):
-            reach *= self.expected(place)
-            found.append(reach)
-        return found
+    def accepted_at(self, place: int) -> float:
+        """Probability that the token at a place is accepted; 0 where the chain is shorter.
 
-    def ahead(self) -> list[int]:
-        """What n-grams think that the model will draw."""
-        found: list[int] = []
-        likely = 1.0
-        while len(found) < min(self.lead, self.most - len(self.tokens)) - 1:
-            if (guess := self.guess([*self.tokens, *found])) is None or (
-                likely := likely * guess.acceptance
-            ) < AHEAD:
+        Extends the chain by a guess first, where it ends at that place.
+        """
+        if place == len(self.tokens) < self.limit:
+            guess = self.guess(self.tokens)
+            if guess is not None and (
+                self.fixed_length or self.accepted * guess.acceptance >= MIN_ACCEPTANCE
+            ):
+                self._add_guess(guess)
+        return self.accepted_before_draw[place] if place < len(self.tokens) else 0.0
+
+    def guesses_ahead(self) -> list[int]:
+        """Guesses of the model's next tokens. The model checks them all in one forward."""
+        guesses: list[int] = []
+        agreement = 1.0
+        while len(guesses) < min(self.model_budget, self.limit - len(self.tokens)) - 1:
+            guess = self.guess([*self.tokens, *guesses])
+            if guess is None:
                 break
-            found.append(guess.token)
-        return found
+            agreement *= guess.acceptance
+            if agreement < MIN_AGREEMENT:
+                break
+            guesses.append(guess.token)
+        return guesses
 
-    def draw(self, tokens: Sequence[int], chances: Sequence[float], masked: bool) -> int:
-        """The model's, and how likely it found them. Returns how many are taken: of masks', as many as are worth it."""
-        for n, (token, chance) in enumerate(zip(tokens, chances, strict=True)):
-            place = n if masked else 0
-            expected, evidence = (
-                self.expected(place),
-                Evidence(self.greedy, draft_token(place), confidence_bucket(chance)),
-            )
-            if place and self.reach * expected < self.share.per_candidate:
+    def add_drawn(self, tokens: Sequence[int], probs: Sequence[float], masked: bool) -> int:
+        """Adds the model's tokens, given the draft's probability of each.
+
+        Returns how many were added: all, but of tokens drawn at masks only those worth their cost.
+        """
+        for n, (token, prob) in enumerate(zip(tokens, probs, strict=True)):
+            masks = n if masked else 0
+            expected = self.model_acceptance(masks)
+            if masks and self.accepted * expected < self.cost.per_candidate:
                 return n
-            self._add(token, self.drawn, evidence, expected, self.known.rate(evidence, expected))
-            self.drawn, self.lead = self.drawn + 1, self.lead - 1
+            evidence = Evidence(self.greedy, draft_token(masks), confidence_bucket(prob))
+            rate = self.rates.rate(evidence, expected)
+            self._add(token, self.drawn, evidence, expected, rate)
+            self.drawn += 1
+            self.model_budget -= 1
         return len(tokens)
 
+    def _add_guess(self, guess: NgramGuess) -> None:
+        self._add(guess.token, CHOSEN, guess.evidence, guess.acceptance, guess.acceptance)
+
     def _add(
-        self, token: int, source: int, evidence: Evidence, expected: float, kept: float
+        self, token: int, source: int, evidence: Evidence, expected: float, rate: float
     ) -> None:
+        """`expected` is the token's acceptance before it was known, `rate` the one after."""
         self.tokens.append(token)
         self.sources.append(source)
         self.evidence.append(evidence)
-        self.worth.append(self.reach * expected)
-        self.reach *= kept
-
-
-def begun(group: DraftGroup) -> list[Chain]:
-    """The sequences', before anything is drafted."""
-    share = group.price.scaled(1 / len(group.seqs))
-    return [
-        Chain.of(seq, most, share, group)
-        for seq, most in zip(group.seqs, group.drafted, strict=True)
-    ]
-
-
-def longest(seq: LiveSequence, most: int) -> int:
-    """Candidates that a sequence may draft: these stop by themselves, and what n-grams are sure of costs next to nothing."""
-    return MAX_GAMMA if most and seq.query.gamma is None else most
-
-
-def finished(
-    chains: Sequence[Chain], logits_BQV: list[Tensor], probs_BQV: Tensor, group: DraftGroup
-) -> Proposal | None:
-    """As a proposal, with what n-grams add; None: there is nothing in it."""
-    most = complete(chains, group.price)
-    group.drafted[:] = [min(len(one.tokens), most) for one in chains]
-    group.evidence[:] = [[[spoke] for spoke in one.evidence] for one in chains]
-    if not (most := max(group.drafted)):
-        return None
-    device = group.device
-    tokens_BN, drafted_B = (
-        ragged([one.tokens[:most] for one in chains], device),
-        integers(group.drafted, device),
-    )
-    if all(one.sources[:most] == list(range(len(one.tokens[:most]))) for one in chains):
-        return Proposal(tokens_BN, probs_BQV[:, :most], logits_BQV[:most], drafted_B)
-    tree = Tree.of(chain_shape(most), len(chains), False, device)
-    sources_BN = ragged([one.sources[:most] for one in chains], device)
-    return Proposal(
-        tokens_BN, probs_BQV, logits_BQV, drafted_B, replace(tree, sources_BN=sources_BN)
-    )
-
-
-def complete(chains: Sequence[Chain], price: DraftCost) -> int:
-    """N-grams go on for as long as a candidate is worth its place: one sequence's has a place in the forward of all. Returns
-    how long the longest is to be."""
-    most, gain, fixed = 0, 0.0, max(one.fixed for one in chains)
-    while worth := sum(one.grown(most) for one in chains):
-        asked = most < fixed or any(one.asked and most < len(one.tokens) for one in chains)
-        if worth < price.per_candidate and not asked:
-            break
-        most, gain = most + 1, gain + worth - price.per_candidate
-    return most if fixed or gain >= price.per_step or any(one.asked for one in chains) else 0
-
-
-def worthwhile(chains: Sequence[Chain], price: DraftCost, masks: int) -> int:
-    """How many more tokens of each a forward of the model is worth asking for: one, and masks' behind it, or none.
-    Where nothing is drafted yet, `price` has a start."""
-    if any(one.asked for one in chains):
-        return 1 + masks
-    worth = [
-        sum(place) for place in zip_longest(*(one.promises(masks) for one in chains), fillvalue=0.0)
-    ]
-    gains = [
-        one - price.per_candidate for one in worth if one >= price.per_candidate
-    ]  # they only get smaller
-    return len(gains) if sum(gains) >= price.per_forward + price.per_step else 0
+        self.accepted_before_draw.append(self.accepted * expected)
+        self.accepted *= rate

@@ -1,17 +1,17 @@
-"""Drafting by the draft model: level by level of a shape, each node's candidates from what the model says behind it.
+"""Chains and trees drafted by the draft model, level by level of a shape.
 
-Of a sampled sequence they are drawn, siblings with or without replacement; of a greedy one they are the most likely tokens.
+A node's candidates come from the draft's distribution behind it. A sampled sequence draws them,
+siblings with or without replacement. A greedy sequence takes the most likely tokens.
 
-Legend: B sequences, T tokens not yet in the draft's cache (1 or 2 as a rule), N candidates, W nodes of a level that have
-candidates, K candidates of such a node, V vocabulary.
+Legend: B sequences, T context tokens that the draft's cache lacks (usually 1 or 2), N candidates,
+W nodes of a level that have candidates, X those of them that have a candidate of some rank,
+K candidates of such a node, Q draft distributions, V vocabulary.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from decoder.drafters.base import DraftGroup, behind, keep
+from decoder.drafters.base import Drafted, Drafter, DraftGroup, Paths, commit_cache, last_logits
 from decoder.models.base import LanguageModel
 from decoder.models.kv_cache import Slots, TreePositions
 from decoder.models.ragged import integers, ragged
@@ -26,27 +26,19 @@ from decoder.verification.sampling import (
     sample,
 )
 from decoder.verification.tree_shape import TreeLevel, TreeShape, best_shape, shape_of_widths, span
-from online.messages import MAX_GAMMA
+from online.messages import MAX_CANDIDATES, MAX_GAMMA
 
 
-class ModelDrafter:
-    """A `Drafter` of chains and trees."""
+class ChainDrafter(Drafter):
+    """Drafts one token behind the other."""
 
-    uses_model = waits = True
-
-    def __init__(self, trees: bool) -> None:
-        self._trees = trees
+    name = "chain"
+    in_auto = True
 
     def spec(self, seq: LiveSequence, gamma: int, most: int) -> DraftSpec:
-        if not self._trees:
-            return chain_spec(gamma)
-        if seq.query.widths:
-            shape = shape_of_widths(seq.query.widths)
-        else:
-            shape = best_shape(seq.draft.rank_acceptance.rates, most if gamma else 0, MAX_GAMMA)
-        return DraftSpec("tree", shape, len(shape.parents), distinct=not seq.query.replacement)
+        return chain_spec(gamma, self.name)
 
-    def propose(self, group: DraftGroup) -> Proposal:
+    def propose(self, group: DraftGroup) -> Drafted:
         unseen = [seq.tokens[seq.draft_cached :] for seq in group.seqs]
         proposal = propose(
             group.draft.model,
@@ -55,29 +47,47 @@ class ModelDrafter:
             integers([len(tokens) for tokens in unseen], group.device),
             integers([seq.draft_cached for seq in group.seqs], group.device),
             max(len(seq.tokens) for seq in group.seqs),
-            integers(list(group.drafted), group.device),
+            integers(list(group.wanted), group.device),
             group.shape,
             group.sampling,
             group.uniform_BN,
             group.spec.distinct,
         )
-        fed = group.shape.expanded[1:]
-        group.cells[:] = [{node - 1: cell for cell, node in enumerate(fed)}] * len(group.seqs)
         for seq in group.seqs:
             seq.set_draft_cached(len(seq.tokens))
-        return proposal
+        fed = group.shape.expanded[1:]
+        cells = {node - 1: cell for cell, node in enumerate(fed)}
+        return Drafted(proposal, group.wanted, cells=[cells] * len(group.seqs))
 
-    def settle(self, group: DraftGroup, kept: Sequence[Sequence[int]]) -> None:
-        if self._trees:
-            for count, path in zip(group.drafted, kept, strict=True):
-                for met, rank in group.shape.first(count).met(path):
-                    group.draft.rank_acceptance.add(met, rank)
-        keep(group, kept)
+    def commit(self, group: DraftGroup, drafted: Drafted, accepted: Paths) -> None:
+        commit_cache(group, drafted, accepted)
+
+
+class TreeDrafter(ChainDrafter):
+    """Drafts trees: of the widths that a request gives, or of the shape that should emit most."""
+
+    name = "tree"
+    max_candidates = MAX_CANDIDATES
+    in_auto = False
+
+    def spec(self, seq: LiveSequence, gamma: int, most: int) -> DraftSpec:
+        if seq.query.widths:
+            shape = shape_of_widths(seq.query.widths)
+        else:
+            shape = best_shape(seq.draft.rank_acceptance.rates, most if gamma else 0, MAX_GAMMA)
+        distinct = not seq.query.replacement
+        return DraftSpec(self.name, shape, len(shape.parents), distinct)
+
+    def commit(self, group: DraftGroup, drafted: Drafted, accepted: Paths) -> None:
+        for count, path in zip(drafted.counts, accepted, strict=True):
+            for met, rank in group.shape.first(count).met(path):
+                group.draft.rank_acceptance.add(met, rank)
+        super().commit(group, drafted, accepted)
 
 
 def propose(
     model: LanguageModel,
-    seqs: Slots,
+    slots: Slots,
     unseen_BT: Tensor,
     unseen_B: Tensor,
     starts_B: Tensor,
@@ -88,26 +98,31 @@ def propose(
     uniform_BN: Tensor,
     distinct: bool = True,
 ) -> Proposal:
-    """Feeds each sequence what its cache lacks (`unseen_BT`, `unseen_B` ≥ 1 of them real), then drafts a tree.
+    """Encodes what each cache lacks of its context, then drafts a tree.
 
-    `starts_B` are the cached lengths, `upto` the longest context after the first feed. Sequences with `drafted_B` below the
-    shape's size draft along; what they draft beyond is ignored by verification. The draft's cache holds the nodes that
-    have candidates, in their order, but the root, which is a part of the context.
+    Afterwards the cache also holds the nodes that have candidates, in order, behind the context.
+
+    Args:
+        unseen_BT: context tokens to encode, of which `unseen_B` ≥ 1 are real.
+        starts_B: cached context lengths.
+        upto: the longest context.
+        drafted_B: candidates to verify. Sequences draft the whole shape; verification ignores
+            candidates beyond this number.
+        distinct: siblings are drawn without replacement.
     """
-    logits_BWV = model.forward(seqs, unseen_BT, starts_B, upto)
-    logits_BWV = at_least_float32(behind(logits_BWV, unseen_B))
+    logits_BWV = last_logits(model.forward(slots, unseen_BT, starts_B, upto), unseen_B)
+    logits_BWV = at_least_float32(logits_BWV)
     starts_B = starts_B + unseen_B
-    count, vocabulary = len(unseen_B), logits_BWV.shape[-1]
+    count = len(unseen_B)
     tokens_BN = torch.zeros((count, len(shape.parents)), dtype=torch.long, device=logits_BWV.device)
     logits: list[Tensor] = []
-    probs_BQV = logits_BWV.new_empty(
-        (count, 0 if sampling.all_greedy else len(shape.expanded), vocabulary)
-    )
+    sources = 0 if sampling.all_greedy else len(shape.expanded)
+    probs_BQV = logits_BWV.new_empty((count, sources, logits_BWV.shape[-1]))
     for level in shape.levels:
         if level.depth:
             upto += len(level.nodes)
-            logits_BWV = _grow(model, seqs, tokens_BN, starts_B, upto, shape, level)
-        logits_BWV = at_least_float32(logits_BWV)
+            logits_BWV = _forward_level(model, slots, tokens_BN, starts_B, upto, shape, level)
+            logits_BWV = at_least_float32(logits_BWV)
         logits.append(logits_BWV)
         probs_BWV = probs_BQV[:, level.first : level.first + len(level.nodes)]
         if not sampling.all_greedy:
@@ -117,26 +132,25 @@ def propose(
     return Proposal(tokens_BN, probs_BQV, logits, drafted_B, tree)
 
 
-def _grow(
+def _forward_level(
     model: LanguageModel,
-    seqs: Slots,
+    slots: Slots,
     tokens_BN: Tensor,
     starts_B: Tensor,
     upto: int,
     shape: TreeShape,
     level: TreeLevel,
 ) -> Tensor:
-    """What the draft says behind the nodes of a level."""
+    """The draft's logits behind the nodes of a level, [B, W, V]."""
     count, device = len(tokens_BN), tokens_BN.device
     ids_BW = tokens_BN[:, span([node - 1 for node in level.nodes])]
-    if shape.is_chain:  # contexts as ever
-        return model.forward(seqs, ids_BW, starts_B + level.depth - 1, upto)
+    if shape.is_chain:  # needs no mask
+        return model.forward(slots, ids_BW, starts_B + level.depth - 1, upto)
     fed = shape.expanded[1 : level.first + len(level.nodes)]
     visible_WC = shape.visible[list(level.nodes)][:, list(fed)].to(device)
     depth_BW = torch.full((count, len(level.nodes)), level.depth - 1, device=device)
-    return model.forward(
-        seqs, ids_BW, starts_B, upto, TreePositions(depth_BW, visible_WC.expand(count, -1, -1))
-    )
+    positions = TreePositions(depth_BW, visible_WC.expand(count, -1, -1))
+    return model.forward(slots, ids_BW, starts_B, upto, positions)
 
 
 def _choose(
@@ -148,12 +162,11 @@ def _choose(
     uniform_BN: Tensor,
     distinct: bool,
 ) -> None:
-    """The candidates of a level's nodes: the first of each, then the second of those that have one, and so on."""
+    """Writes a level's candidates: the first of each node, then the second, and so on."""
     several = level.widest > 1
-    ranked = sampling.all_greedy or (
-        sampling.any_greedy and several
-    )  # else a greedy sequence draws from all or nothing
-    best_BWK = _best(logits_BWV, level.widest) if ranked else None
+    # A greedy sequence beside sampled ones draws a single candidate from all or nothing.
+    ranked = sampling.all_greedy or (sampling.any_greedy and several)
+    best_BWK = _top_tokens(logits_BWV, level.widest) if ranked else None
     left_BWV = probs_BWV.clone() if several and distinct else probs_BWV
     for k, (having, wanted) in enumerate(level.ranks):
         if not sampling.all_greedy:
@@ -163,17 +176,19 @@ def _choose(
                 left_BWV[:, having] = own_BXV.scatter(2, token_BX[..., None], 0.0)
         if best_BWK is not None:
             best_BX = best_BWK[:, having, min(k, best_BWK.shape[2] - 1)]
-            token_BX = (
-                best_BX
-                if sampling.all_greedy
-                else torch.where(sampling.greedy_B[:, None], best_BX, token_BX)
-            )
+            if sampling.all_greedy:
+                token_BX = best_BX
+            else:
+                token_BX = torch.where(sampling.greedy_B[:, None], best_BX, token_BX)
         tokens_BN[:, wanted] = token_BX
 
 
-def _best(logits_BWV: Tensor, count: int) -> Tensor:
+def _top_tokens(logits_BWV: Tensor, count: int) -> Tensor:
     """The most likely tokens, [B, W, K]."""
     if count == 1:
         return most_likely(logits_BWV)[..., None]
     best_BWK: Tensor = logits_BWV.topk(min(count, logits_BWV.shape[-1]), -1).indices
     return best_BWK
+
+
+DRAFTERS = (ChainDrafter(), TreeDrafter())

@@ -1,34 +1,37 @@
-"""Drafting without a model: what followed the longest suffix of the context where it stood before.
+"""Drafting without a model: the token that followed the longest known suffix of the context.
 
-Prompt lookup, as in Cascade Speculative Drafting's Max-Gram (arXiv 2312.11462, section 3.1), in a sequence's own text and in
-what its route has answered of late. Candidates are chosen, not drawn: what is kept of them is what the target draws.
+Prompt lookup, as in the Max-Gram of Cascade Speculative Drafting (arXiv 2312.11462, section 3.1),
+in the sequence's own text and in recent answers of its route. Candidates are chosen, not drawn:
+the target accepts one if it draws the same token.
 
-Legend: B sequences, N candidates of a sequence at most.
+Legend: B sequences, Q draft distributions (none here), V vocabulary.
 """
-
-from collections.abc import Sequence
 
 import torch
 
-from decoder.drafters.base import DraftGroup, learn
-from decoder.drafters.chain import begun, finished, longest
+from decoder.drafters.base import Drafted, Drafter, DraftGroup, Paths, record_acceptance
+from decoder.drafters.chain_stop import drafted_chains, length_limit, start_chains
 from decoder.sequence.sequence import LiveSequence
 from decoder.verification.draft_spec import DraftSpec, chain_spec
-from decoder.verification.proposal import Proposal
 
 
-class NgramDrafter:
-    """A `Drafter` of chains."""
+class NgramDrafter(Drafter):
+    """Drafts chains by n-gram lookup."""
 
-    uses_model = waits = False
+    name = "ngrams"
+    in_auto = True
+    uses_model = False
+    waits_for_draft = False
 
     def spec(self, seq: LiveSequence, gamma: int, most: int) -> DraftSpec:
-        return chain_spec(longest(seq, most), "ngrams")
+        return chain_spec(length_limit(seq, most), self.name)
 
-    def propose(self, group: DraftGroup) -> Proposal | None:
-        group.forwards = 0
-        nothing_BQV = torch.zeros((len(group.seqs), 0, group.vocab_size), device=group.device)
-        return finished(begun(group), [], nothing_BQV, group)
+    def propose(self, group: DraftGroup) -> Drafted:
+        no_probs_BQV = torch.zeros((len(group.seqs), 0, group.vocab_size), device=group.device)
+        return drafted_chains(start_chains(group), [], no_probs_BQV, group, forwards=0)
 
-    def settle(self, group: DraftGroup, kept: Sequence[Sequence[int]]) -> None:
-        learn(group, kept)
+    def commit(self, group: DraftGroup, drafted: Drafted, accepted: Paths) -> None:
+        record_acceptance(group, drafted, accepted)
+
+
+DRAFTERS = (NgramDrafter(),)

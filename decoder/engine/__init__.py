@@ -1,1 +1,1 @@
-"""The loop: queries in, steps, deltas out."""
+"""The engine's thread, and the batch of sequences that it steps."""

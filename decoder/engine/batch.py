@@ -1,47 +1,41 @@
-"""The batch: the sequences that are decoded together, and one speculative step over all of them.
+"""The batch: the sequences that decode together, and one speculative step over all of them.
 
     step()  =  prefill  →  plan  →  draft  →  verify  →  commit
 
-Row i lives in slot i of every cache; the first `ready` sequences have their prompts encoded and take part in steps.
-Legend: B sequences, G drafted positions, T = G + 1 verified positions, V vocabulary.
+Sequence i lies in slot i of every KV cache. The first `ready` sequences have their prompts encoded
+and take part in steps; those behind them wait for their prefill.
 """
 
-import logging
-import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from decoder.drafters.stage import DraftStage
+from decoder.engine.commit import commit_tokens
+from decoder.engine.prefix_slots import PrefixSlots
+from decoder.engine.verifier import Verifier
 from decoder.models.base import LanguageModel
-from decoder.models.ragged import encode, fit, integers, ragged
-from decoder.policy.draft_cost import DraftCostModel
+from decoder.models.ragged import encode, fit
 from decoder.policy.gamma import GammaController
 from decoder.policy.step_times import StepTimes
-from decoder.recording.observation import Observation, RecordLimits, observe
-from decoder.recording.trace import StepTrace
+from decoder.recording.observation import RecordLimits
 from decoder.rollout.live import LiveDraft
-from decoder.sequence.plan import Planner, StepPlan
-from decoder.sequence.prefix_cache import CachedContext, PrefixCache
+from decoder.sequence.plan import Planner
 from decoder.sequence.sequence import LiveSequence
-from decoder.verification.proposal import Proposal
-from decoder.verification.sampling import at_least_float32
-from decoder.verification.verify import Verification, VerifiedSequence, verify
-from online.messages import TokenLogprob
 from online.metrics import ServiceMetrics
-
-log = logging.getLogger("slipstream.batch")
 
 
 @dataclass(frozen=True)
 class BatchLimits:
-    slots: int
-    kept_contexts: int  # slots beyond those of sequences
-    gamma: int
-    prefill_tokens: int
-    record: RecordLimits
+    """Sizes of a batch."""
+
+    slots: int  # sequences
+    kept_contexts: int  # further slots, for contexts of finished sequences
+    gamma: int  # drafted tokens of a step, at most, where a query does not say
+    prefill_tokens: int  # prompt tokens that one step encodes
+    record: RecordLimits  # what signals hold of a step
 
 
 class Batch:
@@ -55,128 +49,88 @@ class Batch:
         metrics: ServiceMetrics,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.seqs: list[LiveSequence] = []
+        """`drafts` by route."""
+        self.seqs: list[LiveSequence] = []  # always this list: others hold it, too
         self.target, self.drafts, self.limits = target, drafts, limits
+        self.metrics = metrics
+        self._device = device
         self.controller = GammaController(StepTimes(limits.gamma, limits.slots), limits.gamma)
-        self._prefix_cache = PrefixCache(range(limits.slots, limits.slots + limits.kept_contexts))
-        self._metrics, self._device = metrics, device
         self._planner = Planner(target.vocab_size, device)
         self._stage = DraftStage(
             self.seqs, self.controller, limits.prefill_tokens, target.vocab_size, metrics, device
         )
-
-    def measure_costs(self, dummies: Callable[[int, int], list[LiveSequence]]) -> None:
-        """Times whole steps, for the choice of γ. `dummies` makes sequences that all draft γ tokens. Only while empty."""
-        metrics, self._metrics = self._metrics, ServiceMetrics("rehearsal")
-        try:
-            for count in self.controller.step_times.batch_sizes:
-                seconds = {
-                    gamma: self._timed(dummies(count, gamma))
-                    for gamma in {0, 1, self.controller.max_gamma}
-                }
-                self.controller.step_times.calibrate(count, seconds)
-        except Exception:
-            # A model that can't run says so at its first step, to the request that needs it.
-            log.exception("steps could not be timed")
-        finally:
-            self.clear()
-            self._metrics = metrics
-            self.controller.probe_budget_s, self.controller.draft_cost_model = 0.0, DraftCostModel()
-            for draft in self.drafts.values():
-                draft.acceptance.reset()
-
-    def _timed(self, seqs: list[LiveSequence]) -> float:
-        """The fastest of a few steps: others are slower for the machine's own reasons. The first ones allocate."""
-        self.join(seqs)
-        taken = []
-        for _ in range(8):
-            started = time.perf_counter()
-            self.step()
-            taken.append(time.perf_counter() - started)
-        self.clear()
-        return min(taken[2:])
+        self._verifier = Verifier(target, limits.record, device)
+        kept_slots = range(limits.slots, limits.slots + limits.kept_contexts)
+        self._prefixes = PrefixSlots(self.seqs, target, self._stage.caches, kept_slots)
 
     @property
     def ready(self) -> int:
-        """Sequences before the first one that waits for its prompt."""
-        return next((i for i, seq in enumerate(self.seqs) if seq.waits_for_prefill), len(self.seqs))
+        """Sequences before the first one that waits for its prefill."""
+        for i, seq in enumerate(self.seqs):
+            if seq.waits_for_prefill:
+                return i
+        return len(self.seqs)
 
     def step(self) -> None:
-        """Every ready sequence emits at least one token. Sequences that end have a finish reason, and stay until `release`."""
-        alone = self._alone()
-        if not alone:
+        """Every ready sequence emits at least one token. Finished ones stay until `release`."""
+        with_prompt = self._prompt_fits_step()
+        if not with_prompt:
             self._prefill()
-        if not (ready := 1 if alone else self.ready):
+        if not (ready := 1 if with_prompt else self.ready):
             return
         began = time.perf_counter()
-        specs = self._stage.choose(self.seqs[:ready])
+        seqs = self.seqs[:ready]
+        specs = self._stage.choose(seqs)
         started = time.perf_counter()
-        plan = self._planner.plan(self.seqs[:ready], specs)
-        proposal = self._stage.draft(plan)
-        verdict, observation = self._verify(plan, proposal)
-        verdicts = verdict.read(proposal.tokens_BN)
-        self._settle(plan, verdicts)
-        emitted = self._commit(plan, verdicts, observation)
-        if not alone:
+        plan = self._planner.plan(seqs, specs)
+        plan, proposal = self._stage.draft(plan)
+        verification, observation = self._verifier.verify(plan, proposal)
+        verified = verification.read(proposal.tokens_BN)
+        self._verifier.commit(plan, verified)
+        self._stage.commit(verified)
+        emitted = commit_tokens(plan, verified, observation, self.metrics)
+        if not with_prompt:  # a step that also encodes a prompt says nothing about step times
             seconds = time.perf_counter() - started
             self.controller.observe_step(ready, plan.gamma, seconds, emitted, self._stage.work)
-            self._stage.bandit.observe(emitted, seconds, started - began)
+            self._stage.selection.observe(emitted, seconds, started - began)
 
-    # ── joining and leaving ──
+    # ── join and release ──
 
     def join(self, seqs: list[LiveSequence]) -> None:
-        """Takes sequences in. Their prompts are encoded by the next steps, beyond what another context shares with them."""
-        live = [self._context(slot) for slot in range(len(self.seqs))]
+        """Adds sequences. The next steps encode what no other context shares of their prompts."""
+        live = self._prefixes.live_contexts()
         for seq in seqs:
             seq.draft = self.drafts[seq.query.route].assigned(seq.query.id)
             seq.acceptance.parent = seq.draft.acceptance
-            self._stage.take_in(seq)
-            self._reuse(seq, len(self.seqs), live)
-            self._metrics.prefix(len(seq.tokens) - 1, seq.cached)
+            self._stage.join(seq)
+            self._prefixes.reuse(seq, len(self.seqs), live)
+            self.metrics.prefix(len(seq.tokens) - 1, seq.cached)
             self.seqs.append(seq)
 
-    def _reuse(self, seq: LiveSequence, slot: int, live: list[CachedContext]) -> None:
-        """Copies what another context has of the sequence's beginning into the sequence's slot-to-be."""
-        draft = seq.draft
-        found = self._prefix_cache.find(seq.query.route, seq.tokens[:-1], draft.version, live)
-        if found is None:
-            return
-        context, seq.cached = found
-        # What another version wrote would cost acceptance for as long as the prefix is popular.
-        if context.draft_version == draft.version:
-            seq.draft_cached, seq.draft_version = (
-                min(context.draft_cached, seq.cached),
-                draft.version,
-            )
-        self._copy(seq, context.slot, slot)
-        if not draft.usable:
-            seq.draft_cached = 0
-
     def release(self) -> list[LiveSequence]:
-        """Takes finished sequences out, keeps their contexts for others, and closes the holes they leave."""
+        """Removes finished sequences, closes their slots, and keeps contexts for reuse."""
         finished = []
         for slot in reversed(range(len(self.seqs))):
             seq = self.seqs[slot]
             if seq.finish_reason is None:
                 continue
             finished.append(seq)
-            self._stage.take_leave(seq)
-            context = self._context(slot)
-            if (kept := self._prefix_cache.store(context)) is not None:
-                self._copy(seq, slot, kept)
+            self._stage.leave(seq)
+            self._prefixes.store(slot)
             self._close(slot)
         return finished
 
     def clear(self) -> list[LiveSequence]:
         """Drops all sequences, whatever state they and the caches are in."""
         seqs = list(self.seqs)
-        self.seqs.clear()  # the same list stays: the draft side works on it, too
-        self._prefix_cache.clear()
+        self.seqs.clear()
+        self._prefixes.clear()
         return seqs
 
     def _close(self, hole: int) -> None:
-        """The last ready sequence moves into the hole, and those that wait for their prompts move up in their order."""
-        if hole < (last := self.ready - 1):
+        """Moves the last ready sequence into the hole, then moves up those that wait, in order."""
+        last = self.ready - 1
+        if hole < last:
             self._move(last, hole)
             hole = last
         for slot in range(hole + 1, len(self.seqs)):
@@ -184,104 +138,27 @@ class Batch:
         self.seqs.pop()
 
     def _move(self, source: int, destination: int) -> None:
-        self.seqs[destination] = self.seqs[source]
-        self._copy(self.seqs[source], source, destination)
-
-    def _copy(self, seq: LiveSequence, source: int, destination: int) -> None:
-        if seq.cached:
-            self.target.copy(source, destination, seq.cached)
-        self._stage.copy(seq, source, destination)
-
-    def _context(self, slot: int) -> CachedContext:
-        seq = self.seqs[slot]
-        draft_cached = min(seq.draft_cached, seq.cached)
-        return CachedContext(
-            slot, seq.query.route, seq.tokens[: seq.cached], draft_cached, seq.draft_version
-        )
+        seq = self.seqs[source]
+        self.seqs[destination] = seq
+        self._prefixes.copy(seq, source, destination)
 
     # ── prefill ──
 
     def _prefill(self) -> None:
-        """Encodes the next piece of the prompts that wait."""
+        """Encodes the next piece of the waiting prompts."""
         first = self.ready
-        waiting = [
-            seq.tokens[seq.cached : len(seq.query.prompt_ids) - 1] for seq in self.seqs[first:]
-        ]
-        pieces = fit(waiting, self.limits.prefill_tokens)
-        members = list(range(first, first + len(pieces)))
-        encode(self.target, members, pieces, [self.seqs[i].cached for i in members], self._device)
-        for i, piece in zip(members, pieces, strict=True):
-            self.seqs[i].cached += len(piece)
+        waiting = self.seqs[first:]
+        prompts = [seq.tokens[seq.cached : len(seq.query.prompt_ids) - 1] for seq in waiting]
+        pieces = fit(prompts, self.limits.prefill_tokens)
+        slots = list(range(first, first + len(pieces)))
+        starts = [self.seqs[slot].cached for slot in slots]
+        encode(self.target, slots, pieces, starts, self._device)
+        for slot, piece in zip(slots, pieces, strict=True):
+            self.seqs[slot].cached += len(piece)
 
-    def _alone(self) -> bool:
-        """Whether there is one sequence, with a prompt so short that its first step encodes it along."""
-        seq = self.seqs[0] if len(self.seqs) == 1 else None
-        return (
-            seq is not None and seq.waits_for_prefill and seq.uncached <= self.limits.prefill_tokens
-        )
-
-    # ── verify ──
-
-    def _verify(
-        self, plan: StepPlan, proposal: Proposal
-    ) -> tuple[Verification, Observation | None]:
-        fed_BT = ragged(
-            [seq.tokens[seq.cached :] for seq in plan.seqs], self._device
-        )  # the last token, and a lone sequence's prompt
-        ids_BT = torch.cat([fed_BT, proposal.tokens_BN], 1) if proposal.candidates else fed_BT
-        # A sequence's longest context is its own, not the padded one: padding writes, but nobody reads it.
-        upto = max(
-            len(seq.tokens) + count for seq, count in zip(plan.seqs, plan.drafted, strict=True)
-        )
-        starts_B = integers([seq.cached for seq in plan.seqs], self._device)
-        nodes = None if proposal.tree is None else proposal.tree.positions(fed_BT.shape[1] - 1)
-        logits_BTV = self.target.forward(slice(0, len(plan.seqs)), ids_BT, starts_B, upto, nodes)
-        logits_BTV = at_least_float32(logits_BTV[:, fed_BT.shape[1] - 1 :])
-        drawn = plan.accept_uniform_BN[:, : proposal.candidates], plan.emit_uniform_B
-        verdict = verify(logits_BTV, proposal, plan.sampling, *drawn, plan.lenient)
-        if not any(seq.trace is not None or seq.query.logprobs is not None for seq in plan.seqs):
-            return verdict, None
-        reported = max(
-            (seq.query.logprobs for seq in plan.seqs if seq.query.logprobs is not None),
-            default=None,
-        )
-        return verdict, observe(logits_BTV, proposal, verdict, self.limits.record, reported)
-
-    # ── commit ──
-
-    def _settle(self, plan: StepPlan, verdicts: list[VerifiedSequence]) -> None:
-        """Of trees, models keep what lies on the accepted paths."""
-        for i, (seq, verdict) in enumerate(zip(plan.seqs, verdicts, strict=True)):
-            if (path := verdict.path[: verdict.accepted]) and path[-1] != len(path) - 1:
-                self.target.keep_path(i, len(seq.tokens), path)
-        self._stage.settle(verdicts)
-
-    def _commit(
-        self, plan: StepPlan, verdicts: list[VerifiedSequence], seen: Observation | None
-    ) -> int:
-        """Returns how many tokens were emitted."""
-        emitted = 0
-        for i, (seq, drafted, verdict) in enumerate(
-            zip(plan.seqs, plan.drafted, verdicts, strict=True)
-        ):
-            start, version, accepted, new = (
-                seq.emitted,
-                seq.draft.version,
-                verdict.accepted,
-                verdict.emitted,
-            )
-            taken, text = seq.append(new)
-            seq.emitted_p += [*[math.nan] * accepted, verdict.next_p][:taken]
-            seq.cached = len(seq.tokens) - 1
-            seq.draft_cached = min(seq.draft_cached, seq.cached)
-            seq.stats.add_step(drafted, accepted, verdict.overlap, verdict.compared, taken, version)
-            seq.acceptance.add(verdict.overlap, verdict.compared)
-            emitted += taken
-            logprobs: tuple[TokenLogprob, ...] = ()
-            if seen is not None and seq.trace is not None:
-                seq.trace.steps.append(StepTrace(seen, i, start, accepted))
-            if seen is not None and (top := seq.query.logprobs) is not None:
-                logprobs = tuple(seen.token_logprob(i, j, new[j], top) for j in range(taken))
-            seq.deliver(text, new[:taken], logprobs)
-        self._metrics.step(plan.drafted, [verdict.accepted for verdict in verdicts], emitted)
-        return emitted
+    def _prompt_fits_step(self) -> bool:
+        """Whether the only sequence's prompt is short enough for its first step to encode it."""
+        if len(self.seqs) != 1:
+            return False
+        seq = self.seqs[0]
+        return seq.waits_for_prefill and seq.uncached <= self.limits.prefill_tokens

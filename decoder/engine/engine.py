@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from decoder.device.placement import spread_over_cores
 from decoder.engine.batch import Batch, BatchLimits
 from decoder.engine.inbox import Inbox
+from decoder.engine.step_timing import measure_step_times
 from decoder.models.base import LanguageModel
 from decoder.recording.recorder import Recorder
 from decoder.rollout.live import LiveDraft
@@ -118,7 +119,7 @@ class Engine:
     def _run(self) -> None:
         spread_over_cores(self.limits.threads)
         try:
-            self.batch.measure_costs(self._timing_sequences)
+            measure_step_times(self.batch, self._timing_sequences)
         finally:
             self._started.set()
         while self._inbox.wait(busy=bool(self.batch.seqs)):

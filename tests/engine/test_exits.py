@@ -1,4 +1,4 @@
-"""Drafting from a draft's earlier layers: each token has the distribution of the exit that it left by."""
+"""Early exit: each token is drawn from the distribution of the exit where it leaves the draft."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from decoder.drafters import early_exit as exits
-from decoder.drafters.base import DraftGroup
+from decoder.drafters.base import Drafted, DraftGroup
+from decoder.drafters.early_exit import ExitDrafter
 from decoder.models.loading import over_slots
 from decoder.policy.draft_cost import NO_COST, DraftCost
 from decoder.policy.token_acceptance import (
@@ -19,6 +19,7 @@ from decoder.policy.token_acceptance import (
     exit_passed,
     exit_taken,
 )
+from decoder.verification.proposal import Proposal
 from decoder.verification.sampling import Sampling
 from tests.exactness.test_graph import Context
 
@@ -41,119 +42,125 @@ def module() -> LlamaForCausalLM:
 def group(
     module: LlamaForCausalLM,
     uniform_BN: torch.Tensor,
-    kept: TokenAcceptance | None = None,
-    price: DraftCost = NO_COST,
+    rates: TokenAcceptance | None = None,
+    cost: DraftCost = NO_COST,
 ) -> DraftGroup:
-    """What is known of tokens that left at an exit, or did not, is in `kept`; nothing is known to be accepted less."""
+    """`rates` has what is known of tokens that left at an exit, or passed it."""
     (model,) = over_slots([module], 2, 40, V)
-    draft: Any = SimpleNamespace(model=model, token_acceptance=kept or TokenAcceptance())
+    draft: Any = SimpleNamespace(model=model, token_acceptance=rates or TokenAcceptance())
     rows: Any = [Context(list(tokens)) for tokens in CONTEXTS]
     for row in rows:
         row.draft, row.acceptance = draft, SimpleNamespace(rate=0.5)
         row.query = SimpleNamespace(temperature=1.0)
-    sampling, scheme = Sampling.of([1.0, 1.0], [0, 0], [1.0, 1.0], V), SimpleNamespace()
+    sampling, spec = Sampling.of([1.0, 1.0], [0, 0], [1.0, 1.0], V), SimpleNamespace()
     return DraftGroup(
-        draft, scheme, slice(0, 2), rows, [DRAFTED] * 2, sampling, uniform_BN, V, "cpu", price
+        draft, spec, slice(0, 2), rows, [DRAFTED] * 2, sampling, uniform_BN, V, "cpu", cost
     )  # type: ignore[arg-type]
 
 
-def good_from(share: int) -> TokenAcceptance:
-    """Tokens of exits are kept where the exit was so sure, and not otherwise; those that went on, sometimes."""
-    known = TokenAcceptance()
-    for passed in range(1, LAYERS):
-        for at in range(CONFIDENCE_BUCKETS):
+def good_from(bucket: int) -> TokenAcceptance:
+    """Exits' tokens are accepted from this confidence on. Nothing is known of deeper ones."""
+    rates = TokenAcceptance()
+    for layers in range(1, LAYERS):
+        for confidence in range(CONFIDENCE_BUCKETS):
             for _ in range(400):
-                known.record(Evidence(False, exit_taken(passed), at), at >= share)
-    return known
+                evidence = Evidence(False, exit_taken(layers), confidence)
+                rates.record(evidence, confidence >= bucket)
+    return rates
 
 
-def told(module: LlamaForCausalLM, context: list[int]) -> list[torch.Tensor]:
-    """What `transformers` says after each layer, behind the context."""
+def proposal_of(drafted: Drafted) -> Proposal:
+    assert drafted.proposal is not None
+    return drafted.proposal
+
+
+def logits_by_layer(module: LlamaForCausalLM, context: list[int]) -> list[torch.Tensor]:
+    """The logits of `transformers` after each layer, behind the context."""
     with torch.no_grad():
         states = module(torch.tensor([context]), output_hidden_states=True).hidden_states[1:]
-        *early, last = (state[0, -1] for state in states)  # the last one has been through the norm
+        *early, last = (state[0, -1] for state in states)  # the last one is normed
         return [module.lm_head(module.model.norm(state)) for state in early] + [
             module.lm_head(last)
         ]
 
 
-@pytest.mark.parametrize("share", [0, 2, 3, CONFIDENCE_BUCKETS])
+@pytest.mark.parametrize("bucket", [0, 2, 3, CONFIDENCE_BUCKETS])
 def test_every_token_is_drawn_from_the_first_exit_that_is_good(
-    module: LlamaForCausalLM, share: int
+    module: LlamaForCausalLM, bucket: int
 ) -> None:
-    """Each row for itself; the first token comes from all layers, as the context does."""
+    """Each sequence for itself; the first token comes from all layers, as the context does."""
     uniform_BN = torch.rand(
         2, DRAFTED, dtype=torch.float64, generator=torch.Generator().manual_seed(3)
     )
-    asked = group(module, uniform_BN, good_from(share))
-    found, deepest = exits.ExitDrafter().propose(asked), []
+    drafted = ExitDrafter().propose(group(module, uniform_BN, good_from(bucket)))
+    found, deepest = proposal_of(drafted), []
     for n in range(DRAFTED):
         depths = []
         for b, context in enumerate(CONTEXTS):
-            said = told(module, [*context, *found.tokens_BN[b, :n].tolist()])
+            expected = logits_by_layer(module, [*context, *found.tokens_BN[b, :n].tolist()])
             good = (
-                e
-                for e in range(LAYERS - 1)
-                if n and int(CONFIDENCE_BUCKETS * said[e].softmax(-1).max()) >= share
+                layer
+                for layer in range(LAYERS - 1)
+                if n and int(CONFIDENCE_BUCKETS * expected[layer].softmax(-1).max()) >= bucket
             )
             depths.append(next(good, LAYERS - 1))
-            assert torch.allclose(found.logits_BQV[n][b, 0], said[depths[-1]], atol=1e-4), (n, b)
-            assert len(asked.evidence[b][n]) == min(depths[-1] + 1, LAYERS - 1) * (n > 0)
+            logits_V = found.logits_BQV[n][b, 0]
+            assert torch.allclose(logits_V, expected[depths[-1]], atol=1e-4), (n, b)
+            assert len(drafted.evidence[b][n]) == min(depths[-1] + 1, LAYERS - 1) * (n > 0)
         deepest.append(max(depths))
-    assert len(set(deepest[1:])) > 1 or share in (0, CONFIDENCE_BUCKETS)
-    assert not (held := len(asked.cells[0])) or deepest[held] == LAYERS - 1, (
-        "what is kept has passed all layers"
-    )
+    assert len(set(deepest[1:])) > 1 or bucket in (0, CONFIDENCE_BUCKETS)
+    cached = len(drafted.cells[0])
+    assert not cached or deepest[cached] == LAYERS - 1, "cached tokens have passed all layers"
 
 
-@pytest.mark.parametrize(("price", "layers"), [(0.01, LAYERS), (3.0, 1)])
-def test_another_layer_has_to_be_worth_its_price(
-    module: LlamaForCausalLM, price: float, layers: int
+@pytest.mark.parametrize(("cost", "layers"), [(0.01, LAYERS), (3.0, 1)])
+def test_another_layer_has_to_be_worth_its_cost(
+    module: LlamaForCausalLM, cost: float, layers: int
 ) -> None:
-    """Where an exit is worse than what comes after it."""
+    """Where an exit is worse than the layers behind it."""
     uniform_BN = torch.full((2, DRAFTED), 0.5, dtype=torch.float64)
-    asked = group(module, uniform_BN, good_from(CONFIDENCE_BUCKETS), DraftCost(0.0, 0.0, price))
-    exits.ExitDrafter().propose(asked)
-    assert asked.forwards == pytest.approx(1 + (DRAFTED - 1) * layers / LAYERS)
+    rates = good_from(CONFIDENCE_BUCKETS)
+    drafted = ExitDrafter().propose(group(module, uniform_BN, rates, DraftCost(0.0, 0.0, cost)))
+    assert drafted.forwards == pytest.approx(1 + (DRAFTED - 1) * layers / LAYERS)
 
 
-def test_what_became_of_tokens_is_learnt(module: LlamaForCausalLM) -> None:
-    """At an exit that nothing is known of tokens are drawn; when they turn out bad, no more."""
-    known, forwards = TokenAcceptance(), []
+def test_commit_records_what_was_accepted(module: LlamaForCausalLM) -> None:
+    """An unknown exit is taken at first, and no more once its tokens are rejected."""
+    rates, forwards = TokenAcceptance(), []
     for seed in range(60):
         uniform_BN = torch.rand(
             2, DRAFTED, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
         )
-        asked = group(module, uniform_BN, known, DraftCost(0.0, 0.0, 0.01))
-        drafter = exits.ExitDrafter()
-        drafter.propose(asked)
-        assert asked.forwards is not None
-        forwards.append(asked.forwards)
-        path = [
-            0
-        ]  # the first one, from all layers, is kept, and the second one never but where it is from these, too
+        asked = group(module, uniform_BN, rates, DraftCost(0.0, 0.0, 0.01))
+        drafter = ExitDrafter()
+        drafted = drafter.propose(asked)
+        assert drafted.forwards is not None
+        forwards.append(drafted.forwards)
+        # The first token is accepted, and the second one if it comes from all layers, too.
         deep = [
-            len(one[1]) == LAYERS - 1 and one[1][-1].source == exit_passed(LAYERS - 1)
-            for one in asked.evidence
+            len(evidence[1]) == LAYERS - 1 and evidence[1][-1].source == exit_passed(LAYERS - 1)
+            for evidence in drafted.evidence
         ]
-        drafter.settle(asked, [[*path, 1] if all_layers else path for all_layers in deep])
+        drafter.commit(asked, drafted, [[0, 1] if all_layers else [0] for all_layers in deep])
     assert forwards[0] == pytest.approx(1 + (DRAFTED - 1) / LAYERS)
     assert np.mean(forwards[-10:]) > 1 + (DRAFTED - 1) * 0.9
 
 
-def test_what_was_kept_is_a_context_like_any_other(module: LlamaForCausalLM) -> None:
-    """The next step's distributions are those of the whole draft behind whatever was accepted."""
+def test_accepted_tokens_are_a_context_like_any_other(module: LlamaForCausalLM) -> None:
+    """The next step has the whole draft's distribution, however many tokens were accepted."""
     uniform_BN = torch.rand(
         2, DRAFTED, dtype=torch.float64, generator=torch.Generator().manual_seed(5)
     )
     asked = group(module, uniform_BN, good_from(1))
-    drafter = exits.ExitDrafter()
-    found = drafter.propose(asked)
-    kept = [[0, 1, 2, 3], [0, 1]]
-    drafter.settle(asked, kept)
-    for row, path, tokens in zip(asked.seqs, kept, found.tokens_BN.tolist(), strict=True):
+    drafter = ExitDrafter()
+    drafted = drafter.propose(asked)
+    accepted = [[0, 1, 2, 3], [0, 1]]
+    drafter.commit(asked, drafted, accepted)
+    drawn = proposal_of(drafted).tokens_BN.tolist()
+    for row, path, tokens in zip(asked.seqs, accepted, drawn, strict=True):
         row.tokens += [*(tokens[n] for n in path), 11]
         row.draft_cached = min(row.draft_cached, len(row.tokens) - 1)
-    again = drafter.propose(asked)
+    again = proposal_of(drafter.propose(asked))
     for b, row in enumerate(asked.seqs):
-        assert torch.allclose(again.logits_BQV[0][b, 0], told(module, row.tokens)[-1], atol=1e-4)
+        expected = logits_by_layer(module, row.tokens)[-1]
+        assert torch.allclose(again.logits_BQV[0][b, 0], expected, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Chains of n-grams and a model: exact wherever they stop, and in fewer forwards what an ordinary chain would be."""
+"""Cascades of n-grams and a model: exact wherever they stop, and cheaper than the model's chain."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from decoder.drafters import cascade, model
-from decoder.drafters import chain as chains
+from decoder.drafters import cascade, chain_stop, model
 from decoder.drafters.base import DraftGroup
 from decoder.drafters.chain import Chain
 from decoder.models.ragged import integers, ragged
@@ -33,21 +32,21 @@ V = 4
 CONTEXTS = [[1, 2, 3], [0, 1], [2, 2, 2, 2]]
 CACHED, DRAFTED = [1, 1, 0], [4, 2, 3]
 SEEN = Evidence(False, ngram(1), 0)
-CHEAP, DEAR = DraftCost(0.0, 0.15, 0.1), DraftCost(0.0, 0.4, 0.1)  # of one row
+CHEAP, DEAR = DraftCost(0.0, 0.15, 0.1), DraftCost(0.0, 0.4, 0.1)  # of one sequence
 Guesses = Callable[[list[int]], NgramGuess | None]
 
 
-def made(context: list[int], held: int, most: int, guess: Guesses, **more: Any) -> Chain:
-    """One that is the model's alone, unless said otherwise."""
+def made(context: list[int], cached: int, limit: int, guess: Guesses, **more: Any) -> Chain:
+    """A chain that the model may draw alone, unless `more` says otherwise."""
     given_ = {
-        "lead": most,
+        "model_budget": limit,
         "acceptance": 1.0,
-        "share": NO_COST,
-        "known": TokenAcceptance(),
+        "cost": NO_COST,
+        "rates": TokenAcceptance(),
         "greedy": False,
         **more,
     }
-    return Chain(context, held, most, guess=guess, **given_)
+    return Chain(context, cached, limit, guess=guess, **given_)
 
 
 # ── what the model drafts ──
@@ -61,7 +60,7 @@ def made(context: list[int], held: int, most: int, guess: Guesses, **more: Any) 
 def test_guesses_do_not_change_what_the_model_drafts(
     temperatures: list[float], seed: int, guessed: int
 ) -> None:
-    """Where n-grams are not sure of them: the chain's tokens from its distributions, and the cache holds it."""
+    """Unsure guesses: tokens and distributions equal the plain chain's, and so does the cache."""
     rng = np.random.default_rng(guessed)
     uniform_BN = torch.from_numpy(np.random.default_rng(seed).random((3, 4)))
     sampling = Sampling.of(temperatures, [0, 3, 0], [1.0, 1.0, 0.8], V)
@@ -86,8 +85,8 @@ def test_guesses_do_not_change_what_the_model_drafts(
         ):
             assert torch.equal(ours[b, :count], theirs[b, :count])
         whole = [*CONTEXTS[b], *one.tokens]
-        assert len(CONTEXTS[b]) <= one.held <= len(whole)
-        assert table.context(b)[: one.held] == whole[: one.held]
+        assert len(CONTEXTS[b]) <= one.cached <= len(whole)
+        assert table.context(b)[: one.cached] == whole[: one.cached]
 
 
 def primed() -> TableModel:
@@ -99,7 +98,7 @@ def primed() -> TableModel:
 
 
 def test_right_guesses_save_forwards() -> None:
-    """All tokens of a chain from one forward, where the guesses are what is drawn; from none, where they are sure."""
+    """Guesses that equal the draws: one forward for the chain, and none if the guesses are sure."""
     greedy, uniform_BN = Sampling.of([0.0], [0], [1.0], V), torch.zeros(1, 4, dtype=torch.float64)
 
     def drafted(guess: Guesses, **more: Any) -> tuple[list[int], int]:
@@ -125,22 +124,22 @@ class Draft(TableModel):
 
 
 def guess(drafted: list[int]) -> NgramGuess | None:
-    """Sure of some, less so of others."""
+    """N-grams that are sure of some tokens, and less sure of others."""
     kept = (0.4, 0.95, 0.0)[(sum(drafted) + len(drafted)) % 3]
     return NgramGuess((2 * sum(drafted) + 1) % 3, SEEN, kept) if kept else None
 
 
 def other(drafted: list[int]) -> NgramGuess | None:
-    """Of another row: as sure, of other tokens, and not at the same places."""
+    """Another sequence's n-grams: as sure, of other tokens at other places."""
     return guess([*drafted, len(drafted) + 1])
 
 
 def known() -> TokenAcceptance:
-    """What seemed likely to the model was kept, and nothing else."""
+    """Tokens that the model found likely were accepted, others were not."""
     found = TokenAcceptance()
-    for share in range(9):
+    for bucket in range(9):
         for _ in range(50):
-            found.record(Evidence(False, draft_token(), share), share >= 4)
+            found.record(Evidence(False, draft_token(), bucket), bucket >= 4)
     return found
 
 
@@ -152,10 +151,10 @@ def step(
     beside: Sequence[float] = (),
     each: DraftCost = CHEAP,
 ) -> Proposal | None:
-    """`beside`: uniforms of another row that shares the step and has its own guesses."""
+    """`beside`: uniforms of another sequence of the step, which has its own guesses."""
     count = 2 if beside else 1
     rows = [
-        made([0], 0, 3, ours, lead=3, acceptance=0.6, share=each, known=known())
+        made([0], 0, 3, ours, acceptance=0.6, cost=each, rates=known())
         for ours in (guess, other)[:count]
     ]
     drawn = [[*uniforms, 0.5, 0.5, 0.5][:3], [*beside, 0.5, 0.5, 0.5][:3]][:count]
@@ -168,16 +167,16 @@ def step(
     logits_BQV, probs_BQV, _ = cascade.propose(
         draft, slice(0, count), rows, sampling, uniform_BN, price, masks
     )
-    those: Any = [SimpleNamespace(tokens=[0])] * count
-    nothing: Any = None
+    seqs: Any = [SimpleNamespace(tokens=[0])] * count
+    unused: Any = None
     group = DraftGroup(
-        nothing, nothing, slice(0, count), those, [3] * count, sampling, uniform_BN, 3, "cpu", price
+        unused, unused, slice(0, count), seqs, [3] * count, sampling, uniform_BN, 3, "cpu", price
     )
-    return chains.finished(rows, logits_BQV, probs_BQV, group)
+    return chain_stop.drafted_chains(rows, logits_BQV, probs_BQV, group, 0).proposal
 
 
 def outcomes(setting: enumeration.Setting, dtype: torch.dtype, **more: Any) -> Case:
-    """Everything that a step may draft for its first row, and how probable it is."""
+    """Everything that a step may draft for its first sequence, and how probable it is."""
     pending: list[tuple[list[float], float]] = [([], 1.0)]
     ends: list[tuple[list[int], list[int], Tensor, float]] = []
     while pending:
@@ -233,7 +232,7 @@ def _case(
 @pytest.mark.parametrize("masks", [0, 2])
 @pytest.mark.parametrize("setting", ["plain", "all three"])
 def test_what_is_emitted_is_the_targets(setting: str, masks: int, dtype: torch.dtype) -> None:
-    """By enumeration of all draws and decisions. Chains of all lengths come up, of drawn and of chosen tokens."""
+    """By enumeration of all draws and decisions, over drawn and chosen tokens of all lengths."""
     case = outcomes(SETTINGS[setting], dtype, masks=masks)
     assert case.probability_B.sum().item() == pytest.approx(1)
     assert len({*case.proposal.drafted_B.tolist()}) > 1
@@ -244,48 +243,48 @@ def test_what_is_emitted_is_the_targets(setting: str, masks: int, dtype: torch.d
 @either
 @pytest.mark.parametrize("masks", [0, 2])
 @pytest.mark.parametrize("beside", [(0.1,), (0.9, 0.9, 0.9), (0.2, 0.8, 0.5)])
-def test_it_is_exact_beside_another_row(
+def test_it_is_exact_beside_another_sequence(
     beside: Sequence[float], masks: int, dtype: torch.dtype
 ) -> None:
-    """How long that one gets depends on whether the model is asked again, and so on what the first one has drawn."""
+    """The other's length depends on whether the model is asked again, so on the first's draws."""
     case = outcomes(SETTINGS["plain"], dtype, masks=masks, beside=beside, each=DEAR)
     assert case.probability_B.sum().item() == pytest.approx(1)
     assert distance(verify, case) <= LIMIT
 
 
-def test_to_leave_out_what_was_drawn_for_others_being_short_would_not_be_exact(
+def test_dropping_drawn_tokens_because_other_chains_are_short_would_not_be_exact(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """They are short for what was drawn."""
-    monkeypatch.setattr(Chain, "fixed", 0)
+    """Other chains are short because of what was drawn."""
+    monkeypatch.setattr(Chain, "drawn_length", 0)
     assert (
         distance(verify, outcomes(SETTINGS["plain"], torch.float64, beside=(0.1,), each=DEAR))
         > 1e-2
     )
 
 
-def test_a_candidate_has_to_be_worth_its_place_in_all_rows() -> None:
-    """What one row is sure of, others pay for; a request that says how much to draft has it."""
+def test_a_candidate_has_to_be_worth_its_place_in_all_sequences() -> None:
+    """A sure candidate of one sequence costs all; a request that fixes γ gets it."""
     price = DraftCost(0.0, 0.6, 0.0)
 
-    def longest(*kept: float, **more: Any) -> int:
+    def longest(*accepted: float, **more: Any) -> int:
         rows = [
-            made([0], 0, 6, lambda _, kept=one: NgramGuess(1, SEEN, kept), lead=0, share=price)
-            for one in kept
+            made([0], 0, 6, lambda _, p=p: NgramGuess(1, SEEN, p), model_budget=0, cost=price)
+            for p in accepted
         ]
         for name, value in more.items():
             setattr(rows[0], name, value)
-        return chains.complete(rows, price)
+        return chain_stop.extend_with_guesses(rows, price)
 
     assert longest(0.9) == 4  # 0.9^4 is more than 0.6, and 0.9^5 is not
     assert longest(0.4) == 0
     assert longest(0.9, 0.4) == 5  # 0.9^5 + 0.4^5 is
     assert longest(0.4, 0.4) == 1
-    assert longest(0.4, 0.9, share=NO_COST) == 6
+    assert longest(0.4, 0.9, cost=NO_COST) == 6
 
 
 def test_drafting_at_all_has_to_be_worth_its_start() -> None:
-    """All candidates together; what has been drawn stays."""
+    """All candidates together have to pay for it; drawn tokens stay."""
 
     def longest(start: float, drawn: bool = False) -> int:
         one = made(
@@ -293,29 +292,35 @@ def test_drafting_at_all_has_to_be_worth_its_start() -> None:
             0,
             3,
             lambda _: NgramGuess(1, SEEN, 0.5),
-            share=DraftCost(0.0, 0.1, 0.0),
-            known=known(),
+            cost=DraftCost(0.0, 0.1, 0.0),
+            rates=known(),
         )
         if drawn:
-            one.draw([1], [0.0], masked=False)
-        return chains.complete([one], DraftCost(start, 0.1, 0.0))  # 0.5 + 0.25 + 0.125 are kept
+            one.add_drawn([1], [0.0], masked=False)
+        return chain_stop.extend_with_guesses([one], DraftCost(start, 0.1, 0.0))
 
+    # 0.5 + 0.25 + 0.125 candidates are accepted, for 0.3.
     assert (longest(0.57), longest(0.58)) == (3, 0)
     assert longest(0.58, drawn=True) == 1
 
 
-def test_the_model_is_asked_where_the_rows_together_gain_its_forward() -> None:
-    """One row's 0.5 is not worth 0.8, two rows' are; whose draft lags is not asked, and is caught up if that pays."""
-    price, nobody = DraftCost(0.0, 0.1, 0.7), lambda _: None
+def test_the_model_drafts_where_the_sequences_together_gain_its_forward() -> None:
+    """One sequence's 0.5 tokens are not worth 0.8, two sequences' are.
+
+    A lagging draft does not draft, and is flagged for catch-up if that would have paid.
+    """
+    price, no_guess = DraftCost(0.0, 0.1, 0.7), lambda _: None
 
     def asked(*lags: bool) -> tuple[int, list[int], list[bool]]:
-        rows = [made([1], 0, 1, nobody, acceptance=0.5, share=price, lags=lag) for lag in lags]
+        rows = [
+            made([1], 0, 1, no_guess, acceptance=0.5, cost=price, draft_lags=lag) for lag in lags
+        ]
         greedy = Sampling.of([0.0] * len(rows), [0] * len(rows), [1.0] * len(rows), V)
         uniform_BN = torch.zeros(len(rows), 1, dtype=torch.float64)
         *_, forwards = cascade.propose(
             TableModel(V, len(rows)), slice(0, len(rows)), rows, greedy, uniform_BN, price
         )
-        return forwards, [len(one.tokens) for one in rows], [one.missed for one in rows]
+        return forwards, [len(one.tokens) for one in rows], [one.wants_catch_up for one in rows]
 
     assert asked(False) == (0, [0], [False])
     assert asked(False, False) == (1, [1, 1], [False, False])

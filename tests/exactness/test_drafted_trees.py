@@ -1,4 +1,4 @@
-"""What the draft model proposes for a tree: whose children, drawn how."""
+"""The trees that the draft model proposes: each node's parent and distribution."""
 
 import itertools
 
@@ -45,10 +45,10 @@ def context(shape: TreeShape, tokens: list[int], node: int) -> list[int]:
 @either
 @pytest.mark.parametrize("distinct", [False, True])
 @pytest.mark.parametrize("setting", ["plain", "all three"])
-def test_candidates_are_drawn_from_what_the_draft_says(
+def test_candidates_are_drawn_from_the_drafts_distribution(
     setting: str, distinct: bool, dtype: torch.dtype
 ) -> None:
-    """Each from its parent's distribution, without the siblings before it where they are to be distinct."""
+    """Each from its parent's distribution, if distinct without the siblings before it."""
     rng, count = np.random.default_rng(0), 40
     uniform_BN = torch.from_numpy(rng.random((count, 5)))
     found = drafted(BUSH, SETTINGS[setting], uniform_BN, distinct, dtype)
@@ -74,7 +74,7 @@ def test_candidates_are_drawn_from_what_the_draft_says(
 
 
 @either
-def test_greedy_rows_get_the_most_likely_tokens(dtype: torch.dtype) -> None:
+def test_greedy_sequences_get_the_most_likely_tokens(dtype: torch.dtype) -> None:
     shape = TreeShape.of_widths((3, 2))
     found = drafted(shape, SETTINGS["greedy"], torch.zeros(1, 9, dtype=torch.float64), True, dtype)
     tokens, table = found.tokens_BN[0].tolist(), TableModel(V, 3, dtype=dtype)
@@ -86,7 +86,7 @@ def test_greedy_rows_get_the_most_likely_tokens(dtype: torch.dtype) -> None:
 
 
 def test_shapes() -> None:
-    """Widths, the best shape under a budget against all others, and what a chain is."""
+    """Shapes of widths, chains, and the best shape of a size against all others of it."""
     assert TreeShape.of_widths((2, 1)).parents == (0, 0, 1, 2)
     assert (chain_shape(3).is_chain, BUSH.is_chain) == (True, False)
     rates, depth = [0.6, 0.2, 0.1], 3
@@ -99,7 +99,7 @@ def test_shapes() -> None:
 
 
 def every(candidates: int, depth: int, width: int) -> list[TreeShape]:
-    """All shapes of so many candidates in the order of their depth."""
+    """All shapes with so many candidates, ordered by depth."""
     found = [
         TreeShape(parents)
         for parents in itertools.product(range(candidates), repeat=candidates)
@@ -115,7 +115,7 @@ def every(candidates: int, depth: int, width: int) -> list[TreeShape]:
 
 
 def value(shape: TreeShape, rates: list[float]) -> float:
-    """Expected candidates kept."""
+    """Expected accepted candidates."""
     reached, rank = [1.0], {}
     for parent in shape.parents:
         rank[parent] = rank.get(parent, -1) + 1

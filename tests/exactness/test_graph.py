@@ -1,4 +1,4 @@
-"""Graphs: exact by the rule that hypotheses of a sampled row share by depth, and inexact without it."""
+"""Graphs are exact if sampled sequences share within a depth only, and inexact otherwise."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from decoder.drafters import graph
-from decoder.drafters.base import DraftGroup
+from decoder.drafters import graph, hypotheses
+from decoder.drafters.base import Drafted, DraftGroup
 from decoder.verification.proposal import Proposal, Tree
 from decoder.verification.sampling import Sampling
 from decoder.verification.verify import verify
@@ -21,7 +21,7 @@ from tests.tabular import TableModel
 
 DRAFTED_ON, CANDIDATES = 4, 9
 FREE: Setting = (1.0, 0, 1.0)
-DTYPE = torch.float32  # verified by what is compiled: torch takes minutes over so many rows
+DTYPE = torch.float32  # for the compiled verification: torch takes minutes over so many rows
 
 
 class Draft(TableModel):
@@ -30,7 +30,7 @@ class Draft(TableModel):
 
 
 class Context:
-    """A row, as far as drafters know it."""
+    """A sequence, as far as drafters know it."""
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens, self.draft_cached = tokens, 0
@@ -43,34 +43,32 @@ def group(sampling: Sampling, uniform_BN: Tensor, candidates: int = CANDIDATES) 
     count = len(uniform_BN)
     draft: Any = SimpleNamespace(model=Draft(V, 0, count, dtype=DTYPE))
     rows: Any = [Context([0]) for _ in range(count)]
-    scheme: Any = None
+    spec: Any = None
     return DraftGroup(
-        draft, scheme, slice(0, count), rows, [candidates] * count, sampling, uniform_BN, V, "cpu"
+        draft, spec, slice(0, count), rows, [candidates] * count, sampling, uniform_BN, V, "cpu"
     )
 
 
-def drafted() -> tuple[Proposal, Tensor]:
-    """Every outcome of the draws as a row, and its probability: two of three tokens behind each hypothesis."""
+def enumerated() -> tuple[Proposal, Tensor]:
+    """Every outcome of the draws as a sequence, and its probability.
+
+    Two of three tokens are drawn behind each hypothesis.
+    """
     pairs = list(itertools.permutations(range(V), 2))
     outcomes = list(itertools.product(pairs, repeat=DRAFTED_ON))
     uniform_BN = torch.full((len(outcomes), CANDIDATES), 0.5, dtype=torch.float64)
-    for _ in range(
-        DRAFTED_ON
-    ):  # what is drawn behind a hypothesis is known when those before it are
-        asked = group(of_all(FREE, len(outcomes)), uniform_BN)
-        found, probability_B = (
-            graph.GraphDrafter().propose(asked),
-            torch.ones(len(outcomes), dtype=torch.float64),
-        )
+    # The distribution behind a hypothesis is known once the hypotheses before it are drawn.
+    for _ in range(DRAFTED_ON):
+        drafted = graph.GraphDrafter().propose(group(of_all(FREE, len(outcomes)), uniform_BN))
+        found = proposal_of(drafted)
+        probability_B = torch.ones(len(outcomes), dtype=torch.float64)
         assert found.tree is not None
-        for b, count in enumerate(asked.drafted):
+        for b, count in enumerate(drafted.counts):
             sources = found.tree.sources_BN[b, :count].unique().tolist()
             for i, (first, second) in enumerate(outcomes[b]):
-                q = (
-                    found.probs_BQV[b, sources[i]].double()
-                    if i < len(sources)
-                    else torch.full((V,), 1 / V)
-                )
+                q = torch.full((V,), 1 / V)
+                if i < len(sources):
+                    q = found.probs_BQV[b, sources[i]].double()
                 left = q.clone()
                 left[first] = 0
                 for k, (weights, token) in enumerate(((q, first), (left, second))):
@@ -81,8 +79,13 @@ def drafted() -> tuple[Proposal, Tensor]:
     return found, probability_B
 
 
+def proposal_of(drafted: Drafted) -> Proposal:
+    assert drafted.proposal is not None
+    return drafted.proposal
+
+
 def cases(proposal: Proposal, probability_B: Tensor) -> list[Case]:
-    """Rows by the shape of their trees."""
+    """Sequences by the shape of their trees."""
     tree, alike = proposal.tree, {}
     assert tree is not None
     for b, count in enumerate(proposal.drafted_B.tolist()):
@@ -108,7 +111,7 @@ def cases(proposal: Proposal, probability_B: Tensor) -> list[Case]:
 
 
 def shares(proposal: Proposal) -> int:
-    """Rows in which the same draws stand behind two hypotheses."""
+    """Sequences in which two hypotheses have the same children."""
     tree, found = proposal.tree, 0
     assert tree is not None
     for b, count in enumerate(proposal.drafted_B.tolist()):
@@ -124,26 +127,26 @@ def shares(proposal: Proposal) -> int:
 
 
 def test_what_is_emitted_is_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By enumeration of all draws and decisions, where one common token is enough to share."""
-    monkeypatch.setattr(graph, "SHARED", 1)
-    proposal, probability_B = drafted()
+    """By enumeration of all draws and decisions, with one equal token enough to share."""
+    monkeypatch.setattr(hypotheses, "SHARED", 1)
+    proposal, probability_B = enumerated()
     assert probability_B.sum().item() == pytest.approx(1)
     assert shares(proposal) > 10
     assert distance(verify, *cases(proposal, probability_B)) <= LIMIT
 
 
 def test_sharing_between_depths_would_not_be_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As greedy rows do it, and the paper: what stands behind a later node was drawn before the node itself."""
-    monkeypatch.setattr(graph, "SHARED", 1)
+    """As greedy sequences and the paper share: children could be drawn before their parent."""
+    monkeypatch.setattr(hypotheses, "SHARED", 1)
     monkeypatch.setattr(
         graph, "Graph", lambda last_token, greedy, made=graph.Graph: made(last_token, True)
     )
-    proposal, probability_B = drafted()
+    proposal, probability_B = enumerated()
     assert distance(verify, *cases(proposal, probability_B)) > 1e-3
 
 
-def test_fewer_tokens_are_computed_than_are_drafted_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a greedy row whose draft repeats itself."""
+def test_fewer_tokens_are_encoded_than_are_extended() -> None:
+    """For a greedy sequence whose draft repeats itself."""
 
     class Repeats(TableModel):
         def logits(self, context: Sequence[int]) -> np.ndarray:
@@ -152,8 +155,9 @@ def test_fewer_tokens_are_computed_than_are_drafted_on(monkeypatch: pytest.Monke
     greedy = Sampling.of([0.0], [0], [1.0], V)
     asked = group(greedy, torch.zeros(1, 20, dtype=torch.float64), 20)
     asked.draft.model = Repeats(V, 0, 1)
-    found = graph.GraphDrafter().propose(asked)
+    drafted = graph.GraphDrafter().propose(asked)
+    found = proposal_of(drafted)
     assert found.tree is not None
-    expanded = len(set(found.tree.parents_BN[0, : asked.drafted[0]].tolist()))
-    assert asked.drafted == [20]
-    assert 0 < sum(said.shape[1] for said in found.logits_BQV) < expanded
+    assert drafted.counts == [20]
+    extended = len(set(found.tree.parents_BN[0, :20].tolist()))
+    assert 0 < sum(logits_BWV.shape[1] for logits_BWV in found.logits_BQV) < extended
