@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from decoder.drafters.base import Drafter
 from decoder.drafters.plain import PLAIN
-from decoder.policy.bandit import DrafterBandit, Workload
+from decoder.policy.bandit import DrafterBandit
+from decoder.policy.drafter_speed import Workload
 from decoder.sequence.sequence import LiveSequence
 from online.drafters import AUTO, DEFAULT
 

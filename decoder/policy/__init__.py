@@ -1,1 +1,1 @@
-"""What to draft, and how much: learnt from steps as they come."""
+"""Decides what to draft and how much, from what earlier steps took and accepted."""

@@ -1,9 +1,15 @@
-"""What a step takes longer for what it drafts: learnt from steps as they come.
+"""How much longer a step takes because it drafts, learned from the steps themselves.
 
-A step that drafts takes about 1 + s + a · (candidates of the longest sequence) + b · (forwards of the draft model) plain
-steps. These are fitted by least squares over recent steps, by how many sequences they had. Where every candidate has been a
-forward, only a + b shows, and first assumptions tell the two apart. What else the sequences could do with that time is what
-they have emitted of late in a plain step's time.
+In units of a plain step, a step that drafts takes about
+
+    1 + s + a · (candidates of the longest sequence) + b · (forwards of the draft model)
+
+Least squares over recent steps of a batch size finds s, a and b. When every
+candidate takes a forward, only a + b can be observed; the prior then divides
+the sum between the two.
+
+A plain step's time is worth the tokens that the sequences emit in that time at
+their recent speed.
 """
 
 from dataclasses import dataclass, field
@@ -12,26 +18,33 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-PRIOR_COST = np.array([0.05, 0.03, 0.12])  # s, a, b where nothing is known
-PRIOR_STEPS = 10.0  # that first assumptions count for
-MEMORY = 500.0  # steps
-PACE_MEMORY = 200.0
-STALE = 50  # steps after which a price that nothing has been drafted at is reckoned anew
-LEAST = 0.002
-SLOWEST = 2.0  # times as long as thought: what takes longer was held up by something else
+Floats = NDArray[np.float64]
+
+PRIOR_COST = np.array([0.05, 0.03, 0.12])  # s, a, b
+PRIOR_STEPS = 10.0  # steps that weigh as much as the prior
+COST_MEMORY = 500.0  # steps
+SPEED_MEMORY = 200.0  # steps
+MAX_UNSOLVED_STEPS = 50  # after these the fit is solved again, also without new drafts
+MIN_COST = 0.002  # plain steps
+MAX_SLOWDOWN = 2.0  # measured over predicted time: the excess has other causes
 
 
 class DraftCost(NamedTuple):
-    """In plain steps, or in tokens that sequences would have emitted meanwhile."""
+    """The cost of drafting, in plain steps or in tokens."""
 
-    per_step: float  # of drafting at all
+    per_step: float
     per_candidate: float
     per_forward: float
 
     def scaled(self, factor: float) -> "DraftCost":
         return DraftCost(
-            self.per_step * factor, self.per_candidate * factor, self.per_forward * factor
+            factor * self.per_step,
+            factor * self.per_candidate,
+            factor * self.per_forward,
         )
+
+
+NO_COST = DraftCost(0.0, 0.0, 0.0)
 
 
 class DraftWork(NamedTuple):
@@ -41,73 +54,81 @@ class DraftWork(NamedTuple):
     forwards: float  # of the draft model
 
 
-NO_COST = DraftCost(0.0, 0.0, 0.0)
+@dataclass
+class DraftCostModel:
+    """The cost of drafting by batch size, rounded up to a power of two."""
+
+    _fits: dict[int, "_CostFit"] = field(default_factory=dict)
+
+    def cost(self, batch_size: int) -> DraftCost:
+        """In tokens that the batch would emit in the same time."""
+        fit = self._fit(batch_size)
+        return fit.cost().scaled(fit.tokens_per_plain_step * batch_size)
+
+    def observe(
+        self, batch_size: int, tokens: int, plain_steps: float, work: DraftWork | None
+    ) -> None:
+        """Learns from a step.
+
+        Args:
+            tokens: emitted by the whole batch.
+            plain_steps: the step's time divided by that of a plain step.
+            work: what the step drafted, if its drafters count it.
+        """
+        fit = self._fit(batch_size)
+        fit.add_speed(tokens / batch_size, min(plain_steps, MAX_SLOWDOWN**2))
+        if work is not None and work.candidates:
+            fit.add_cost(work, plain_steps)
+
+    def _fit(self, batch_size: int) -> "_CostFit":
+        return self._fits.setdefault((batch_size - 1).bit_length(), _CostFit())
 
 
 @dataclass(slots=True)
-class _Fit:
-    """Normal equations."""
+class _CostFit:
+    """The fit's normal equations and a sequence's speed, for one batch size."""
 
-    squares: NDArray[np.float64] = field(default_factory=lambda: PRIOR_STEPS * np.eye(3))
-    sums: NDArray[np.float64] = field(default_factory=lambda: PRIOR_STEPS * PRIOR_COST)
-    solved: DraftCost | None = None  # until a step is added: it is asked for before every step
-    steps: int = 0  # by which all of that has yet to fade
+    squares: Floats = field(default_factory=lambda: PRIOR_STEPS * np.eye(3))
+    sums: Floats = field(default_factory=lambda: PRIOR_STEPS * PRIOR_COST)
+    solved: DraftCost | None = None  # kept until a step that drafts is added
+    pending_decay: int = 0  # steps by which the equations have yet to decay
     tokens: float = PRIOR_STEPS  # of a sequence
-    plain_steps: float = PRIOR_STEPS  # that it took as long as
+    plain_steps: float = PRIOR_STEPS  # in which it emitted them
 
     @property
-    def pace(self) -> float:
-        """What a sequence emits in a plain step's time: not less than one token, for it need not draft."""
+    def tokens_per_plain_step(self) -> float:
+        """A sequence's tokens in a plain step's time. At least 1: the plain step's."""
         return max(1.0, self.tokens / self.plain_steps)
 
-    def price(self) -> DraftCost:
-        """In plain steps. With time first assumptions come back, or what once seemed too dear would never be tried."""
-        if self.solved is None or self.steps >= STALE:
-            self._fade()
-            self.solved = DraftCost(*np.linalg.solve(self.squares, self.sums).clip(LEAST).tolist())
+    def cost(self) -> DraftCost:
+        """In plain steps.
+
+        Decays to the prior, so that drafting is tried again after high costs.
+        """
+        if self.solved is None or self.pending_decay >= MAX_UNSOLVED_STEPS:
+            self._decay()
+            solution = np.linalg.solve(self.squares, self.sums)
+            self.solved = DraftCost(*solution.clip(MIN_COST).tolist())
         return self.solved
 
-    def emitted(self, tokens: float, plain_steps: float) -> None:
-        keep = 1 - 1 / PACE_MEMORY
-        self.tokens, self.plain_steps = (
-            self.tokens * keep + tokens,
-            self.plain_steps * keep + plain_steps,
-        )
-        self.steps += 1
+    def add_speed(self, tokens: float, plain_steps: float) -> None:
+        decay = 1 - 1 / SPEED_MEMORY
+        self.tokens = self.tokens * decay + tokens
+        self.plain_steps = self.plain_steps * decay + plain_steps
+        self.pending_decay += 1
 
-    def drafted(self, candidates: int, forwards: float, plain_steps: float) -> None:
-        work = np.array([1.0, candidates, forwards])
-        longer = min(plain_steps, SLOWEST * (1 + float(work @ self.price()))) - 1
-        self._fade()
-        self.squares += np.outer(work, work)
-        self.sums += longer * work
+    def add_cost(self, work: DraftWork, plain_steps: float) -> None:
+        terms = np.array([1.0, work.candidates, work.forwards])
+        predicted = 1 + float(terms @ self.cost())
+        extra = min(plain_steps, MAX_SLOWDOWN * predicted) - 1
+        self._decay()
+        self.squares += np.outer(terms, terms)
+        self.sums += extra * terms
         self.solved = None
 
-    def _fade(self) -> None:
-        keep, self.steps = (1 - 1 / MEMORY) ** self.steps, 0
-        prior = (1 - keep) * PRIOR_STEPS
-        self.squares = self.squares * keep + prior * np.eye(3)
-        self.sums = self.sums * keep + prior * PRIOR_COST
-
-
-@dataclass
-class DraftCostModel:
-    _by_rows: dict[int, _Fit] = field(default_factory=dict)
-
-    def cost(self, rows: int) -> DraftCost:
-        """What drafting costs a step of so many sequences."""
-        fit = self._fit(rows)
-        return fit.price().scaled(fit.pace * rows)
-
-    def observe(
-        self, rows: int, tokens: int, plain_steps: float, drafted: DraftWork | None
-    ) -> None:
-        """A step emitted so many tokens and took as long as so many plain ones. `drafted`: the most candidates of a
-        sequence, and the draft's forwards for them, where these are known."""
-        fit = self._fit(rows)
-        fit.emitted(tokens / rows, min(plain_steps, SLOWEST * SLOWEST))
-        if drafted is not None and drafted[0]:
-            fit.drafted(*drafted, plain_steps)
-
-    def _fit(self, rows: int) -> _Fit:
-        return self._by_rows.setdefault((rows - 1).bit_length(), _Fit())
+    def _decay(self) -> None:
+        decay = (1 - 1 / COST_MEMORY) ** self.pending_decay
+        self.pending_decay = 0
+        prior = (1 - decay) * PRIOR_STEPS
+        self.squares = self.squares * decay + prior * np.eye(3)
+        self.sums = self.sums * decay + prior * PRIOR_COST

@@ -1,54 +1,71 @@
-"""Seconds of a step, by sequences and γ."""
+"""Seconds of a step, by batch size and γ."""
 
 import math
 from collections.abc import Mapping
 
 import numpy as np
 
-SURPRISE = (
-    0.5  # a step may be slow for reasons of the machine's own: its logarithm counts up to this
-)
-GAMMA_LEARNS, ROWS_LEARN = 0.05, 0.02  # shares of a surprise that corrections take up
+MAX_LOG_ERROR = 0.5  # a single step may be slow by chance: larger errors count as this
+GAMMA_LEARNING_RATE = 0.05
+BATCH_LEARNING_RATE = 0.02
 
 
 class StepTimes:
-    """Seconds of a step, by sequences and γ: measured at start, corrected by every step since.
+    """Predicts the seconds of a step: calibrated at start, corrected by each step.
 
-    log seconds = log measured at start + correction of this number of sequences + correction of this γ. The first one moves
-    slowly and for all γ, so that a γ that has not been tried lately follows what its neighbours show: longer contexts,
-    a busier machine.
+    log seconds = calibrated log seconds + correction by batch size + correction
+    by γ
+
+    The correction by batch size moves slowly and covers all γ. A γ without
+    recent steps therefore follows its neighbours when contexts get longer or
+    the machine gets busier. Batch sizes are rounded up to a power of two, or to
+    the number of slots.
     """
 
     def __init__(self, max_gamma: int, slots: int) -> None:
-        self.batch_sizes = [
-            min(1 << i, slots) for i in range((slots - 1).bit_length() + 1)
-        ]  # numbers of sequences told apart
-        self._start = [[0.0] * (max_gamma + 1) for _ in self.batch_sizes]
-        self._by_rows = [0.0] * len(self.batch_sizes)
+        buckets = (slots - 1).bit_length() + 1
+        self.batch_sizes = [min(1 << bucket, slots) for bucket in range(buckets)]
+        self._calibrated = [[0.0] * (max_gamma + 1) for _ in self.batch_sizes]
+        self._by_batch_size = [0.0] * len(self.batch_sizes)
         self._by_gamma = [[0.0] * (max_gamma + 1) for _ in self.batch_sizes]
 
-    def calibrate(self, rows: int, seconds: Mapping[int, float]) -> None:
-        """Seconds by γ, for some of them; in between they are interpolated."""
-        gammas, i = sorted(seconds), self._bucket(rows)
-        known = [seconds[gamma] for gamma in gammas]
-        self._start[i] = np.log(np.interp(np.arange(len(self._start[i])), gammas, known)).tolist()
-        self._by_rows[i], self._by_gamma[i] = 0.0, [0.0] * len(self._start[i])
+    def calibrate(self, batch_size: int, seconds: Mapping[int, float]) -> None:
+        """Sets the seconds by γ, interpolates between them, drops corrections."""
+        bucket = _bucket(batch_size)
+        gammas = np.arange(len(self._calibrated[bucket]))
+        known = sorted(seconds)
+        interpolated = np.interp(gammas, known, [seconds[gamma] for gamma in known])
+        self._calibrated[bucket] = np.log(interpolated).tolist()
+        self._by_batch_size[bucket] = 0.0
+        self._by_gamma[bucket] = [0.0] * len(gammas)
 
-    def seconds(self, rows: int) -> list[float]:
+    def seconds(self, batch_size: int) -> list[float]:
         """By γ, from 0 to the largest."""
-        i = self._bucket(rows)
-        by_rows = self._by_rows[i]
+        bucket = _bucket(batch_size)
+        shared = self._by_batch_size[bucket]
         return [
-            math.exp(start + by_rows + own)
-            for start, own in zip(self._start[i], self._by_gamma[i], strict=True)
+            math.exp(calibrated + shared + own)
+            for calibrated, own in zip(
+                self._calibrated[bucket], self._by_gamma[bucket], strict=True
+            )
         ]
 
-    def observe(self, rows: int, gamma: int, seconds: float, weight: float = GAMMA_LEARNS) -> None:
-        i = self._bucket(rows)
-        known = self._start[i][gamma] + self._by_rows[i] + self._by_gamma[i][gamma]
-        surprise = max(-SURPRISE, min(SURPRISE, math.log(seconds) - known))
-        self._by_rows[i] += ROWS_LEARN * surprise
-        self._by_gamma[i][gamma] += weight * surprise
+    def observe(
+        self,
+        batch_size: int,
+        gamma: int,
+        seconds: float,
+        learning_rate: float = GAMMA_LEARNING_RATE,
+    ) -> None:
+        """Corrects the prediction; `learning_rate` is that of the γ's correction."""
+        bucket = _bucket(batch_size)
+        by_gamma = self._by_gamma[bucket]
+        predicted = self._calibrated[bucket][gamma] + self._by_batch_size[bucket]
+        error = math.log(seconds) - predicted - by_gamma[gamma]
+        error = max(-MAX_LOG_ERROR, min(MAX_LOG_ERROR, error))
+        self._by_batch_size[bucket] += BATCH_LEARNING_RATE * error
+        by_gamma[gamma] += learning_rate * error
 
-    def _bucket(self, rows: int) -> int:
-        return (rows - 1).bit_length()
+
+def _bucket(batch_size: int) -> int:
+    return (batch_size - 1).bit_length()

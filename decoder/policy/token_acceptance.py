@@ -1,7 +1,8 @@
-"""How often drafted tokens are accepted, counted by what is known of a token before verification.
+"""Acceptance rates of drafted tokens, by what is known before verification.
 
-A token's evidence says whether its sequence is greedy, what drafted it, and how confident that was.
-The acceptance rate of earlier tokens with the same evidence predicts the acceptance of the next.
+A token's evidence says whether its sequence is greedy, what drafted it, and how
+confident that was. The acceptance rate of earlier tokens with the same evidence
+predicts the acceptance of the next.
 """
 
 from enum import IntEnum
@@ -19,11 +20,11 @@ class SourceKind(IntEnum):
     NGRAM = 0
     DRAFT = 1
     EXIT = 2  # the draft's head after some of its layers
-    PASSED_EXIT = 3  # an exit that the draft passed: the token comes from a deeper layer
+    PASSED_EXIT = 3  # a layer beyond an exit
 
 
 class Source(NamedTuple):
-    """What drafted a token. `detail` depends on the kind; the functions below say how."""
+    """What drafted a token. The functions below define `detail` for each kind."""
 
     kind: SourceKind
     detail: int
@@ -67,21 +68,22 @@ def confidence_bucket(probability: float) -> int:
 
 
 class TokenAcceptance:
-    """Acceptance rates by evidence: one table for each route's n-grams, one for each draft."""
+    """Acceptance rates by evidence, of one route's n-grams or of one draft."""
 
     def __init__(self) -> None:
         # By evidence: tokens verified, tokens accepted. Both decay.
         self._counts: dict[Evidence, tuple[float, float]] = {}
 
     def rate(self, evidence: Evidence, prior: float) -> float:
-        """The acceptance rate of such tokens; `prior` is the estimate without any counts."""
+        """The acceptance rate of such tokens; `prior` is the rate without counts."""
         verified, accepted = self._counts.get(evidence, (0.0, 0.0))
         return (accepted + prior * PRIOR_TOKENS) / (verified + PRIOR_TOKENS)
 
     def record(self, evidence: Evidence, accepted: float) -> None:
         """Counts a verified token, under its own confidence and under any confidence.
 
-        `accepted` is 0 or 1, or the probability of acceptance where only that is known.
+        `accepted` is 0 or 1, or the probability of acceptance where only that
+        is known.
         """
         self._count(evidence, accepted)
         if evidence.confidence is not None:

@@ -1,84 +1,94 @@
-"""Drafting from texts: what followed the last tokens where they stood before, and how sure that makes of a guess.
+"""Drafts tokens from text: what followed the last tokens where they occurred before.
 
-A sequence's own text, prompt and output, says most; what it does not know, the outputs that its route has answered with of
-late may (as in SuffixDecoding, arXiv 2411.04975). How often guesses are kept that the same speaks for is counted: that
-is what is known of the next ones.
+The sequence's own text, prompt and output, comes first. Where it has no match,
+recent outputs of the route may have one (as in SuffixDecoding, arXiv
+2411.04975). The acceptance rate of a guess is predicted from earlier guesses
+with the same evidence.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import NamedTuple
 
-from decoder.policy.token_acceptance import Evidence, TokenAcceptance, confidence_bucket, ngram
+from decoder.policy.token_acceptance import (
+    Evidence,
+    TokenAcceptance,
+    confidence_bucket,
+    ngram,
+)
 
-LONGEST = 4  # tokens of a suffix that are looked up
-RECENT_TOKENS = 100_000  # of outputs that a route remembers: 26 MB
+MAX_SUFFIX = 4  # tokens of a suffix that is looked up
+ROUTE_TOKENS = 100_000  # tokens of outputs that a route keeps: 26 MB
 
-Counts = dict[int, int]  # of tokens; the latest is the last
+Suffix = tuple[int, ...]
+Counts = dict[int, int]  # of the tokens that followed a suffix; the most recent is last
 
 
 class NgramGuess(NamedTuple):
     token: int
     evidence: Evidence
-    acceptance: float
+    acceptance: float  # predicted probability that the target accepts the token
 
 
 class NgramCounts:
-    """What followed every few tokens of texts, and how often."""
+    """Counts which token followed each suffix of up to `MAX_SUFFIX` tokens."""
 
     def __init__(self) -> None:
-        self._after: dict[
-            tuple[int, ...], Counts | int
-        ] = {}  # most have had one follower, once: that one alone
+        # To save memory, a suffix that occurred once holds the token itself.
+        self._following: dict[Suffix, Counts | int] = {}
 
-    def get(self, suffix: tuple[int, ...]) -> Counts | None:
-        found = self._after.get(suffix)
+    def get(self, suffix: Suffix) -> Counts | None:
+        found = self._following.get(suffix)
         return {found: 1} if isinstance(found, int) else found
 
     def add(self, tokens: Sequence[int], first: int) -> None:
-        """A text's tokens from there on, each as what follows the ones before it."""
-        for at in range(max(first, 1), len(tokens)):
-            for length in range(1, min(LONGEST, at) + 1):
-                suffix, token = tuple(tokens[at - length : at]), tokens[at]
-                if (counts := self.get(suffix)) is None:
-                    self._after[suffix] = token
-                else:
-                    counts[token] = counts.pop(token, 0) + 1
-                    self._after[suffix] = counts
+        """Counts the tokens from position `first` on, with the suffixes before them."""
+        for suffix, token in _ngrams(tokens, first):
+            if (counts := self.get(suffix)) is None:
+                self._following[suffix] = token
+            else:
+                counts[token] = counts.pop(token, 0) + 1
+                self._following[suffix] = counts
 
     def remove(self, tokens: Sequence[int], first: int) -> None:
-        """What was added."""
-        for at in range(max(first, 1), len(tokens)):
-            for length in range(1, min(LONGEST, at) + 1):
-                suffix, token = tuple(tokens[at - length : at]), tokens[at]
-                counts = self.get(suffix) or {}
-                if counts[token] > 1:
-                    counts[token] -= 1
-                elif len(counts) > 1:
-                    del counts[token]
-                else:
-                    del self._after[suffix]
+        """Reverts an `add` with the same arguments."""
+        for suffix, token in _ngrams(tokens, first):
+            counts = self.get(suffix) or {}
+            if counts[token] > 1:
+                counts[token] -= 1
+            elif len(counts) > 1:
+                del counts[token]
+            else:
+                del self._following[suffix]
+
+
+def _ngrams(tokens: Sequence[int], first: int) -> Iterator[tuple[Suffix, int]]:
+    """Every suffix before a token, and that token, from position `first` on."""
+    for at in range(max(first, 1), len(tokens)):
+        token = tokens[at]
+        for length in range(1, min(MAX_SUFFIX, at) + 1):
+            yield tuple(tokens[at - length : at]), token
 
 
 class RouteNgrams:
-    """What a route's last outputs say, and how often its sequences' guesses were kept."""
+    """The n-grams of a route's recent outputs, and how often guesses are accepted."""
 
     def __init__(self) -> None:
         self.counts = NgramCounts()
         self.token_acceptance = TokenAcceptance()
-        self._outputs: deque[tuple[list[int], int]] = deque()
+        self._outputs: deque[tuple[list[int], int]] = deque()  # arguments of `add`
         self._tokens = 0
 
-    def add_output(self, tokens: list[int], prompt: int) -> None:
-        """A text of which so many tokens are the prompt has come to its end."""
-        first = min(prompt, LONGEST)
-        text = tokens[prompt - first :]
+    def add_output(self, tokens: list[int], prompt_length: int) -> None:
+        """Adds a finished sequence's output. Of its prompt only the end is used."""
+        first = min(prompt_length, MAX_SUFFIX)
+        text = tokens[prompt_length - first :]
         self.counts.add(text, first)
         self._outputs.append((text, first))
         self._tokens += len(text)
-        while self._tokens > RECENT_TOKENS and len(self._outputs) > 1:
+        while self._tokens > ROUTE_TOKENS and len(self._outputs) > 1:
             oldest, first = self._outputs.popleft()
             self.counts.remove(oldest, first)
             self._tokens -= len(oldest)
@@ -86,29 +96,35 @@ class RouteNgrams:
 
 @dataclass
 class NgramLookup:
-    """A sequence's. Grows with its text."""
+    """The n-grams of one sequence and of its route."""
 
     route_ngrams: RouteNgrams
     greedy: bool
 
     def __post_init__(self) -> None:
         self._own = NgramCounts()
-        self._read = 0  # tokens before here are in
+        self._indexed = 0  # tokens of the sequence that are counted
 
     def guess(self, tokens: list[int], drafted: list[int]) -> NgramGuess | None:
-        """The token that has followed most often, of equals the latest, where the longest suffix of a text and of what
-        was drafted behind it stood before: in the text itself or else in another. None: it has stood nowhere."""
-        if self._read < len(tokens):
-            self._own.add(tokens, self._read)
-            self._read = len(tokens)
-        last = (*tokens[-LONGEST:], *drafted)[-LONGEST:]
+        """Guesses the token behind a sequence's `tokens` and its `drafted` ones.
+
+        Takes the longest suffix that occurred before, in the sequence or else
+        in the route, and the token that followed it most often; of equals the
+        most recent. None without a match.
+        """
+        if self._indexed < len(tokens):
+            self._own.add(tokens, self._indexed)
+            self._indexed = len(tokens)
+        last = (*tokens[-MAX_SUFFIX:], *drafted)[-MAX_SUFFIX:]
         for length in range(len(last), 0, -1):
             suffix = last[-length:]
             if counts := self._own.get(suffix) or self.route_ngrams.counts.get(suffix):
-                token, count = max(reversed(counts.items()), key=itemgetter(1))
-                share = count / (sum(counts.values()) + 1)
-                evidence = Evidence(self.greedy, ngram(length), confidence_bucket(share))
-                return NgramGuess(
-                    token, evidence, self.route_ngrams.token_acceptance.rate(evidence, share)
-                )
+                return self._most_frequent(counts, length)
         return None
+
+    def _most_frequent(self, counts: Counts, suffix_length: int) -> NgramGuess:
+        token, count = max(reversed(counts.items()), key=itemgetter(1))
+        share = count / (sum(counts.values()) + 1)
+        evidence = Evidence(self.greedy, ngram(suffix_length), confidence_bucket(share))
+        acceptance = self.route_ngrams.token_acceptance.rate(evidence, share)
+        return NgramGuess(token, evidence, acceptance)

@@ -1,9 +1,11 @@
-"""What a step is about to do with its sequences: tokens to draft, sampling parameters, and the randomness it will use.
+"""The plan of a step: tokens to draft, sampling parameters and randomness.
 
-Legend: B sequences, N candidates of a sequence at most, U uniforms of a sequence.
+Legend: B sequences, N candidates of a sequence at most, U = 2 N + 1 uniforms of
+a sequence.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,10 +21,10 @@ from decoder.verification.sampling import Sampling
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one step is about to do with its sequences."""
+    """The sequences of one step, and what it does with each."""
 
     seqs: list[LiveSequence]
-    specs: list[DraftSpec]  # what each sequence drafts
+    specs: list[DraftSpec]  # by sequence
     sampling: Sampling
     draft_uniform_BN: Tensor
     accept_uniform_BN: Tensor
@@ -31,67 +33,86 @@ class StepPlan:
 
     @property
     def drafted(self) -> list[int]:
-        """Candidates, by sequence."""
+        """Number of candidates, by sequence."""
         return [spec.candidates for spec in self.specs]
 
     @property
     def gamma(self) -> int | None:
-        """The longest of its chains; None where anything else is drafted."""
-        chained = all(spec.drafter == "chain" for spec in self.specs if spec.candidates)
-        return max(self.drafted) if chained else None
+        """The length of the longest chain; None if anything but chains is drafted."""
+        chains = all(spec.drafter == "chain" for spec in self.specs if spec.candidates)
+        return max(self.drafted) if chains else None
 
 
-Uniforms = tuple[
-    Tensor, Tensor, Tensor
-]  # for drafting [B, N], for accepting [B, N], for emitting [B]
+class Uniforms(NamedTuple):
+    """Uniform random numbers of a step."""
+
+    draft_BN: Tensor
+    accept_BN: Tensor
+    emit_B: Tensor
+
+
+Settings = tuple[Sampling, LenientAcceptance | None]
 
 
 class Planner:
+    """Plans steps. Reuses tensors where the next step needs the same ones."""
+
     def __init__(self, vocab_size: int, device: torch.device | str) -> None:
-        self._vocab_size, self._device = vocab_size, device
-        self._known: tuple[list[LiveSequence], Sampling, LenientAcceptance | None] | None = None
-        self._undrawn: dict[tuple[int, int], Uniforms] = {}
+        self._vocab_size = vocab_size
+        self._device = device
+        self._seqs: list[LiveSequence] | None = None  # of the last step, with their settings
+        self._settings: Settings
+        self._zeros: dict[tuple[int, int], Uniforms] = {}  # by sequences and candidates
 
     def plan(self, seqs: list[LiveSequence], specs: list[DraftSpec]) -> StepPlan:
-        (sampling, lenient), drafted = (
-            self._asked_by(seqs),
-            [spec.candidates for spec in specs],
-        )
+        """The plan of a step in which sequence i drafts by `specs[i]`."""
+        sampling, lenient = self._sampling(seqs)
+        drafted = [spec.candidates for spec in specs]
+        if sampling.all_greedy:
+            uniforms = self._unused(len(seqs), max(drafted))
+            return StepPlan(seqs, specs, sampling, *uniforms)
+        return StepPlan(seqs, specs, sampling, *self._draw(seqs, drafted), lenient)
+
+    def _unused(self, seqs: int, candidates: int) -> Uniforms:
+        """Greedy steps use no randomness."""
+        key = seqs, candidates
+        if key not in self._zeros:
+            self._zeros[key] = self._upload(np.zeros((seqs, 2 * candidates + 1)))
+        return self._zeros[key]
+
+    def _draw(self, seqs: list[LiveSequence], drafted: list[int]) -> Uniforms:
+        """Each sequence draws from its own generator: its batch has no influence."""
         most = max(drafted)
-        if not sampling.all_greedy:
-            return StepPlan(seqs, specs, sampling, *self._draw(seqs, drafted, most), lenient)
-        if (key := (len(seqs), most)) not in self._undrawn:
-            self._undrawn[key] = self._split(np.zeros((len(seqs), 2 * most + 1)), most)
-        return StepPlan(seqs, specs, sampling, *self._undrawn[key])
-
-    def _draw(self, seqs: list[LiveSequence], drafted: list[int], most: int) -> Uniforms:
-        uniform = np.zeros((len(seqs), 2 * most + 1))
-        for i, (seq, count) in enumerate(zip(seqs, drafted, strict=True)):
+        uniform_BU = np.zeros((len(seqs), 2 * most + 1))
+        for uniform_U, seq, count in zip(uniform_BU, seqs, drafted, strict=True):
             if seq.query.temperature > 0:
-                # A sequence draws only for itself, so its randomness does not depend on who shares the batch.
                 own = seq.rng.random(2 * count + 1)
-                uniform[i, :count], uniform[i, most : most + count] = own[:count], own[count:-1]
-                uniform[i, -1] = own[-1]
-        return self._split(uniform, most)
+                uniform_U[:count] = own[:count]
+                uniform_U[most : most + count] = own[count:-1]
+                uniform_U[-1] = own[-1]
+        return self._upload(uniform_BU)
 
-    def _split(self, uniform: NDArray[np.float64], most: int) -> Uniforms:
-        uniform_BU = upload(uniform, self._device)
-        return uniform_BU[:, :most], uniform_BU[:, most:-1], uniform_BU[:, -1]
+    def _upload(self, uniform_BU: NDArray[np.float64]) -> Uniforms:
+        uploaded_BU = upload(uniform_BU, self._device)
+        most = uniform_BU.shape[1] // 2
+        return Uniforms(
+            draft_BN=uploaded_BU[:, :most],
+            accept_BN=uploaded_BU[:, most:-1],
+            emit_B=uploaded_BU[:, -1],
+        )
 
-    def _asked_by(self, seqs: list[LiveSequence]) -> tuple[Sampling, LenientAcceptance | None]:
-        """Made anew only when other sequences decode than in the step before."""
-        if self._known is None or self._known[0] != seqs:
+    def _sampling(self, seqs: list[LiveSequence]) -> Settings:
+        """The batch's settings, computed only when its sequences change."""
+        if self._seqs != seqs:
             queries = [seq.query for seq in seqs]
             sampling = Sampling.of(
-                [q.temperature for q in queries],
-                [q.top_k for q in queries],
-                [q.top_p for q in queries],
+                [query.temperature for query in queries],
+                [query.top_k for query in queries],
+                [query.top_p for query in queries],
                 self._vocab_size,
                 self._device,
             )
-            self._known = (
-                seqs,
-                sampling,
-                LenientAcceptance.of([q.lenience for q in queries], self._device),
-            )
-        return self._known[1:]
+            lenience = [query.lenience for query in queries]
+            self._settings = sampling, LenientAcceptance.of(lenience, self._device)
+            self._seqs = seqs
+        return self._settings

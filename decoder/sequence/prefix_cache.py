@@ -1,19 +1,24 @@
-"""Prefix reuse: contexts that begin alike are encoded once.
+"""Prefix reuse: a prefix that several contexts share is encoded once.
 
-A new sequence takes over the keys and values of the longest common beginning that a live sequence, or a finished one that was
-kept, has in its slot. Contexts are shared within a route only: whether a prompt was seen before shows in its latency,
-and that is nobody else's business.
+A new sequence copies the KV cache of the longest common prefix, from a live
+sequence or from a finished one whose context was stored. Contexts are shared
+within a route only: latency reveals whether a prompt was seen before, and that
+must not leak to other routes.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-MIN_PREFIX_TOKENS = 16  # tokens; below this a copy costs what it saves
+MIN_PREFIX_TOKENS = 16  # a copy of fewer tokens costs what it saves
 
 
 @dataclass(slots=True)
 class CachedContext:
-    """What a slot holds: the target's keys and values of `tokens`, the draft's of the first `draft_cached` of them."""
+    """The content of a slot.
+
+    It holds the target's KV cache of `tokens`, and the draft's of the first
+    `draft_cached` tokens.
+    """
 
     slot: int
     route: str
@@ -23,85 +28,101 @@ class CachedContext:
 
 
 class PrefixCache:
-    """Contexts of finished sequences in slots of their own; the least recently used one makes room."""
+    """Contexts of finished sequences, in slots of their own, evicted by last use."""
 
     def __init__(self, slots: range) -> None:
         self._free = list(slots)
-        self._kept: list[CachedContext] = []  # least recently used first
+        self._stored: list[CachedContext] = []  # least recently used first
 
     def find(
-        self, route: str, tokens: Sequence[int], draft_version: int, live: Iterable[CachedContext]
+        self,
+        route: str,
+        tokens: Sequence[int],
+        draft_version: int,
+        live: Iterable[CachedContext],
     ) -> tuple[CachedContext, int] | None:
-        """The context that shares most of `tokens`' beginning, and how many tokens that is.
+        """The context with the longest common prefix, and that prefix's length.
 
-        Among equals the one of which the present draft has encoded most.
+        Searches stored and `live` contexts. Of equals it takes the context of
+        which the present draft version has encoded most.
         """
-        best, length, drafted = None, MIN_PREFIX_TOKENS, -1
-        for context in (*self._kept, *live):
-            if context.route != route or not (
-                common := common_prefix_length(context.tokens, tokens, length)
-            ):
+        best = None
+        best_score = MIN_PREFIX_TOKENS, -1
+        for context in (*self._stored, *live):
+            if context.route != route:
                 continue
-            own = min(context.draft_cached, common) if context.draft_version == draft_version else 0
-            if (common, own) > (length, drafted):
-                best, length, drafted = context, common, own
+            length = common_prefix_length(context.tokens, tokens, best_score[0])
+            if not length:
+                continue
+            reusable = context.draft_version == draft_version
+            score = length, min(context.draft_cached, length) if reusable else 0
+            if score > best_score:
+                best, best_score = context, score
         if best is None:
             return None
-        if best in self._kept:
+        if best in self._stored:
             self._touch(best)
-        return best, length
+        return best, best_score[0]
 
     def store(self, finished: CachedContext) -> int | None:
-        """A slot to copy a finished sequence's context to; None where nothing would be gained."""
-        if len(finished.tokens) < MIN_PREFIX_TOKENS or not (self._free or self._kept):
+        """Stores a finished sequence's context, and sets its slot.
+
+        Returns the slot to copy it to. None if it is too short, or if a stored
+        context contains it.
+        """
+        if len(finished.tokens) < MIN_PREFIX_TOKENS or not (self._free or self._stored):
             return None
-        for kept in self._kept:
-            if kept.route != finished.route:
+        for stored in self._stored:
+            if stored.route != finished.route:
                 continue
-            common = common_prefix_length(kept.tokens, finished.tokens, 1)
-            if common == len(kept.tokens) and not _same(kept, finished):
-                return self._replace(
-                    kept, finished
-                )  # a conversation that went on, or another draft's view of it
+            common = common_prefix_length(stored.tokens, finished.tokens, 1)
+            if common == len(stored.tokens) and not _covers(stored, finished):
+                # The conversation's next turn, or more of the draft's cache.
+                return self._replace(stored, finished)
             if common == len(finished.tokens):
-                self._touch(kept)
+                self._touch(stored)
                 return None
-        if self._free:
-            finished.slot = self._free.pop()
-            self._kept.append(finished)
-            return finished.slot
-        return self._replace(self._kept[0], finished)
+        if not self._free:
+            return self._replace(self._stored[0], finished)
+        finished.slot = self._free.pop()
+        self._stored.append(finished)
+        return finished.slot
 
     def clear(self) -> None:
-        self._free += [context.slot for context in self._kept]
-        self._kept.clear()
+        """Frees all slots."""
+        self._free += [context.slot for context in self._stored]
+        self._stored.clear()
 
-    def _replace(self, kept: CachedContext, finished: CachedContext) -> int:
-        self._kept.remove(kept)
-        finished.slot = kept.slot
-        self._kept.append(finished)
+    def _replace(self, stored: CachedContext, finished: CachedContext) -> int:
+        self._stored.remove(stored)
+        finished.slot = stored.slot
+        self._stored.append(finished)
         return finished.slot
 
     def _touch(self, context: CachedContext) -> None:
-        self._kept.remove(context)
-        self._kept.append(context)
+        """Marks a context as the most recently used."""
+        self._stored.remove(context)
+        self._stored.append(context)
 
 
-def _same(kept: CachedContext, finished: CachedContext) -> bool:
-    drafts = (
-        kept.draft_version == finished.draft_version and kept.draft_cached >= finished.draft_cached
+def _covers(stored: CachedContext, finished: CachedContext) -> bool:
+    """Whether a stored context holds all that the finished one does."""
+    return (
+        len(stored.tokens) == len(finished.tokens)
+        and stored.draft_version == finished.draft_version
+        and stored.draft_cached >= finished.draft_cached
     )
-    return len(kept.tokens) == len(finished.tokens) and drafts
 
 
-def common_prefix_length(one: Sequence[int], other: Sequence[int], at_least: int) -> int:
-    """Length of the common beginning; 0 where it is shorter than `at_least`."""
-    if len(one) < at_least or len(other) < at_least or one[:at_least] != other[:at_least]:
+def common_prefix_length(first: Sequence[int], second: Sequence[int], minimum: int) -> int:
+    """Length of the common prefix; 0 if it is shorter than `minimum`."""
+    high = min(len(first), len(second))
+    if high < minimum or first[:minimum] != second[:minimum]:
         return 0
-    low, high = at_least, min(len(one), len(other))
-    while low < high:
+    low = minimum
+    while low < high:  # the prefixes of length `low` are equal
         middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
+        if first[low:middle] == second[low:middle]:
             low = middle
         else:
             high = middle - 1

@@ -1,4 +1,4 @@
-"""Text in and out: the tokenizer as the API sees it, and each sequence's growing text with its stop strings."""
+"""The tokenizer as the API sees it, and the text of a growing sequence."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from online.errors import InvalidRequest
 
-REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no character, or not yet
+REPLACEMENT = "\ufffd"  # decoded from bytes that form no character
 
 
 class HfCodec:
@@ -26,60 +26,75 @@ class HfCodec:
         return list(self._tokenizer(text)["input_ids"])
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Raises InvalidRequest where the model has no chat template, or its template refuses the messages."""
+        """The tokens of a conversation, up to where the assistant answers.
+
+        Raises:
+            InvalidRequest: no chat template, or it refuses the messages.
+        """
         if not self._tokenizer.chat_template:
             raise InvalidRequest(
                 "this model has no chat template; use /v1/completions", param="messages"
             )
         try:
             rendered = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+                [dict(message) for message in messages],
+                add_generation_prompt=True,
+                tokenize=False,
             )
         except TemplateError as error:
             raise InvalidRequest(
                 f"the model's chat template refused the messages: {error}", param="messages"
             ) from error
-        # The template writes the special tokens itself.
+        # The template already contains the special tokens.
         return self.backend.encode(str(rendered), add_special_tokens=False).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.backend.decode(list(token_ids), skip_special_tokens=True)
 
     def token(self, token_id: int) -> str:
+        """The text of one token, special tokens included."""
         return self.backend.decode([token_id], skip_special_tokens=False)
 
 
 class TextStream:
-    """One sequence's text as its tokens come. Text that may yet turn into a stop string is held back.
+    """Turns a sequence's tokens into text, and stops at a stop string.
 
-    Never raises, whatever the tokens: bytes that form no character become U+FFFD.
+    Holds back text that may become part of a stop string. Never raises,
+    whatever the tokens: bytes that form no character become U+FFFD.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
         self._held = ""
-        self._shown: list[int] = []  # the tokens whose text was released last: context for the next
-        self._pending: list[int] = []  # tokens that have not become whole characters yet
+        self._shown: list[int] = []  # decoded last: context for the next ones
+        self._pending: list[int] = []  # not whole characters yet
         self.stopped = False
 
     def push(self, token_id: int) -> str:
-        """Text that this token makes certain. After a stop string `stopped` is true, and the string is cut off."""
+        """Adds a token, and returns the text that is now final.
+
+        At a stop string, `stopped` becomes true, and the text ends before that
+        string.
+        """
         self._pending.append(token_id)
         piece = self._new_text()
         if not piece and self._shown:
-            self._pending.clear()  # a special token: it has no text, here or later
+            self._pending.clear()  # a special token, without text
         if not piece or piece.endswith(REPLACEMENT):
             return ""
         self._shown, self._pending = self._pending, []
         return self._release(piece, final=False)
 
     def finish(self) -> str:
-        """What is left at the end: held-back text, and bytes that never became a whole character."""
+        """The remaining text at the end: held-back text and incomplete characters."""
         return "" if self.stopped else self._release(self._new_text(), final=True)
 
     def _new_text(self) -> str:
-        """What the pending tokens add behind the shown ones: decoders treat the first token of a text differently."""
+        """The text of the pending tokens, decoded after the shown ones.
+
+        Decoders treat the first token of a text differently.
+        """
         shown = self._decode(self._shown)
         return self._decode(self._shown + self._pending)[len(shown) :]
 
@@ -92,13 +107,13 @@ class TextStream:
         if cuts:
             self.stopped, self._held = True, ""
             return text[: min(cuts)]
-        keep = 0 if final else max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        overlaps = (_overlap(text, stop) for stop in self._stop)
+        held = 0 if final else max(overlaps, default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    return next(
-        (n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0
-    )
+    """Length of the longest proper prefix of `stop` that `text` ends with."""
+    longest = min(len(stop) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

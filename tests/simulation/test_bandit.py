@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from decoder.policy.bandit import FLOOR, STRETCH, DrafterBandit, Workload
+from decoder.policy.bandit import MIN_TIME_SHARE, DrafterBandit
+from decoder.policy.drafter_speed import ROUND_STEPS, Workload
 
 HERE = Workload("default", 3, greedy=False)
 
@@ -36,7 +37,7 @@ def made(ways: int) -> DrafterBandit:
 
 
 def fastest(choice: DrafterBandit) -> str:
-    return max((belief.log_speed, name) for name, belief in choice.beliefs(HERE).items())[1]
+    return max((belief.log_speed, name) for name, belief in choice.estimates(HERE).items())[1]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def fastest(choice: DrafterBandit) -> str:
 def test_it_costs_hardly_more_than_knowing_what_is_best(means: tuple[float, ...]) -> None:
     """After the first tries: 0.97 of the best, be the ways far apart or close together."""
     rng, choice = np.random.default_rng(0), made(len(means))
-    play(choice, means, 10 * STRETCH * len(means), rng)
+    play(choice, means, 10 * ROUND_STEPS * len(means), rng)
     assert play(choice, means, 5000, rng) > 0.97 * max(means)
 
 
@@ -84,32 +85,32 @@ def test_it_follows_a_change(second: float) -> None:
 def test_others_get_their_share_and_no_more() -> None:
     """Of the time."""
     rng, choice = np.random.default_rng(2), made(4)
-    play(choice, (3.0, 1.5, 1.5, 1.5), 4 * STRETCH, rng)
+    play(choice, (3.0, 1.5, 1.5, 1.5), 4 * ROUND_STEPS, rng)
     other = 0
     for _ in range(10_000):
         other += choice.choose(HERE) != "0"
         play(choice, (3.0, 1.5, 1.5, 1.5), 1, rng)
-    assert 0.3 * FLOOR < other / 10_000 < FLOOR  # the first tries count, too
+    assert 0.3 * MIN_TIME_SHARE < other / 10_000 < MIN_TIME_SHARE  # the first tries count, too
 
 
 def test_a_try_does_not_pay_for_what_was_drafted_without_it() -> None:
     """Catching up counts for the way in use, and not for one that is tried."""
     choice = DrafterBandit(("old", "new"))
-    for _ in range(4 * STRETCH):
+    for _ in range(4 * ROUND_STEPS):
         choice.choose(HERE)
-        choice.observe(2, 1.0, before=1.0)
-    assert choice.beliefs(HERE)["old"].log_speed < math.log(1.9)
+        choice.observe(2, 1.0, catch_up_s=1.0)
+    assert choice.estimates(HERE)["old"].log_speed < math.log(1.9)
     tried = DrafterBandit(("old", "new"))
-    for _ in range(2 * STRETCH):
+    for _ in range(2 * ROUND_STEPS):
         tried.choose(HERE)
-        tried.observe(2, 1.0, before=1.0)
-    assert tried.beliefs(HERE)["new"].log_speed == pytest.approx(math.log(2))
+        tried.observe(2, 1.0, catch_up_s=1.0)
+    assert tried.estimates(HERE)["new"].log_speed == pytest.approx(math.log(2))
 
 
 def test_situations_are_told_apart() -> None:
     """What is best for one row need not be for eight."""
     choice = DrafterBandit(("slow", "fast"))
-    for _ in range(40 * STRETCH):
+    for _ in range(40 * ROUND_STEPS):
         for rows, good in ((0, "fast"), (3, "slow")):
             choice.observe(
                 3 if choice.choose(HERE._replace(log2_batch_size=rows)) == good else 1, 1.0
@@ -124,14 +125,14 @@ def test_situations_are_told_apart() -> None:
 def test_a_new_situation_begins_with_what_others_say() -> None:
     """Nothing that is slow wherever it was tried is tried anew at once; another route's ways are its own."""
     rng, choice = np.random.default_rng(3), made(4)
-    play(choice, (1.5, 3.0, 1.5, 1.5), 20 * STRETCH, rng)
+    play(choice, (1.5, 3.0, 1.5, 1.5), 20 * ROUND_STEPS, rng)
     assert (
-        play(choice, (1.5, 3.0, 1.5, 1.5), 8 * STRETCH, rng, HERE._replace(log2_batch_size=2))
+        play(choice, (1.5, 3.0, 1.5, 1.5), 8 * ROUND_STEPS, rng, HERE._replace(log2_batch_size=2))
         > 0.95 * 3.0
     )
     other = HERE._replace(route="other")
     tried = {
-        choice.choose(other) for _ in range(4 * STRETCH) if play(choice, (2.0,) * 4, 1, rng, other)
+        choice.choose(other) for _ in range(4 * ROUND_STEPS) if play(choice, (2.0,) * 4, 1, rng, other)
     }
     assert tried == {"0", "1", "2", "3"}
 
@@ -141,9 +142,9 @@ def test_what_others_say_does_not_bind() -> None:
     shares = []
     for seed in range(10):
         rng, choice, alone = np.random.default_rng(seed), made(4), HERE._replace(log2_batch_size=0)
-        play(choice, (2.4, 2.0, 2.0, 1.8), 60 * STRETCH, rng)
-        play(choice, (2.0, 2.0, 2.6, 1.8), 20 * STRETCH, rng, alone)
-        shares.append(play(choice, (2.0, 2.0, 2.6, 1.8), 40 * STRETCH, rng, alone) / 2.6)
+        play(choice, (2.4, 2.0, 2.0, 1.8), 60 * ROUND_STEPS, rng)
+        play(choice, (2.0, 2.0, 2.6, 1.8), 20 * ROUND_STEPS, rng, alone)
+        shares.append(play(choice, (2.0, 2.0, 2.6, 1.8), 40 * ROUND_STEPS, rng, alone) / 2.6)
     assert min(shares) > 0.9
     assert np.mean(shares) > 0.95
 

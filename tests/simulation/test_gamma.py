@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from decoder.policy.acceptance import PRIOR_RATE, ROUTE_MEMORY, SEQUENCE_MEMORY, Acceptance
-from decoder.policy.gamma import MARGIN, PROBE_SHARE, GammaController, expected_tokens
+from decoder.policy.gamma import MIN_SPEEDUP, PROBE_SHARE, GammaController, expected_tokens
 from decoder.policy.step_times import StepTimes
 
 MAX_GAMMA, SLOTS = 6, 8
@@ -134,7 +134,7 @@ def test_good_and_cheap_drafts_are_used_as_far_as_they_go() -> None:
 def test_drafting_that_costs_what_it_gains_is_left_out(rate: float) -> None:
     """Equal speeds for all γ; and a gain within the margin, which drafts' prompts would eat."""
     tokens = np.array(expected_tokens([rate], MAX_GAMMA))
-    for gain, drafts in ((1.0, False), (0.99 * MARGIN, False), (1.05 * MARGIN, True)):
+    for gain, drafts in ((1.0, False), (0.99 * MIN_SPEEDUP, False), (1.05 * MIN_SPEEDUP, True)):
         costs = StepTimes(MAX_GAMMA, SLOTS)
         costs.calibrate(
             1, {gamma: tokens[gamma] / (gain if gamma else 1.0) for gamma in range(MAX_GAMMA + 1)}
@@ -168,9 +168,9 @@ def test_the_choice_is_the_fastest_by_what_is_known(
     )
     if chosen:
         assert speed[chosen] == pytest.approx(speed.max())
-        assert speed[chosen] > MARGIN * speed[0]
+        assert speed[chosen] > MIN_SPEEDUP * speed[0]
     elif chosen == 0:
-        assert speed.max() <= MARGIN * speed[0] * (1 + 1e-9)
+        assert speed.max() <= MIN_SPEEDUP * speed[0] * (1 + 1e-9)
 
 
 def test_a_request_may_ask_for_more_than_is_accounted_for() -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from decoder.policy.draft_cost import LEAST, PRIOR_COST, DraftCostModel, DraftWork
+from decoder.policy.draft_cost import MIN_COST, PRIOR_COST, DraftCostModel, DraftWork
 
 
 def test_nothing_is_known_at_first() -> None:
@@ -36,7 +36,7 @@ def test_nothing_is_ever_free_and_one_slow_step_is_not_everything() -> None:
     rng, prices = np.random.default_rng(0), DraftCostModel()
     for candidates in rng.integers(1, 6, 600).tolist():
         prices.observe(1, 1, 1.1 - 0.02 * candidates, DraftWork(candidates, 0.0))
-    assert prices.cost(1).per_candidate == LEAST
+    assert prices.cost(1).per_candidate == MIN_COST
     prices.observe(1, 1, 1e6, DraftWork(4, 0.0))
     assert prices.cost(1).per_candidate < 0.05
 

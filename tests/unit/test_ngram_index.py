@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decoder.sequence import ngram_index as suffixes
-from decoder.sequence.ngram_index import LONGEST, NgramCounts, NgramLookup, RouteNgrams
+from decoder.sequence import ngram_index
+from decoder.sequence.ngram_index import MAX_SUFFIX, NgramCounts, NgramLookup, RouteNgrams
 
 texts = st.lists(st.integers(0, 2), min_size=1, max_size=30)
 
@@ -32,7 +32,7 @@ def test_guesses_what_followed_the_longest_suffix_most_often(
     for other in others:
         recent.add_output(other, 0)
     guess = NgramLookup(recent, greedy=False).guess(text, drafted)
-    for length in range(min(LONGEST, len(whole)), 0, -1):
+    for length in range(min(MAX_SUFFIX, len(whole)), 0, -1):
         if found := following([text], whole[-length:]) or following(others, whole[-length:]):
             counts = Counter(found)
             most = max(counts.values())
@@ -62,11 +62,11 @@ def test_what_is_removed_leaves_nothing(all_texts: list[list[int]]) -> None:
         followers.add(text, 1)
     for text in all_texts:
         followers.remove(text, 1)
-    assert not followers._after
+    assert not followers._following
 
 
 def test_a_route_forgets_its_oldest_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suffixes, "RECENT_TOKENS", 50)
+    monkeypatch.setattr(ngram_index, "ROUTE_TOKENS", 50)
     recent = RouteNgrams()
     for n in range(20):
         recent.add_output([1, 2, 3, 100 + n, *range(10, 20)], 3)
