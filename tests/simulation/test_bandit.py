@@ -132,7 +132,9 @@ def test_a_new_situation_begins_with_what_others_say() -> None:
     )
     other = HERE._replace(route="other")
     tried = {
-        choice.choose(other) for _ in range(4 * ROUND_STEPS) if play(choice, (2.0,) * 4, 1, rng, other)
+        choice.choose(other)
+        for _ in range(4 * ROUND_STEPS)
+        if play(choice, (2.0,) * 4, 1, rng, other)
     }
     assert tried == {"0", "1", "2", "3"}
 
