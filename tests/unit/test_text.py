@@ -1,4 +1,4 @@
-"""Growing text: whole characters only, and nothing of a stop string."""
+"""Text from tokens: whole characters only, and nothing of a stop string."""
 
 import pytest
 from hypothesis import given, settings
@@ -18,8 +18,8 @@ def tokenizer() -> Tokenizer:
 
 @settings(max_examples=150, deadline=None)
 @given(text=st.text(max_size=40))
-def test_pieces_are_the_whole_text(tokenizer: Tokenizer, text: str) -> None:
-    """Also where a character is spread over several tokens."""
+def test_the_pieces_join_to_the_decoded_text(tokenizer: Tokenizer, text: str) -> None:
+    """Characters that span several tokens included."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     stream = TextStream(tokenizer, ())
     assert "".join(stream.push(i) for i in ids) + stream.finish() == tokenizer.decode(ids)
@@ -28,7 +28,7 @@ def test_pieces_are_the_whole_text(tokenizer: Tokenizer, text: str) -> None:
 @settings(max_examples=150, deadline=None)
 @given(text=st.text("abc", max_size=30), stop=st.text("abc", min_size=1, max_size=4))
 def test_text_ends_before_the_first_stop_string(tokenizer: Tokenizer, text: str, stop: str) -> None:
-    """However it is cut into tokens, and with false starts before it."""
+    """However it is tokenized, and after partial matches."""
     stream = TextStream(tokenizer, (stop,))
     seen = ""
     for token in tokenizer.encode(text, add_special_tokens=False).ids:
@@ -40,8 +40,8 @@ def test_text_ends_before_the_first_stop_string(tokenizer: Tokenizer, text: str,
     assert stream.stopped == (stop in text)
 
 
-def test_half_a_character_at_the_end_is_given_out(tokenizer: Tokenizer) -> None:
-    """As the replacement character that decoding the whole gives."""
+def test_an_incomplete_character_at_the_end_is_returned(tokenizer: Tokenizer) -> None:
+    """As the replacement character that plain decoding gives."""
     half = tokenizer.encode("é", add_special_tokens=False).ids[:1]
     stream = TextStream(tokenizer, ())
     assert stream.push(half[0]) == ""
@@ -49,7 +49,7 @@ def test_half_a_character_at_the_end_is_given_out(tokenizer: Tokenizer) -> None:
 
 
 def test_bytes_that_form_no_character_do_not_raise() -> None:
-    """A byte-fallback decoder rewrites earlier text: the decoding stream of `tokenizers` raises on these tokens."""
+    """Byte-fallback decoders rewrite earlier text; `tokenizers`' own stream raises on this."""
     vocabulary = (
         {"<unk>": 0} | {f"<0x{byte:02X}>": 1 + byte for byte in range(256)} | {"▁a": 257, "b": 258}
     )
@@ -72,7 +72,7 @@ def test_bytes_that_form_no_character_do_not_raise() -> None:
     ids=st.lists(st.integers(0, VOCABULARY - 1), max_size=30),
     stop=st.text("ab", min_size=1, max_size=2),
 )
-def test_any_tokens_make_text(tokenizer: Tokenizer, ids: list[int], stop: str) -> None:
+def test_no_tokens_raise(tokenizer: Tokenizer, ids: list[int], stop: str) -> None:
     """A model may emit any sequence of tokens."""
     stream = TextStream(tokenizer, (stop,))
     for token in ids:
@@ -82,8 +82,8 @@ def test_any_tokens_make_text(tokenizer: Tokenizer, ids: list[int], stop: str) -
     stream.finish()
 
 
-def test_templates_are_the_targets_own() -> None:
-    """A model without one says so."""
+def test_chats_use_the_models_own_template() -> None:
+    """Without a template the request is refused."""
     tokenizer = make_tokenizer()
     codec = HfCodec(tokenizer, "tiny", VOCABULARY)
     ids = codec.encode_chat([{"role": "user", "content": "hi"}])
