@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import decoder.policy.gamma
+from decoder.policy.acceptance import PRIOR_RATE
 from decoder.policy.draft_cost import PRIOR_COST, DraftCost, DraftCostModel
 from decoder.policy.token_acceptance import Evidence, draft_token
 from decoder.verification.sampling import Sampling, probabilities
@@ -243,7 +244,7 @@ def test_timing_steps_at_start_leaves_no_trace(pair: TinyPair, tiny: Bench) -> N
     costs, draft = tiny.engine.batch.controller.step_times, tiny.engine.batch.drafts["default"]
     for rows in costs.batch_sizes:
         assert max(costs.seconds(rows)) < 0.5, "a second is what a step costs that was not timed"
-    assert draft.acceptance.rate == pytest.approx(decoder.policy.gamma.PRIOR_RATE)
+    assert draft.acceptance.rate == pytest.approx(PRIOR_RATE)
     assert tiny.engine.batch.controller.draft_cost(4) == pytest.approx(4 * PRIOR_COST)
     assert (tiny.counter("vllm:generation_tokens"), tiny.counter(DRAFTS), tiny.engine.running) == (
         0,
