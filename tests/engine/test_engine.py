@@ -1,4 +1,4 @@
-"""The engine on a tiny pair: exact, whoever shares the batch, and still standing after whatever fails."""
+"""The engine on a tiny pair: exact in any batch, and alive after faults."""
 
 import time
 from collections.abc import Iterator
@@ -43,24 +43,24 @@ def test_greedy_is_the_target_alone_token_for_token(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_an_answer_does_not_depend_on_who_shares_the_batch(tiny: Bench, temperature: float) -> None:
-    """Same seed, same tokens: alone, and among strangers who join and leave with other lengths and parameters."""
+def test_an_answer_does_not_depend_on_its_batch(tiny: Bench, temperature: float) -> None:
+    """Same seed, same tokens: alone, and among sequences with other lengths and parameters."""
     mine = [
         query(p, f"m{i}", temperature=temperature, seed=i, top_p=0.9, top_k=40)
         for i, p in enumerate(PROMPTS[:4])
     ]
     alone = [tiny.run(one)[0].ids for one in mine]
-    strangers = [
-        query(p, f"s{i}", temperature=1.3, seed=99 + i, gamma=i % 6, max_tokens=3 + 5 * i)
+    others = [
+        query(p, f"o{i}", temperature=1.3, seed=99 + i, gamma=i % 6, max_tokens=3 + 5 * i)
         for i, p in enumerate(PROMPTS)
     ]
-    mixed = [one for two in zip(strangers, [*mine, *[None] * 6], strict=True) for one in two if one]
+    mixed = [one for two in zip(others, [*mine, *[None] * 6], strict=True) for one in two if one]
     together = dict(zip([q.id for q in mixed], tiny.run(*mixed), strict=True))
     assert [together[one.id].ids for one in mine] == alone
 
 
 def test_samples_follow_the_target_through_the_whole_engine(pair: TinyPair) -> None:
-    """2,000 two-token answers through engine, cache and batch, by chi-square against exact probabilities."""
+    """A chi-square test of 2,000 two-token answers against the exact probabilities."""
     model = AutoModelForCausalLM.from_pretrained(pair.target, dtype=torch.float32)
     prompt = PROMPTS[2]
     with bench(pair, slots=64, max_waiting=4000) as many:
@@ -94,7 +94,7 @@ def _top_k(model: torch.nn.Module, prompt: tuple[int, ...]) -> dict[int, float]:
 
 
 def test_a_swap_in_the_middle_changes_acceptance_and_no_token(pair: TinyPair) -> None:
-    """The spoilt draft comes while rows run: their greedy output stays the target's."""
+    """A spoilt draft is installed while sequences run: greedy output stays the target's."""
     with bench(pair, drafts={"default": pair.draft}) as tiny:
         expected = [target_alone(pair, p, 120) for p in PROMPTS[:4]]
         before = tiny.run(*[query(p, f"b{i}", max_tokens=120) for i, p in enumerate(PROMPTS[:4])])
@@ -114,11 +114,11 @@ def test_a_swap_in_the_middle_changes_acceptance_and_no_token(pair: TinyPair) ->
         assert sum(f.stats.accepted for f in again) < sum(f.stats.accepted for f in before) / 2
 
 
-# ── what a row wants ──
+# ── what a query asks for ──
 
 
-def test_every_row_has_its_own_route_gamma_and_length(pair: TinyPair) -> None:
-    """Two routes with drafts of their own in one batch; each row's statistics are its own."""
+def test_every_sequence_has_its_own_route_gamma_and_length(pair: TinyPair) -> None:
+    """Two routes with their own drafts in one batch; statistics are kept by sequence."""
     with bench(pair, drafts={"good": pair.draft, "bad": pair.spoilt}) as tiny:
         good, bad, plain = tiny.run(
             query(PROMPTS[3], "g", route="good", max_tokens=60),
@@ -131,16 +131,16 @@ def test_every_row_has_its_own_route_gamma_and_length(pair: TinyPair) -> None:
     assert plain.stats.acceptance_rate is None
 
 
-def test_max_tokens_is_kept_however_many_tokens_a_step_accepts(tiny: Bench) -> None:
-    """A step that could emit five tokens emits what is still asked for."""
+def test_max_tokens_holds_however_many_tokens_a_step_accepts(tiny: Bench) -> None:
+    """A step that could emit five tokens emits only the missing ones."""
     for wanted in range(1, 8):
         found = tiny.run(query(PROMPTS[1], f"q{wanted}", max_tokens=wanted))[0]
         assert (len(found.ids), found.reason) == (wanted, "length")
         assert found.stats.versions[-1][1] == wanted
 
 
-def test_stop_strings_and_stop_tokens_end_a_row(tiny: Bench) -> None:
-    """The stop string is cut off; the stop token is counted, and its text left out."""
+def test_stop_strings_and_stop_tokens_end_a_sequence(tiny: Bench) -> None:
+    """The stop string is cut off; a stop token counts but has no text."""
     whole = tiny.run(query(PROMPTS[2], "whole", max_tokens=40))[0]
     stop = whole.text[5:8]
     cut = tiny.run(query(PROMPTS[2], "cut", max_tokens=40, stop=(stop,)))[0]
@@ -159,7 +159,7 @@ def test_end_of_text_stops_unless_it_is_ignored(pair: TinyPair) -> None:
 
 
 def test_logprobs_are_the_targets_own(pair: TinyPair, tiny: Bench) -> None:
-    """At temperature 1, of emitted tokens and of the most likely ones, whatever was drafted."""
+    """At temperature 1, for emitted tokens and the most likely ones, whatever was drafted."""
     found = tiny.run(query(PROMPTS[2], logprobs=3))[0]
     model = AutoModelForCausalLM.from_pretrained(pair.target, dtype=torch.float32)
     with torch.no_grad():
@@ -179,14 +179,12 @@ def test_logprobs_are_the_targets_own(pair: TinyPair, tiny: Bench) -> None:
 def test_signals_hold_the_targets_distribution_of_every_verified_position(
     pair: TinyPair, tiny: Bench
 ) -> None:
-    """Emitted path and rejected branches alike, checked against the model run afresh on each context."""
+    """On the emitted path and on rejected branches, compared with the model on each context."""
     found = tiny.run(query(PROMPTS[2], "logged", temperature=1.0, seed=3, max_tokens=40))[0]
     (signal,) = tiny.signals(1)
     assert signal.output_ids.tolist() == found.ids
     assert signal.step_accepted.sum() == found.stats.accepted
-    assert (signal.step_accepted < signal.step_drafted).any(), (
-        "nothing was rejected: this test looks at nothing"
-    )
+    assert (signal.step_accepted < signal.step_drafted).any(), "nothing was rejected"
     model = AutoModelForCausalLM.from_pretrained(pair.target, dtype=torch.float32)
     contexts = {at: found.ids[:index] for index, at in signal.path()}
     for start, first, count, at in signal.branches():
@@ -204,10 +202,10 @@ def test_signals_hold_the_targets_distribution_of_every_verified_position(
 
 
 @pytest.mark.parametrize("branch_tokens", [0, 1, 2])
-def test_signals_hold_as_much_of_a_rejected_branch_as_recipes_learn_from(
+def test_signals_hold_the_recorded_part_of_a_rejected_branch(
     pair: TinyPair, branch_tokens: int
 ) -> None:
-    """By default none of it; what is recorded is what a signal of whole branches holds there."""
+    """By default none of it; a recorded part equals that of a signal with whole branches."""
     asked = query(PROMPTS[2], "logged", temperature=1.0, seed=3, max_tokens=40)
     signals = []
     for recorded in (16, branch_tokens):
@@ -230,17 +228,17 @@ def test_signals_hold_as_much_of_a_rejected_branch_as_recipes_learn_from(
         assert cut.top_logp[left].tolist() == whole.top_logp[right].tolist()
 
 
-def test_signals_know_how_much_was_accepted(tiny: Bench) -> None:
-    """The request's own acceptance rate, as its client was told; None where nothing was compared."""
+def test_signals_hold_the_acceptance_rate(tiny: Bench) -> None:
+    """Of the request, as its client receives it; None without compared positions."""
     drafted, plain = query(name="drafted"), query(name="plain", gamma=0, max_tokens=4)
-    told = tiny.run(drafted, plain)
+    answers = tiny.run(drafted, plain)
     found = {s.request_id: s.acceptance for s in tiny.signals(2)}
-    assert found["drafted"] == told[0].stats.acceptance_rate
+    assert found["drafted"] == answers[0].stats.acceptance_rate
     assert found["plain"] is None
 
 
-def test_what_asks_not_to_be_stored_leaves_no_signal(pair: TinyPair) -> None:
-    """`store: false` and closed routes; the request beside them is kept."""
+def test_requests_that_must_not_be_stored_leave_no_signal(pair: TinyPair) -> None:
+    """`store: false` and closed routes; another request is stored."""
     with bench(pair, drafts={"default": pair.draft, "closed": pair.draft}) as tiny:
         tiny.run(query(name="a", store=False), query(name="b", route="closed"))
         tiny.run(query(name="kept"))
@@ -251,8 +249,8 @@ def test_what_asks_not_to_be_stored_leaves_no_signal(pair: TinyPair) -> None:
 # ── joining, leaving, failing ──
 
 
-def test_cancelled_rows_give_their_slot_to_the_next(pair: TinyPair) -> None:
-    """One slot, a long answer in it: cancelling lets the waiting one through."""
+def test_cancelled_sequences_free_their_slots(pair: TinyPair) -> None:
+    """With one slot, cancelling a long answer admits the next query."""
     with bench(pair, slots=1) as tiny:
         long = tiny.submit(query(name="long", max_tokens=200, ignore_eos=True))
         short = tiny.submit(query(name="short", max_tokens=2))
@@ -263,8 +261,8 @@ def test_cancelled_rows_give_their_slot_to_the_next(pair: TinyPair) -> None:
         assert short.wait().reason == "length"
 
 
-def test_more_than_may_wait_is_refused(pair: TinyPair) -> None:
-    """A full queue answers at once with 429."""
+def test_a_full_queue_refuses_queries(pair: TinyPair) -> None:
+    """At once, as HTTP 429."""
     with bench(pair, slots=1, max_waiting=2) as tiny:
         running = tiny.submit(query(name="r", max_tokens=200, ignore_eos=True))
         deadline = time.monotonic() + 10
@@ -279,8 +277,8 @@ def test_more_than_may_wait_is_refused(pair: TinyPair) -> None:
         running.wait()
 
 
-def test_a_draft_that_fails_is_left_out_until_the_next_swap(pair: TinyPair, tiny: Bench) -> None:
-    """Its rows go on without one, exactly; the next installed version drafts again."""
+def test_a_draft_that_fails_is_not_used_until_the_next_swap(pair: TinyPair, tiny: Bench) -> None:
+    """Its sequences go on without drafting, exactly; the next version drafts again."""
     draft = tiny.engine.batch.drafts["default"]
     working, draft.model = draft.model, Failing(draft.model)  # type: ignore[assignment]
     found = tiny.run(query(PROMPTS[4], "while failing"))[0]
@@ -293,8 +291,8 @@ def test_a_draft_that_fails_is_left_out_until_the_next_swap(pair: TinyPair, tiny
     assert tiny.run(query(PROMPTS[4], "after"))[0].stats.accepted > 0
 
 
-def test_a_failing_step_is_told_to_its_rows_and_the_engine_goes_on(pair: TinyPair) -> None:
-    """One bad forward loses its batch; three in a row, and the engine calls itself dead."""
+def test_a_failing_step_ends_its_sequences_and_not_the_engine(pair: TinyPair) -> None:
+    """One failed forward ends its batch; three in a row, and the engine is dead."""
     target = _Always(9)
     with bench(pair, target=target) as tiny:
         target.fails = 1
@@ -309,7 +307,7 @@ def test_a_failing_step_is_told_to_its_rows_and_the_engine_goes_on(pair: TinyPai
 
 
 def test_a_client_that_raises_does_not_reach_the_engine(tiny: Bench) -> None:
-    """An event loop that is closed raises RuntimeError in the callback; the row is dropped, others go on."""
+    """A closed event loop raises in the callback: the sequence ends, others go on."""
 
     def gone(delta: object) -> None:
         raise RuntimeError("Event loop is closed")
@@ -323,9 +321,9 @@ def test_a_change_that_raises_reaches_its_caller_and_no_sequence(tiny: Bench) ->
     running = tiny.submit(query(name="running", max_tokens=100, ignore_eos=True))
 
     def broken() -> None:
-        raise ArithmeticError("not my day")
+        raise ArithmeticError("broken change")
 
-    with pytest.raises(ArithmeticError, match="not my day"):
+    with pytest.raises(ArithmeticError, match="broken change"):
         tiny.engine.between_steps(broken).result(10)
     assert tiny.engine.between_steps(lambda: 7).result(10) == 7
     assert running.wait().reason == "length"
@@ -336,14 +334,14 @@ def test_a_change_that_raises_reaches_its_caller_and_no_sequence(tiny: Bench) ->
 
 
 def test_a_change_after_the_end_is_cancelled(pair: TinyPair) -> None:
-    """Nobody waits for an engine that has stopped."""
+    """So its caller does not wait for an engine that has stopped."""
     with bench(pair) as tiny:
         pass
     assert tiny.engine.between_steps(lambda: None).cancelled()
 
 
-def test_shutting_down_tells_everyone_who_waits(pair: TinyPair) -> None:
-    """Nobody is left listening to an engine that has stopped."""
+def test_shutting_down_ends_every_query(pair: TinyPair) -> None:
+    """Running and waiting ones alike get a last delta."""
     with bench(pair, slots=1) as tiny:
         listeners = [
             tiny.submit(query(name=f"q{i}", max_tokens=200, ignore_eos=True)) for i in range(3)
@@ -352,7 +350,7 @@ def test_shutting_down_tells_everyone_who_waits(pair: TinyPair) -> None:
 
 
 class _Always(TableModel):
-    """A target that always prefers one token, and fails when told to."""
+    """A target that always prefers one token; its next `fails` forwards raise."""
 
     def __init__(self, token: int) -> None:
         super().__init__(VOCABULARY, seed=0)
@@ -371,7 +369,7 @@ class _Always(TableModel):
     ) -> Tensor:
         if self.fails:
             self.fails -= 1
-            raise RuntimeError("out of memory, says the device")
+            raise RuntimeError("out of memory")
         return super().forward(slots, ids_BT, starts_B, upto, tree).float().to(DEVICE)
 
 

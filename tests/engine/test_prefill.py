@@ -1,6 +1,7 @@
-"""Prompts: encoded in pieces beside running streams, and not twice where they begin alike.
+"""Prefill in pieces beside running sequences, and reuse of common prefixes.
 
-What the engine does in which step is seen from its own thread: a change between two steps, or a client's callback.
+The tests act at chosen steps, on the engine's own thread: in a change between two steps, or in a
+client's callback.
 """
 
 import math
@@ -24,7 +25,7 @@ RNG = np.random.default_rng(1)
 
 
 def tokens(length: int) -> tuple[int, ...]:
-    """A prompt that shares no beginning with another one."""
+    """A random prompt, without a common prefix with others."""
     return tuple(int(t) for t in RNG.integers(4, 300, length))
 
 
@@ -39,7 +40,7 @@ def tiny(pair: TinyPair) -> Iterator[Bench]:
 
 
 def at_once(tiny: Bench, *queries: Query) -> list[Listener]:
-    """Queries that are taken in by the same step."""
+    """Submits queries that the same step admits."""
     listeners = [Listener() for _ in queries]
 
     def submit() -> None:
@@ -51,7 +52,7 @@ def at_once(tiny: Bench, *queries: Query) -> list[Listener]:
 
 
 def after(deltas: int, act: Callable[[], None]) -> tuple[Listener, Callable[[Delta], None]]:
-    """A listener, and a client for it that acts when it has this many deltas."""
+    """A listener, and a callback for it that acts at this many deltas."""
     listener, seen = Listener(), []
 
     def client(delta: Delta) -> None:
@@ -63,20 +64,20 @@ def after(deltas: int, act: Callable[[], None]) -> tuple[Listener, Callable[[Del
     return listener, client
 
 
-# ── what fits into a step ──
+# ── the budget of a step ──
 
 
 @given(st.lists(st.lists(st.integers(), min_size=1, max_size=40), max_size=8), st.integers(1, 60))
 def test_pieces_fit_the_budget_and_only_the_last_is_cut(
     sequences: list[list[int]], budget: int
 ) -> None:
-    """Padded as they are fed; in order, with no more left out than has to be."""
+    """With padding, in order, and as many as fit."""
     pieces = fit(sequences, budget)
     assert len(pieces) * max(map(len, pieces), default=0) <= budget
     assert pieces[:-1] == sequences[: len(pieces)][:-1]
     if pieces:
         assert pieces[-1] == sequences[len(pieces) - 1][: len(pieces[-1])]
-        assert pieces[-1], "the first sequence gets on in every step"
+        assert pieces[-1], "the first sequence makes progress in every step"
     whole = all(
         len(piece) == len(sequence) for piece, sequence in zip(pieces, sequences, strict=False)
     )
@@ -89,10 +90,10 @@ def test_pieces_fit_the_budget_and_only_the_last_is_cut(
 
 
 @pytest.mark.parametrize("ending", [0, 1, 2])
-def test_a_running_stream_goes_on_while_a_long_prompt_comes_in(
+def test_a_running_stream_goes_on_during_a_long_prefill(
     pair: TinyPair, tiny: Bench, ending: int
 ) -> None:
-    """One token a step for the stream, one piece a step of the prompt, also where rows before them end meanwhile."""
+    """A step emits a token and encodes a piece, also while sequences in lower slots end."""
     order: list[str] = []
     stream, long = Listener(), Listener()
 
@@ -109,26 +110,25 @@ def test_a_running_stream_goes_on_while_a_long_prompt_comes_in(
     assert long.wait().ids == target_alone(pair, LONG, 24)
     assert stream.wait().ids == target_alone(pair, SHORT, 60)
     pieces = math.ceil((len(LONG) - 1) / PIECE)
-    assert pieces <= order.index("long") <= pieces + 1, (
-        "the stream's own prompt may have come first"
-    )
+    # The stream's own prompt may have been encoded first.
+    assert pieces <= order.index("long") <= pieces + 1
 
 
 @pytest.mark.parametrize("gamma", [0, 4])
-def test_prompts_in_pieces_are_answered_as_the_target_would(
+def test_prefill_in_pieces_gives_the_targets_answers(
     pair: TinyPair, tiny: Bench, gamma: int
 ) -> None:
-    """Prompts around the size of a piece, all at once, with and without drafting."""
+    """Prompts around the size of a piece, together, with and without drafting."""
     prompts = [tokens(length) for length in (1, 2, PIECE - 1, PIECE, PIECE + 1, PIECE + 2, 50, 220)]
     asked = [query(prompt, f"q{i}", gamma=gamma, max_tokens=20) for i, prompt in enumerate(prompts)]
     found = [listener.wait() for listener in at_once(tiny, *asked)]
     assert [f.ids for f in found] == [target_alone(pair, prompt, 20) for prompt in prompts]
 
 
-def test_a_prompt_cancelled_in_the_middle_leaves_its_neighbours_alone(
+def test_cancelling_a_query_during_prefill_changes_no_other_answer(
     pair: TinyPair, tiny: Bench
 ) -> None:
-    """The stream's third token comes with the prompt's third piece: whoever waits behind it is answered exactly."""
+    """It is cancelled at its third piece, with two more prompts waiting behind it."""
     prompts = [tokens(60), tokens(90)]
     stream, client = after(3, lambda: tiny.engine.cancel("gone"))
     others = [Listener() for _ in prompts]
@@ -146,16 +146,16 @@ def test_a_prompt_cancelled_in_the_middle_leaves_its_neighbours_alone(
         target_alone(pair, prompt, 24) for prompt in prompts
     ]
     assert stream.wait().ids == target_alone(pair, SHORT, 50)
-    # What was encoded of it is kept, and the rest comes when it is asked for again.
+    # Its encoded pieces are stored, and reused when the prompt comes again.
     hits = tiny.counter(HITS)
     assert tiny.run(query(LONG, "again"))[0].ids == target_alone(pair, LONG, 24)
     assert 0 < tiny.counter(HITS) - hits <= 4 * PIECE
 
 
-def test_rows_that_end_before_a_waiting_prompt_do_not_disturb_it(
+def test_sequences_that_end_do_not_disturb_a_prefill_behind_them(
     pair: TinyPair, tiny: Bench
 ) -> None:
-    """Rows of one to five tokens ahead of it end one after another, and the half-encoded context moves up."""
+    """Five sequences end one after another, and the partial context moves to lower slots."""
     few = [query(SHORT, f"few{i}", gamma=0, max_tokens=i + 1) for i in range(5)]
     found = [
         listener.wait()
@@ -172,7 +172,7 @@ def test_rows_that_end_before_a_waiting_prompt_do_not_disturb_it(
 
 
 def answers(tiny: Bench, **more: object) -> list[list[int]]:
-    """The questions about the long system prompt, one after another."""
+    """Asks the questions behind the system prompt, one after another."""
     return [tiny.run(query((*SYSTEM, *q), f"q{i}", **more))[0].ids for i, q in enumerate(QUESTIONS)]
 
 
@@ -184,7 +184,7 @@ def expected(pair: TinyPair) -> list[list[int]]:
 def test_a_shared_system_prompt_is_encoded_once(
     pair: TinyPair, tiny: Bench, gamma: int | None
 ) -> None:
-    """All but the first request find the whole of it, and answer as they would without."""
+    """Every request but the first reuses all of it, and the answers are the same."""
     assert answers(tiny, gamma=gamma) == expected(pair)
     assert tiny.counter(HITS) == len(SYSTEM) * (len(QUESTIONS) - 1)
     assert tiny.counter("vllm:prefix_cache_queries") == sum(
@@ -192,15 +192,15 @@ def test_a_shared_system_prompt_is_encoded_once(
     )
 
 
-def test_without_kept_contexts_the_answers_are_the_same(pair: TinyPair) -> None:
-    """And nothing is found, where requests come one after another."""
+def test_without_stored_contexts_the_answers_are_the_same(pair: TinyPair) -> None:
+    """Requests that follow each other reuse nothing."""
     with bench(pair, prefill_tokens=PIECE, kept_contexts=0) as tiny:
         assert answers(tiny) == expected(pair)
         assert tiny.counter(HITS) == 0
 
 
-def test_a_live_context_is_shared_without_being_kept(pair: TinyPair) -> None:
-    """A row that runs lends its prompt, and what it has answered so far."""
+def test_a_live_context_is_shared_without_being_stored(pair: TinyPair) -> None:
+    """A running sequence shares its prompt and its output so far."""
     with bench(pair, prefill_tokens=PIECE, kept_contexts=0) as tiny:
         whole = target_alone(pair, SYSTEM, 100)
         second = Listener()
@@ -214,7 +214,7 @@ def test_a_live_context_is_shared_without_being_kept(pair: TinyPair) -> None:
 
 
 def test_a_conversation_finds_its_last_turn(pair: TinyPair, tiny: Bench) -> None:
-    """Prompt and answer of one turn are the next one's beginning, also with the rejected drafts behind them."""
+    """A turn starts with the last one's prompt and answer; rejected drafts do no harm."""
     prompt = SYSTEM[:40]
     for turn in range(4):
         hits = tiny.counter(HITS)
@@ -224,15 +224,15 @@ def test_a_conversation_finds_its_last_turn(pair: TinyPair, tiny: Bench) -> None
         prompt = (*prompt, *found.ids, 50 + turn, 60, 70)
 
 
-def test_the_same_prompt_again_needs_no_encoding(pair: TinyPair, tiny: Bench) -> None:
-    """All of it but the last token, which is the first step's input."""
+def test_the_same_prompt_again_needs_no_prefill(pair: TinyPair, tiny: Bench) -> None:
+    """All of it is reused, except for the last token, which the first step feeds."""
     for _ in range(3):
         assert tiny.run(query(LONG))[0].ids == target_alone(pair, LONG, 24)
     assert tiny.counter(HITS) == 2 * (len(LONG) - 1)
 
 
-def test_a_reused_prompt_is_drafted_from_at_once(pair: TinyPair, tiny: Bench) -> None:
-    """The draft's part of a context is taken over as well: no plain steps while the draft catches up."""
+def test_a_reused_prompt_is_drafted_for_at_once(pair: TinyPair, tiny: Bench) -> None:
+    """The draft's KV cache is reused as well, so no plain steps wait for it to catch up."""
     first, second, third = (tiny.run(query(LONG, max_tokens=50))[0].stats for _ in range(3))
     assert tiny.counter(HITS) == 2 * (len(LONG) - 1)
     assert second.steps < first.steps
@@ -240,7 +240,7 @@ def test_a_reused_prompt_is_drafted_from_at_once(pair: TinyPair, tiny: Bench) ->
 
 
 def test_a_swap_in_between_changes_no_answer_and_no_acceptance(pair: TinyPair) -> None:
-    """The draft's part of a kept context is the old version's: the new one writes its own."""
+    """A stored context has the old version's draft cache: the new one writes its own."""
     with bench(pair, drafts={"default": pair.spoilt}, prefill_tokens=PIECE) as tiny:
         assert answers(tiny) == expected(pair)
         install(tiny, pair.draft)
@@ -256,7 +256,7 @@ def test_a_swap_in_between_changes_no_answer_and_no_acceptance(pair: TinyPair) -
 def test_after_a_swap_a_popular_prompt_is_encoded_once_by_the_new_draft(
     pair: TinyPair, tiny: Bench
 ) -> None:
-    """The first request after the swap pays for it; those after it are drafted from the first step on, as before."""
+    """The first request after the swap pays for it; later ones draft from their first step."""
     before = [tiny.run(query(LONG, max_tokens=50))[0].stats.steps for _ in range(2)]
     install(tiny, pair.draft)
     after_swap = [tiny.run(query(LONG, max_tokens=50))[0].stats.steps for _ in range(3)]
@@ -270,8 +270,8 @@ def install(tiny: Bench, folder: Path) -> None:
     tiny.engine.between_steps(lambda: draft.install(staged, draft.version + 1))
 
 
-def test_a_single_kept_context_makes_room_again_and_again(pair: TinyPair) -> None:
-    """Two prompts in turn drive each other out; the one that comes twice in a row is found."""
+def test_a_single_stored_context_is_replaced_again_and_again(pair: TinyPair) -> None:
+    """Two prompts in turn evict each other; a prompt that comes twice in a row is found."""
     with bench(pair, prefill_tokens=PIECE, kept_contexts=1) as tiny:
         other = tokens(80)
         for prompt, found in (
@@ -287,7 +287,7 @@ def test_a_single_kept_context_makes_room_again_and_again(pair: TinyPair) -> Non
 
 
 def test_routes_share_no_context(pair: TinyPair) -> None:
-    """Neither kept nor live: whether a prompt was seen is not another route's business."""
+    """Neither stored nor live: another route must not learn whether a prompt was seen."""
     with bench(pair, drafts={"a": pair.draft, "b": pair.spoilt}, prefill_tokens=PIECE) as tiny:
         second = Listener()
         first, client = after(
@@ -304,8 +304,8 @@ def test_routes_share_no_context(pair: TinyPair) -> None:
         assert tiny.counter(HITS) == len(SYSTEM) - 1
 
 
-def test_requests_that_come_together_over_few_slots_stay_exact(pair: TinyPair) -> None:
-    """Forty requests of four families over three slots and two kept contexts, with cancellations among them."""
+def test_many_requests_over_few_slots_stay_exact(pair: TinyPair) -> None:
+    """Forty requests with four prefixes, three slots, two stored contexts, and cancellations."""
     stems = [tokens(MIN_PREFIX_TOKENS - 1), tokens(30), SYSTEM[:60], SYSTEM[:20]]
     prompts = [(*stems[i % 4], *tokens(1 + i % 7)) for i in range(40)]
     asked = [

@@ -1,4 +1,4 @@
-"""γ left to the engine: the target's answers whatever it chooses, and a look at the draft while it chooses nothing."""
+"""γ left to the engine: the answers stay the target's, and probes measure unused drafts."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -29,23 +29,23 @@ def free(prompt: tuple[int, ...], name: str = "q", **more: object) -> Query:
     return query(prompt, name, **{"gamma": None, "max_tokens": LENGTH, **more})
 
 
-def believe(tiny: Bench, plain: float, drafted: float) -> None:
-    """Changes what steps were measured to take: on the tiny pair a draft costs what the target does, and never pays.
+def set_step_times(tiny: Bench, plain: float, drafted: float) -> None:
+    """Replaces the step times: on the tiny pair, drafting costs too much ever to pay.
 
     `plain` and `drafted` (with γ = 4) are multiples of a plain step.
     """
-    costs = tiny.engine.batch.controller.step_times
+    times = tiny.engine.batch.controller.step_times
 
     def change() -> None:
-        for rows in costs.batch_sizes:
-            step = float(costs.seconds(rows)[0])
-            costs.calibrate(rows, {0: plain * step, 4: drafted * step})
+        for batch_size in times.batch_sizes:
+            step = float(times.seconds(batch_size)[0])
+            times.calibrate(batch_size, {0: plain * step, 4: drafted * step})
 
     tiny.engine.between_steps(change)
 
 
-PLAIN_IS_DEAR = (30.0, 5.0)
-DRAFTS_ARE_CHEAP = (1.0, 1.1)  # until steps show that they are not
+PLAIN_IS_SLOW = (30.0, 5.0)
+DRAFTS_ARE_FAST = (1.0, 1.1)  # until real steps correct it
 
 
 def install(tiny: Bench, folder: Path) -> None:
@@ -61,31 +61,31 @@ def tiny(pair: TinyPair) -> Iterator[Bench]:
         yield made
 
 
-@pytest.mark.parametrize("costs", [(1.0, 5.0), PLAIN_IS_DEAR, DRAFTS_ARE_CHEAP])
+@pytest.mark.parametrize("costs", [(1.0, 5.0), PLAIN_IS_SLOW, DRAFTS_ARE_FAST])
 @pytest.mark.parametrize("kind", ["draft", "spoilt"])
 def test_answers_are_the_targets_whatever_gamma_is_chosen(
     pair: TinyPair, kind: str, costs: tuple[float, float]
 ) -> None:
-    """Token for token, for a good draft and a bad one, for plain steps, drafted ones and both."""
+    """Token for token, for a good draft and a bad one, with plain steps, drafted steps and both."""
     with bench(pair, drafts={"default": getattr(pair, kind)}) as tiny:
-        believe(tiny, *costs)
+        set_step_times(tiny, *costs)
         found = tiny.run(*[free(prompt, f"q{i}") for i, prompt in enumerate(PROMPTS)])
     assert [f.ids for f in found] == [target_alone(pair, prompt, LENGTH) for prompt in PROMPTS]
 
 
 def test_a_good_draft_is_used_where_it_pays(tiny: Bench) -> None:
     """Most tokens come from drafts, in far fewer steps than tokens."""
-    believe(tiny, *PLAIN_IS_DEAR)
+    set_step_times(tiny, *PLAIN_IS_SLOW)
     stats = tiny.run(free(PROMPTS[1]))[0].stats
     assert stats.accepted > stats.steps
     assert stats.steps < LENGTH / 2
 
 
 def test_with_a_spoilt_draft_plain_steps_dominate(pair: TinyPair) -> None:
-    """However cheap its drafts are said to be: it is tried, and then left."""
+    """It is tried, and then no longer used, although drafting is thought to be fast."""
     prompts = [prompt for prompt in PROMPTS if len(prompt) < 50]
     with bench(pair, drafts={"default": pair.spoilt}) as tiny:
-        believe(tiny, *DRAFTS_ARE_CHEAP)
+        set_step_times(tiny, *DRAFTS_ARE_FAST)
         stats = [
             f.stats
             for f in tiny.run(*[free(p, f"q{i}", max_tokens=200) for i, p in enumerate(prompts)])
@@ -96,9 +96,9 @@ def test_with_a_spoilt_draft_plain_steps_dominate(pair: TinyPair) -> None:
 
 
 def test_a_swap_while_the_engine_chooses_changes_no_answer(pair: TinyPair) -> None:
-    """Spoilt, then good: rows that run on both are the target's, and the new draft is used at once."""
+    """From spoilt to good: running sequences stay exact, and the new draft is used at once."""
     with bench(pair, drafts={"default": pair.spoilt}) as tiny:
-        believe(tiny, *PLAIN_IS_DEAR)
+        set_step_times(tiny, *PLAIN_IS_SLOW)
         listeners = [
             tiny.submit(free(prompt, f"q{i}", max_tokens=150)) for i, prompt in enumerate(PROMPTS)
         ]
@@ -112,32 +112,32 @@ def test_a_swap_while_the_engine_chooses_changes_no_answer(pair: TinyPair) -> No
 
 
 @pytest.mark.parametrize(
-    "learn", [install, lambda tiny, folder: None], ids=["swapped", "as it was"]
+    "change", [install, lambda tiny, folder: None], ids=["swapped", "unchanged"]
 )
-def test_a_cascade_asks_a_draft_again_that_has_been_replaced(
-    pair: TinyPair, monkeypatch: pytest.MonkeyPatch, learn: Callable[[Bench, Path], None]
+def test_a_cascade_uses_a_draft_again_after_a_swap(
+    pair: TinyPair, monkeypatch: pytest.MonkeyPatch, change: Callable[[Bench, Path], None]
 ) -> None:
-    """What a spoilt one's tokens were worth says nothing of the next one's."""
+    """The acceptance of the spoilt draft's tokens does not count against the next version."""
     monkeypatch.setattr(DraftCostModel, "cost", lambda *_: DraftCost(0.0, 0.05, 0.2))
     asked = {"drafter": "cascade", "max_tokens": 200, "temperature": 1.0}
     with bench(pair, drafts={"default": pair.spoilt}) as tiny:
-        believe(tiny, *PLAIN_IS_DEAR)
+        set_step_times(tiny, *PLAIN_IS_SLOW)
         for _ in range(300):
             tiny.engine.batch.drafts["default"].token_acceptance.record(
                 Evidence(False, draft_token(), None), False
             )
         assert tiny.run(free(PROMPTS[1], "before", **asked))[0].stats.compared == 0
-        learn(tiny, pair.draft)
+        change(tiny, pair.draft)
         again = tiny.run(free(PROMPTS[1], "then", **asked))[0].stats
-    assert (again.compared > 0.8 * again.steps) == (learn is install)
+    assert (again.compared > 0.8 * again.steps) == (change is install)
 
 
-def test_a_canarys_row_is_drafted_for_among_others(
+def test_drafts_that_share_a_step_share_its_cost(
     pair: TinyPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Drafts that share a step share what drafting costs it: one row's gain need not be worth the time of all."""
+    """So the gain of one sequence need not pay for the time of the whole batch."""
     monkeypatch.setattr(
-        DraftCostModel, "cost", lambda self, rows: DraftCost(0.05, 0.05, 0.3).scaled(rows)
+        DraftCostModel, "cost", lambda self, size: DraftCost(0.05, 0.05, 0.3).scaled(size)
     )
     with bench(pair, drafts={"default": pair.draft, "own": pair.draft}, slots=4) as tiny:
         asked = [
@@ -147,10 +147,10 @@ def test_a_canarys_row_is_drafted_for_among_others(
     assert all(one.stats.compared > 0 for one in found)
 
 
-def test_rows_with_and_without_a_gamma_of_their_own_share_a_batch(
+def test_sequences_with_and_without_their_own_gamma_share_a_batch(
     pair: TinyPair, tiny: Bench
 ) -> None:
-    """Each keeps its own wish, beyond what the engine would draft, and the others get theirs."""
+    """Each drafts the γ it asks for, even above the engine's maximum."""
     asked = [
         free(p, f"q{i}", gamma=gamma)
         for i, (p, gamma) in enumerate(zip(PROMPTS, (None, 0, 7, 2), strict=True))
@@ -162,8 +162,8 @@ def test_rows_with_and_without_a_gamma_of_their_own_share_a_batch(
     assert 0 < found[3].stats.drafted <= 2 * found[3].stats.steps
 
 
-def test_an_engine_that_must_not_draft_answers_all_the_same(pair: TinyPair) -> None:
-    """γ = 0 at most: plain steps for whoever has no wish of its own."""
+def test_a_maximum_of_zero_makes_every_step_plain(pair: TinyPair) -> None:
+    """Except for sequences that ask for their own γ."""
     with bench(pair, gamma=0) as tiny:
         mine, other = tiny.run(free(PROMPTS[0], "mine"), free(PROMPTS[1], "other", gamma=3))
     assert [mine.ids, other.ids] == [target_alone(pair, prompt, LENGTH) for prompt in PROMPTS[:2]]
@@ -175,12 +175,12 @@ def test_an_engine_that_must_not_draft_answers_all_the_same(pair: TinyPair) -> N
 
 
 @pytest.mark.parametrize(("kind", "low", "high"), [("draft", 0.5, 1.0), ("spoilt", 0.0, 0.3)])
-def test_a_long_answer_tells_what_its_draft_would_be_worth(
+def test_probes_measure_the_acceptance_of_an_unused_draft(
     pair: TinyPair, kind: str, low: float, high: float
 ) -> None:
-    """Nothing or little is drafted where it does not pay; acceptance is known all the same."""
+    """Little or nothing is drafted, because it does not pay; acceptance is still known."""
     with bench(pair, drafts={"default": getattr(pair, kind)}) as tiny:
-        believe(tiny, 1.0, 5.0)
+        set_step_times(tiny, 1.0, 5.0)
         stats = tiny.run(free(PROMPTS[1], max_tokens=200))[0].stats
     assert stats.drafted < 40
     assert stats.acceptance_rate is not None
@@ -188,8 +188,8 @@ def test_a_long_answer_tells_what_its_draft_would_be_worth(
 
 
 def test_a_short_answer_is_not_probed(tiny: Bench) -> None:
-    """A handful of tokens says too little of a draft to run it for them."""
-    believe(tiny, 1.0, 5.0)
+    """A few tokens say too little about a draft to be worth running it."""
+    set_step_times(tiny, 1.0, 5.0)
     stats = tiny.run(free(PROMPTS[1], max_tokens=6))[0].stats
     assert (stats.drafted, stats.acceptance_rate) == (0, None)
 
@@ -198,7 +198,7 @@ def test_a_short_answer_is_not_probed(tiny: Bench) -> None:
 def test_probes_measure_the_overlap_of_the_distributions(
     pair: TinyPair, monkeypatch: pytest.MonkeyPatch, temperature: float, top_k: int
 ) -> None:
-    """Probed at every step: the mean is that of Σ min(p, q), as `transformers` has it over the same answers."""
+    """Probing at every step gives the mean of Σ min(p, q) that `transformers` gives."""
     monkeypatch.setattr(decoder.policy.gamma, "PROBE_SHARE", 100.0)
     asked = [
         free(
@@ -239,11 +239,12 @@ def overlaps(pair: TinyPair, asked: Query, found: Finished) -> np.ndarray:
 # ── before the first request ──
 
 
-def test_timing_steps_at_start_leaves_no_trace(pair: TinyPair, tiny: Bench) -> None:
-    """Costs are known, and metrics, acceptance and kept contexts are as new."""
-    costs, draft = tiny.engine.batch.controller.step_times, tiny.engine.batch.drafts["default"]
-    for rows in costs.batch_sizes:
-        assert max(costs.seconds(rows)) < 0.5, "a second is what a step costs that was not timed"
+def test_calibration_at_start_leaves_no_trace(pair: TinyPair, tiny: Bench) -> None:
+    """Step times are known; metrics, acceptance and stored contexts are as new."""
+    times = tiny.engine.batch.controller.step_times
+    draft = tiny.engine.batch.drafts["default"]
+    for batch_size in times.batch_sizes:
+        assert max(times.seconds(batch_size)) < 0.5, "not calibrated: a step takes one second"
     assert draft.acceptance.rate == pytest.approx(PRIOR_RATE)
     assert tiny.engine.batch.controller.draft_cost(4) == pytest.approx(4 * PRIOR_COST)
     assert (tiny.counter("vllm:generation_tokens"), tiny.counter(DRAFTS), tiny.engine.running) == (
@@ -260,7 +261,7 @@ def test_timing_steps_at_start_leaves_no_trace(pair: TinyPair, tiny: Bench) -> N
 
 @pytest.mark.parametrize("gamma", [0, 4])
 def test_bfloat16_answers_are_the_targets_up_to_near_ties(pair: TinyPair, gamma: int) -> None:
-    """Teacher forcing: each emitted token is within rounding of the most likely one by `transformers` in bfloat16."""
+    """Each token is within rounding of the most likely one by `transformers` in bfloat16."""
     model = reference(pair.target, torch.bfloat16)
     with bench(pair, dtype="bfloat16") as tiny:
         asked = [
@@ -287,7 +288,7 @@ def test_bfloat16_answers_are_the_targets_up_to_near_ties(pair: TinyPair, gamma:
     "drafter", ["chain", "tree", "graph", "cascade", "parallel", "parallel_cascade", "exits"]
 )
 def test_bfloat16_is_sampled_with_every_drafter(pair: TinyPair, drafter: str) -> None:
-    """Draft distributions are float32: a compiled kernel wrote them into a bfloat16 buffer and killed the process."""
+    """A float32 kernel once wrote into a bfloat16 buffer, which killed the process."""
     with bench(pair, dtype="bfloat16") as tiny:
         asked = [
             query(p, f"q{i}", temperature=1.0, seed=i, drafter=drafter)
