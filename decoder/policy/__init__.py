@@ -1,1 +1,1 @@
-"""Decides what to draft and how much, from what earlier steps took and accepted."""
+"""Decides what to draft and how much, by what earlier steps show."""

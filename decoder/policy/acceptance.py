@@ -8,13 +8,14 @@ ROUTE_MEMORY = 2000.0  # compared positions that a route's mean remembers
 SEQUENCE_MEMORY = 32.0  # the same of a sequence's mean
 MAX_RANK = 8  # candidates of a node that have rates of their own
 RANK_DECAY = 0.3  # prior: acceptance of candidate k + 1 divided by that of candidate k
-RATE_STEP = 0.05  # rank rates are rounded to this: a tree's shape serves many steps
+RATE_STEP = 0.05  # rank rates are rounded, so that tree shapes stay
 
 
 class Acceptance:
     """The acceptance rate α: a running mean of Σ min(p, q) over compared positions.
 
-    The mean of `parent` is the prior: a sequence starts from its route's rate.
+    The mean of `parent` is the prior: a sequence starts from its route's
+    rate.
     """
 
     def __init__(self, memory: float, parent: "Acceptance | None" = None) -> None:

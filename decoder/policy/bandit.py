@@ -1,13 +1,13 @@
 """Chooses the drafter of each step: a bandit, rewarded by tokens per second.
 
-The fastest drafter depends on the traffic, on the draft's version and on the
-load of the machine. That is hard to model and easy to measure (BanditSpec,
-arXiv 2505.15141).
+The fastest drafter depends on the traffic, on the draft's version and on
+the load of the machine. That is hard to model and easy to measure
+(BanditSpec, arXiv 2505.15141).
 
 A route is served in rounds of a few steps, because switching has a cost: a
-draft must catch up on tokens that another drafter produced. Each round uses the
-drafter with the highest upper confidence bound. Every drafter also keeps a
-small share of the time, because traffic and drafts change.
+draft must catch up on tokens that another drafter produced. Each round uses
+the drafter with the highest upper confidence bound. Every drafter also
+keeps a small share of the time, because traffic and drafts change.
 """
 
 from collections.abc import Sequence
@@ -66,9 +66,9 @@ class DrafterBandit:
     def observe(self, tokens: int, seconds: float, catch_up_s: float = 0.0) -> None:
         """Learns from the step after `choose`; does nothing without a choice.
 
-        `catch_up_s` are the seconds in which drafts encoded the context they
-        lacked. They count against a drafter in regular use. In a trial they are
-        due to the drafters before it.
+        `catch_up_s` are the seconds in which drafts encoded the context
+        they lacked. They count against a drafter in regular use. In a trial
+        they are due to the drafters before it.
         """
         if self._chosen is None:
             return

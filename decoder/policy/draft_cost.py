@@ -1,15 +1,15 @@
-"""How much longer a step takes because it drafts, learned from the steps themselves.
+"""How much longer a step takes because it drafts.
 
-In units of a plain step, a step that drafts takes about
+Measured in plain steps, a step that drafts takes about
 
-    1 + s + a · (candidates of the longest sequence) + b · (forwards of the draft model)
+    1 + s + a · (most candidates of a sequence) + b · (draft forwards)
 
 Least squares over recent steps of a batch size finds s, a and b. When every
-candidate takes a forward, only a + b can be observed; the prior then divides
-the sum between the two.
+candidate takes a forward, only a + b can be observed; the prior then
+divides the sum between the two.
 
-A plain step's time is worth the tokens that the sequences emit in that time at
-their recent speed.
+A plain step's time is worth the tokens that the sequences emit in that time
+at their recent speed.
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ PRIOR_COST = np.array([0.05, 0.03, 0.12])  # s, a, b
 PRIOR_STEPS = 10.0  # steps that weigh as much as the prior
 COST_MEMORY = 500.0  # steps
 SPEED_MEMORY = 200.0  # steps
-MAX_UNSOLVED_STEPS = 50  # after these the fit is solved again, also without new drafts
+MAX_UNSOLVED_STEPS = 50  # then the fit is solved again
 MIN_COST = 0.002  # plain steps
 MAX_SLOWDOWN = 2.0  # measured over predicted time: the excess has other causes
 
@@ -103,7 +103,8 @@ class _CostFit:
     def cost(self) -> DraftCost:
         """In plain steps.
 
-        Decays to the prior, so that drafting is tried again after high costs.
+        Decays to the prior, so that drafting is tried again after high
+        costs.
         """
         if self.solved is None or self.pending_decay >= MAX_UNSOLVED_STEPS:
             self._decay()

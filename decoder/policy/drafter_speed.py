@@ -1,8 +1,8 @@
 """Estimates the speed of each drafter in a workload.
 
-The fastest drafter may differ between workloads, such as batches of one and of
-eight. There are many workloads, and each starts without measurements. So a
-workload borrows from similar ones, by
+The fastest drafter may differ between workloads, such as batches of one and
+of eight. There are many workloads, and each starts without measurements. So
+a workload borrows from similar ones, by
 
     log speed = effect of the workload + effect of the drafter
 
@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 
 ROUND_STEPS = 16
 MEMORY_ROUNDS = 40.0
-ROUND_SPREAD = 0.4  # standard deviation of a round's log speed with one sequence
+ROUND_SPREAD = 0.4  # deviation of a round's log speed with one sequence
 MAX_BORROWED_ROUNDS = 1.0  # weight of the most similar workload, in rounds
 FIT_ITERATIONS = 4
 STEP_DECAY = (1 - 1 / MEMORY_ROUNDS) ** (1 / ROUND_STEPS)
@@ -72,7 +72,7 @@ class SpeedRecord:
         self.rounds = self.rounds * STEP_DECAY + 1 / ROUND_STEPS
 
 
-Records = dict[Workload, dict[str, SpeedRecord]]  # of a route, by workload and drafter
+Records = dict[Workload, dict[str, SpeedRecord]]  # of one route
 
 
 class Estimate(NamedTuple):

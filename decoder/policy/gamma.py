@@ -18,7 +18,7 @@ from decoder.policy.draft_cost import DraftCost, DraftCostModel, DraftWork
 from decoder.policy.step_times import GAMMA_LEARNING_RATE, StepTimes
 
 MIN_SPEEDUP = 1.05  # over plain steps; the margin pays for the draft's prefill
-PROBE_SHARE = 0.005  # of the time of plain steps: probes of whether drafting pays again
+PROBE_SHARE = 0.005  # of the time of plain steps, for measuring unused drafts
 MAX_DRAFTED_STEPS = 50  # then a plain step, to measure its time again
 PLAIN_LEARNING_RATE = 0.5  # of these plain steps, which are rare
 
@@ -32,7 +32,7 @@ def expected_tokens(rates_B: Sequence[float], max_gamma: int) -> list[float]:
     powers = [1.0] * len(rates_B)
     tokens = [float(len(rates_B))]
     for _ in range(max_gamma):
-        powers = [power * rate for power, rate in zip(powers, rates_B, strict=True)]
+        powers = [p * rate for p, rate in zip(powers, rates_B, strict=True)]
         tokens.append(tokens[-1] + sum(powers))
     return tokens
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-MAX_LOG_ERROR = 0.5  # a single step may be slow by chance: larger errors count as this
+MAX_LOG_ERROR = 0.5  # larger ones are cut: one step may be slow by chance
 GAMMA_LEARNING_RATE = 0.05
 BATCH_LEARNING_RATE = 0.02
 
@@ -13,13 +13,12 @@ BATCH_LEARNING_RATE = 0.02
 class StepTimes:
     """Predicts the seconds of a step: calibrated at start, corrected by each step.
 
-    log seconds = calibrated log seconds + correction by batch size + correction
-    by γ
+        log seconds = calibrated + correction by batch size + correction by γ
 
     The correction by batch size moves slowly and covers all γ. A γ without
-    recent steps therefore follows its neighbours when contexts get longer or
-    the machine gets busier. Batch sizes are rounded up to a power of two, or to
-    the number of slots.
+    recent steps therefore follows its neighbours when contexts get longer
+    or the machine gets busier. Batch sizes are rounded up to a power of
+    two, or to the number of slots.
     """
 
     def __init__(self, max_gamma: int, slots: int) -> None:
@@ -46,7 +45,9 @@ class StepTimes:
         return [
             math.exp(calibrated + shared + own)
             for calibrated, own in zip(
-                self._calibrated[bucket], self._by_gamma[bucket], strict=True
+                self._calibrated[bucket],
+                self._by_gamma[bucket],
+                strict=True,
             )
         ]
 

@@ -1,8 +1,8 @@
 """Acceptance rates of drafted tokens, by what is known before verification.
 
-A token's evidence says whether its sequence is greedy, what drafted it, and how
-confident that was. The acceptance rate of earlier tokens with the same evidence
-predicts the acceptance of the next.
+A token's evidence says whether its sequence is greedy, what drafted it, and
+how confident that was. The acceptance rate of earlier tokens with the same
+evidence predicts the acceptance of the next.
 """
 
 from enum import IntEnum
@@ -12,6 +12,7 @@ from typing import NamedTuple
 CONFIDENCE_BUCKETS = 8
 PRIOR_TOKENS = 8.0  # counted tokens that weigh as much as the caller's prior
 MEMORY_TOKENS = 500.0
+DECAY = 1 - 1 / MEMORY_TOKENS
 
 
 class SourceKind(IntEnum):
@@ -82,17 +83,16 @@ class TokenAcceptance:
     def record(self, evidence: Evidence, accepted: float) -> None:
         """Counts a verified token, under its own confidence and under any confidence.
 
-        `accepted` is 0 or 1, or the probability of acceptance where only that
-        is known.
+        `accepted` is 0 or 1, or the probability of acceptance where only
+        that is known.
         """
         self._count(evidence, accepted)
         if evidence.confidence is not None:
             self._count(Evidence(evidence.greedy, evidence.source, None), accepted)
 
     def _count(self, evidence: Evidence, accepted: float) -> None:
-        decay = 1 - 1 / MEMORY_TOKENS
         verified, before = self._counts.get(evidence, (0.0, 0.0))
-        self._counts[evidence] = verified * decay + 1, before * decay + accepted
+        self._counts[evidence] = verified * DECAY + 1, before * DECAY + accepted
 
     def reset(self) -> None:
         self._counts.clear()

@@ -1,9 +1,9 @@
-"""Drafts tokens from text: what followed the last tokens where they occurred before.
+"""Drafts tokens from text, by what followed the last tokens before.
 
-The sequence's own text, prompt and output, comes first. Where it has no match,
-recent outputs of the route may have one (as in SuffixDecoding, arXiv
-2411.04975). The acceptance rate of a guess is predicted from earlier guesses
-with the same evidence.
+The sequence's own text, prompt and output, comes first. Where it has no
+match, recent outputs of the route may have one (as in SuffixDecoding, arXiv
+2411.04975). The acceptance rate of a guess is predicted from earlier
+guesses with the same evidence.
 """
 
 from collections import deque
@@ -23,13 +23,13 @@ MAX_SUFFIX = 4  # tokens of a suffix that is looked up
 ROUTE_TOKENS = 100_000  # tokens of outputs that a route keeps: 26 MB
 
 Suffix = tuple[int, ...]
-Counts = dict[int, int]  # of the tokens that followed a suffix; the most recent is last
+Counts = dict[int, int]  # of tokens after a suffix, the most recent last
 
 
 class NgramGuess(NamedTuple):
     token: int
     evidence: Evidence
-    acceptance: float  # predicted probability that the target accepts the token
+    acceptance: float  # the predicted rate
 
 
 class NgramCounts:
@@ -68,8 +68,9 @@ def _ngrams(tokens: Sequence[int], first: int) -> Iterator[tuple[Suffix, int]]:
     """Every suffix before a token, and that token, from position `first` on."""
     for at in range(max(first, 1), len(tokens)):
         token = tokens[at]
-        for length in range(1, min(MAX_SUFFIX, at) + 1):
-            yield tuple(tokens[at - length : at]), token
+        longest = tuple(tokens[max(at - MAX_SUFFIX, 0) : at])
+        for start in range(len(longest)):
+            yield longest[start:], token
 
 
 class RouteNgrams:
@@ -108,9 +109,9 @@ class NgramLookup:
     def guess(self, tokens: list[int], drafted: list[int]) -> NgramGuess | None:
         """Guesses the token behind a sequence's `tokens` and its `drafted` ones.
 
-        Takes the longest suffix that occurred before, in the sequence or else
-        in the route, and the token that followed it most often; of equals the
-        most recent. None without a match.
+        Finds the longest suffix that occurred before, in the sequence or
+        else in the route. Guesses the token that followed it most often,
+        and on a tie the most recent. None without a match.
         """
         if self._indexed < len(tokens):
             self._own.add(tokens, self._indexed)

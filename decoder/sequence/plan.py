@@ -1,7 +1,7 @@
 """The plan of a step: tokens to draft, sampling parameters and randomness.
 
-Legend: B sequences, N candidates of a sequence at most, U = 2 N + 1 uniforms of
-a sequence.
+Legend: B sequences, N candidates of a sequence at most, U = 2 N + 1
+uniforms of a sequence.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class StepPlan:
     draft_uniform_BN: Tensor
     accept_uniform_BN: Tensor
     emit_uniform_B: Tensor
-    lenient: LenientAcceptance | None = None  # None: all sequences are exact
+    lenient: LenientAcceptance | None = None  # None: all are exact
 
     @property
     def drafted(self) -> list[int]:
@@ -38,7 +38,7 @@ class StepPlan:
 
     @property
     def gamma(self) -> int | None:
-        """The length of the longest chain; None if anything but chains is drafted."""
+        """Length of the longest chain; None if anything else is drafted."""
         chains = all(spec.drafter == "chain" for spec in self.specs if spec.candidates)
         return max(self.drafted) if chains else None
 
@@ -60,7 +60,7 @@ class Planner:
     def __init__(self, vocab_size: int, device: torch.device | str) -> None:
         self._vocab_size = vocab_size
         self._device = device
-        self._seqs: list[LiveSequence] | None = None  # of the last step, with their settings
+        self._seqs: list[LiveSequence] | None = None  # of the last step
         self._settings: Settings
         self._zeros: dict[tuple[int, int], Uniforms] = {}  # by sequences and candidates
 

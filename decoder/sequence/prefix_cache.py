@@ -1,9 +1,9 @@
 """Prefix reuse: a prefix that several contexts share is encoded once.
 
 A new sequence copies the KV cache of the longest common prefix, from a live
-sequence or from a finished one whose context was stored. Contexts are shared
-within a route only: latency reveals whether a prompt was seen before, and that
-must not leak to other routes.
+sequence or from a finished one whose context was stored. Contexts are
+shared within a route only: latency reveals whether a prompt was seen
+before, and that must not leak to other routes.
 """
 
 from collections.abc import Iterable, Sequence
@@ -43,8 +43,8 @@ class PrefixCache:
     ) -> tuple[CachedContext, int] | None:
         """The context with the longest common prefix, and that prefix's length.
 
-        Searches stored and `live` contexts. Of equals it takes the context of
-        which the present draft version has encoded most.
+        Searches stored and `live` contexts. On a tie, takes the context
+        with the most tokens encoded by the present draft version.
         """
         best = None
         best_score = MIN_PREFIX_TOKENS, -1
@@ -67,8 +67,8 @@ class PrefixCache:
     def store(self, finished: CachedContext) -> int | None:
         """Stores a finished sequence's context, and sets its slot.
 
-        Returns the slot to copy it to. None if it is too short, or if a stored
-        context contains it.
+        Returns the slot to copy it to. None if it is too short, or if a
+        stored context contains it.
         """
         if len(finished.tokens) < MIN_PREFIX_TOKENS or not (self._free or self._stored):
             return None

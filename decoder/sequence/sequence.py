@@ -43,15 +43,15 @@ class LiveSequence:
         # Tokens and KV caches.
         self.tokens = list(query.prompt_ids)  # prompt and output
         self.cached = 0  # tokens in the target's slot: never the last one
-        self.draft: LiveDraft  # assigned at admission, for the sequence's whole life
+        self.draft: LiveDraft  # from admission to the end
         self.draft_cached = 0  # tokens in the draft's slot
         self.draft_version = 0  # of the draft that wrote the first of them
-        self.wants_catch_up = False  # a step skipped the draft: its slot lags behind
+        self.wants_catch_up = False  # a step skipped the draft, which lags
 
         # What the choice of drafts learns from.
         self.acceptance = Acceptance(SEQUENCE_MEMORY)
         self.ngram_lookup = NgramLookup(RouteNgrams(), query.temperature == 0)
-        # By output token: its target probability; NaN for accepted drafted tokens.
+        # Target probability by output token; NaN if it was drafted.
         self.emitted_p: list[float] = []
 
         # Output.

@@ -74,8 +74,8 @@ class TextStream:
     def push(self, token_id: int) -> str:
         """Adds a token, and returns the text that is now final.
 
-        At a stop string, `stopped` becomes true, and the text ends before that
-        string.
+        At a stop string, `stopped` becomes true, and the text ends before
+        that string.
         """
         self._pending.append(token_id)
         piece = self._new_text()
