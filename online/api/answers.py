@@ -7,9 +7,9 @@ from contextlib import AsyncExitStack
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from online.api.generation import Generation
 from online.api.job import Job, unless_gone
 from online.api.openai_format import Answer, Json, opening_choice, usage
-from online.api.queries import Generation
 from online.errors import SlipstreamError
 from online.messages import EngineClient
 

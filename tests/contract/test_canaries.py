@@ -1,4 +1,4 @@
-"""Canaries on SQLite and PostgreSQL: one a route, ended once, by whoever comes first."""
+"""Canaries on SQLite and PostgreSQL: one per route, ended once, by whoever comes first."""
 
 import itertools
 
@@ -47,12 +47,12 @@ def canary(ledger: CycleLedger, registry: Registry, canaries: CanaryLedger) -> C
     return canaries.require("default")
 
 
-def test_a_candidate_goes_on_trial_before_it_is_promoted(
+def test_a_candidate_becomes_a_canary_first(
     ledger: CycleLedger,
     registry: Registry,
     canaries: CanaryLedger,
 ) -> None:
-    """Its cycle has ended, the active version stays, and the audit says who began the trial and why."""
+    """Its cycle ends, the active version stays, and the audit has the start and its reason."""
     cycle = conclude(ledger, registry)
     canary = canaries.running()["default"]
     assert (cycle.state, cycle.report["version"], active(registry).id) == (
@@ -75,7 +75,7 @@ def test_a_candidate_goes_on_trial_before_it_is_promoted(
 def test_no_cycle_starts_while_a_canary_runs(
     ledger: CycleLedger, canary: Canary, canaries: CanaryLedger
 ) -> None:
-    """Its candidate could not be promoted over the one on trial; afterwards cycles start again."""
+    """Its candidate could not be promoted over the canary. Cycles start again afterwards."""
     with pytest.raises(Conflict) as refused:
         ledger.request("default", "op")
     assert refused.value.code == "canary_running"
@@ -85,10 +85,10 @@ def test_no_cycle_starts_while_a_canary_runs(
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2])
-def test_a_candidate_does_not_push_a_canary_aside(
+def test_a_candidate_is_held_while_a_canary_runs(
     ledger: CycleLedger, registry: Registry, canaries: CanaryLedger, database: Engine, share: float
 ) -> None:
-    """Should a cycle end while one runs, whoever began it: its candidate is held."""
+    """Also if the canary started while the cycle was running."""
     lease, other = leased(ledger), version(database)
     with transaction(database, writes=True) as session:
         open_canary(session, "default", other, 1, 0.1, "test", "test")
@@ -99,12 +99,12 @@ def test_a_candidate_does_not_push_a_canary_aside(
     assert canaries.require("default").version == other
 
 
-def test_promotion_is_an_activation_with_the_tests_figures(
+def test_promotion_is_an_activation_with_the_reason(
     registry: Registry,
     canary: Canary,
     canaries: CanaryLedger,
 ) -> None:
-    """One transaction: the canary's end, the activation, both audited."""
+    """One transaction ends the canary and activates its version. Both are audited."""
     canaries.finish(canary, "promoted", "canary", "difference +0.05")
     newest = registry.activations("default")[0]
     assert (newest.kind, newest.actor, newest.reason) == ("promotion", "canary", "difference +0.05")
@@ -120,17 +120,17 @@ def test_promotion_is_an_activation_with_the_tests_figures(
 def test_an_aborted_canary_changes_nothing_else(
     registry: Registry, canary: Canary, canaries: CanaryLedger
 ) -> None:
-    """The version is kept with its gate report; another one may go on trial."""
+    """The version stays registered with its gate report, and the active version stays active."""
     canaries.finish(canary, "aborted", "canary", "difference −0.2")
     assert active(registry).id == 1
     assert registry.version(canary.version).gate["reason"] == "better"
     assert canaries.canaries()[0].state == "aborted"
 
 
-def test_of_two_decisions_the_first_one_stands(
+def test_the_first_of_several_decisions_counts(
     registry: Registry, canary: Canary, canaries: CanaryLedger
 ) -> None:
-    """Several decoders test on their own: one writes, the others are told, whatever they found."""
+    """Several decoders test on their own: one writes, the others get a conflict."""
     outcomes = ("promoted", "aborted") * 4
     results = at_once(8, lambda i: canaries.finish(canary, outcomes[i], f"decoder-{i}", "sure"))
     (winner,) = [i for i, result in enumerate(results) if not isinstance(result, Conflict)]
@@ -147,7 +147,7 @@ def test_any_other_activation_supersedes_a_canary(
     canaries: CanaryLedger,
     change: str,
 ) -> None:
-    """What it was compared with is active no more. A decision that comes later is told."""
+    """The version beside it is no longer active. A later decision gets a conflict."""
     second = version(database, sha256="c" * 64)
     registry.activate("default", second, "manual", "alice", "first")
     conclude(ledger, registry)
@@ -169,10 +169,10 @@ def test_any_other_activation_supersedes_a_canary(
     assert active(registry).id == 1
 
 
-def test_a_frozen_routes_canary_is_held(
+def test_a_canary_on_a_frozen_route_is_held(
     registry: Registry, canary: Canary, canaries: CanaryLedger
 ) -> None:
-    """Nothing moves by itself; an operator may still decide."""
+    """No automatic decision is carried out. An operator may still decide."""
     registry.set_frozen("default", True, "alice", "release week")
     for outcome in ("promoted", "aborted"):
         with pytest.raises(Conflict) as refused:
@@ -182,19 +182,19 @@ def test_a_frozen_routes_canary_is_held(
     assert active(registry).id == canary.version
 
 
-def test_one_canary_a_route(database: Engine, canary: Canary) -> None:
-    """The table itself refuses a second one that runs."""
+def test_a_route_has_one_canary(database: Engine, canary: Canary) -> None:
+    """The table itself refuses a second running canary."""
     with pytest.raises(IntegrityError), transaction(database, writes=True) as session:
         open_canary(session, "default", canary.version, 1, 0.1, "test", "second")
 
 
-def test_a_rollback_and_a_promotion_at_once_make_a_straight_line(
+def test_racing_changes_make_one_line_of_activations(
     registry: Registry,
     database: Engine,
     canary: Canary,
     canaries: CanaryLedger,
 ) -> None:
-    """Whichever comes first: the canary ends once, and no activation starts where the one before did not end."""
+    """Whichever comes first: the canary ends once, and each activation follows the previous one."""
     other = version(database, sha256="d" * 64)
     calls = (
         lambda: registry.activate("default", other, "manual", "alice", "at once"),

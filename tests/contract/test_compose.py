@@ -1,4 +1,4 @@
-"""docker-compose.yml says what the code says: its commands exist, its variables are settings, nobody runs as root."""
+"""docker-compose.yml matches the code: commands, variables, users and secrets."""
 
 import shutil
 import subprocess
@@ -23,7 +23,7 @@ def compose() -> dict[str, Any]:
 
 
 def test_services_and_their_commands(compose: dict[str, Any]) -> None:
-    """Redis, PostgreSQL, a one-shot migration, decoder, trainer, beat; each of ours is a `slipstream` command."""
+    """Redis, PostgreSQL, and our services, each of which runs a `slipstream` command."""
     services = compose["services"]
     assert set(services) == {"redis", "postgres"} | OURS
     commands = {services[name]["command"] for name in OURS}
@@ -34,7 +34,7 @@ def test_services_and_their_commands(compose: dict[str, Any]) -> None:
 
 
 def test_every_variable_is_a_setting(compose: dict[str, Any]) -> None:
-    """A misspelt one would be ignored in silence."""
+    """A misspelt variable would have no effect."""
     known = {f"SLIPSTREAM_{name.upper()}" for name in Settings.model_fields}
     for name in OURS:
         used = {v for v in compose["services"][name]["environment"] if v.startswith("SLIPSTREAM_")}
@@ -46,7 +46,7 @@ def test_every_variable_is_a_setting(compose: dict[str, Any]) -> None:
 
 
 def test_values_are_accepted_by_the_settings(compose: dict[str, Any]) -> None:
-    """With the file's own defaults filled in and keys given."""
+    """With the defaults of the file and with keys."""
     for name in OURS:
         variables = compose["services"][name]["environment"]
         given = {
@@ -66,7 +66,7 @@ def _filled(value: str) -> str:
 
 
 def test_secrets_are_not_in_the_file(compose: dict[str, Any]) -> None:
-    """Passwords and keys come from the environment, and starting without them is refused."""
+    """Passwords and keys come from the environment. Compose refuses to start without them."""
     assert compose["services"]["postgres"]["environment"]["POSTGRES_PASSWORD"].startswith(
         "${POSTGRES_PASSWORD:?"
     )
@@ -74,10 +74,10 @@ def test_secrets_are_not_in_the_file(compose: dict[str, Any]) -> None:
         assert compose["services"]["decoder"]["environment"][name].startswith(f"${{{name}:?")
 
 
-def test_only_the_decoder_reserves_a_gpu_and_the_override_takes_it_back(
+def test_only_the_decoder_reserves_a_gpu(
     compose: dict[str, Any],
 ) -> None:
-    """The CPU file touches nothing else."""
+    """The override for CPUs removes the reservation and nothing else."""
     assert [n for n, s in compose["services"].items() if "deploy" in s] == ["decoder"]
     text = (ROOT / "docker-compose.cpu.yml").read_text()
     assert "SLIPSTREAM_DEVICE: cpu" in text
@@ -85,8 +85,8 @@ def test_only_the_decoder_reserves_a_gpu_and_the_override_takes_it_back(
 
 
 @pytest.mark.parametrize("override", [False, True])
-def test_docker_compose_reads_it(override: bool, tmp_path: Path) -> None:
-    """Where the client is installed."""
+def test_docker_compose_accepts_the_files(override: bool, tmp_path: Path) -> None:
+    """If the client is installed."""
     docker = shutil.which("docker")
     if (
         docker is None

@@ -1,4 +1,4 @@
-"""The cycle ledger on SQLite and PostgreSQL: single flight, leases, fencing, and no signal used twice."""
+"""The cycle ledger on SQLite and PostgreSQL: one cycle per route, leases, and used signals."""
 
 import time
 from datetime import timedelta
@@ -51,16 +51,16 @@ def conclude(
     return ledger.conclude(lease, active(registry), made, promote, {"train_s": 1})
 
 
-def test_a_second_start_returns_the_running_cycle(ledger: CycleLedger) -> None:
-    """Single flight per route, also when eight ask at once."""
+def test_a_second_request_returns_the_unfinished_cycle(ledger: CycleLedger) -> None:
+    """A route has one, also if eight callers ask at once."""
     found = at_once(8, lambda i: ledger.request("default", f"op{i}"))
     assert len({cycle.id for cycle, _ in found}) == 1  # type: ignore[attr-defined]
     assert sum(created for _, created in found) == 1  # type: ignore[attr-defined]
     assert ledger.request("other", "op")[1]
 
 
-def test_delivered_twice_it_is_worked_once(ledger: CycleLedger) -> None:
-    """Of eight workers that take the same cycle, one gets it."""
+def test_one_of_several_workers_gets_a_cycle(ledger: CycleLedger) -> None:
+    """Eight take the same cycle at once."""
     cycle, _ = ledger.request("default", "test")
     leases = [
         lease for lease in at_once(8, lambda i: ledger.take(cycle.id, 30)) if lease is not None
@@ -71,7 +71,7 @@ def test_delivered_twice_it_is_worked_once(ledger: CycleLedger) -> None:
 def test_a_silent_worker_is_replaced_and_can_no_longer_write(
     ledger: CycleLedger, registry: Registry
 ) -> None:
-    """After the lease has run out, the old fence is void in every call."""
+    """After its lease has expired, every call with the old fence is refused."""
     old = leased(ledger)
     assert ledger.take(old.cycle_id, LEASE_S) is None
     time.sleep(2 * LEASE_S)
@@ -91,7 +91,7 @@ def test_a_silent_worker_is_replaced_and_can_no_longer_write(
 
 
 def test_a_heartbeat_keeps_the_lease(ledger: CycleLedger) -> None:
-    """For as long as it beats."""
+    """As long as it continues."""
     lease = leased(ledger)
     for _ in range(4):
         time.sleep(LEASE_S / 2)
@@ -102,7 +102,7 @@ def test_a_heartbeat_keeps_the_lease(ledger: CycleLedger) -> None:
 def test_concluding_registers_and_promotes_in_one_step(
     ledger: CycleLedger, registry: Registry
 ) -> None:
-    """The version knows its parent and cycle; the activation is the trainer's."""
+    """The version has its parent and cycle. The trainer is the author of the activation."""
     parent, lease = active(registry), leased(ledger)
     cycle = conclude(ledger, registry, lease)
     version = active(registry)
@@ -117,17 +117,15 @@ def test_concluding_registers_and_promotes_in_one_step(
 def test_a_refused_candidate_is_kept_and_not_activated(
     ledger: CycleLedger, registry: Registry
 ) -> None:
-    """With its report, for whoever wants to know why."""
+    """It stays registered with its report."""
     before = active(registry).id
     assert conclude(ledger, registry, leased(ledger), promote=False).state == "rejected"
     assert active(registry).id == before
     assert len(registry.versions("default")) == 2
 
 
-def test_refused_candidates_are_named_when_they_are_old(
-    ledger: CycleLedger, registry: Registry
-) -> None:
-    """Not those that were promoted, activated by hand, or are the same weights as one that was."""
+def test_digests_of_old_refused_candidates(ledger: CycleLedger, registry: Registry) -> None:
+    """Without versions that were promoted or activated, and without weights that those share."""
     for promote, sha in ((False, "c"), (True, "d"), (False, "d"), (False, "e")):
         conclude(ledger, registry, leased(ledger), promote=promote, sha=sha * 64)
     assert registry.refused(now()) == {"c" * 64, "e" * 64}
@@ -138,7 +136,7 @@ def test_refused_candidates_are_named_when_they_are_old(
 
 
 def test_a_frozen_route_holds_its_candidate(ledger: CycleLedger, registry: Registry) -> None:
-    """Registered, not activated, and the cycle says why."""
+    """It is registered but not activated, and the cycle has the reason."""
     registry.set_frozen("default", True, "alice", "release week")
     cycle = conclude(ledger, registry, leased(ledger))
     assert (cycle.state, cycle.error) == ("held", "the route is frozen")
@@ -147,7 +145,7 @@ def test_a_frozen_route_holds_its_candidate(ledger: CycleLedger, registry: Regis
 def test_a_candidate_compared_with_another_version_is_held(
     ledger: CycleLedger, registry: Registry
 ) -> None:
-    """An operator activated something while it trained: its gate report says nothing about that."""
+    """An operator activated another version meanwhile: the gate report does not apply to it."""
     parent, lease = active(registry), leased(ledger)
     other = registry.version(conclude(ledger, registry, lease).report["version"])
     lease = leased(ledger)
@@ -157,10 +155,8 @@ def test_a_candidate_compared_with_another_version_is_held(
     assert (cycle.state, active(registry).id) == ("held", other.id)
 
 
-def test_the_same_signals_never_conclude_two_cycles(
-    ledger: CycleLedger, registry: Registry
-) -> None:
-    """The watermark tells, and the table insists."""
+def test_two_cycles_never_use_the_same_signals(ledger: CycleLedger, registry: Registry) -> None:
+    """The ledger has a watermark, and the table enforces it."""
     lease = leased(ledger)
     ledger.set_window(lease, "9-0", "10-0")
     assert ledger.watermark("default") is None
@@ -174,8 +170,8 @@ def test_the_same_signals_never_conclude_two_cycles(
     assert ledger.watermark("other") is None
 
 
-def test_a_cycle_is_given_up_after_its_attempts(ledger: CycleLedger) -> None:
-    """Its window counts as used: a poisonous one must not loop for ever."""
+def test_a_cycle_fails_after_its_attempts(ledger: CycleLedger) -> None:
+    """Its window counts as used, so that a window that always fails is not tried for ever."""
     lease = leased(ledger)
     ledger.set_window(lease, "1-0", "5-0")
     ledger.release(lease, "killed after 1800 s")
@@ -196,8 +192,8 @@ def test_a_cycle_is_given_up_after_its_attempts(ledger: CycleLedger) -> None:
     assert ledger.request("default", "next")[1]
 
 
-def test_the_last_attempt_is_not_given_up_while_it_works(ledger: CycleLedger) -> None:
-    """Redis may deliver its task again meanwhile; once its worker falls silent it is over."""
+def test_the_last_attempt_may_finish(ledger: CycleLedger) -> None:
+    """Redis may deliver its task again meanwhile. A silent worker ends the cycle."""
     lease = leased(ledger)
     assert not ledger.give_up(lease.cycle_id, LEASE_S, 1)
     ledger.heartbeat(lease)
@@ -207,7 +203,7 @@ def test_the_last_attempt_is_not_given_up_while_it_works(ledger: CycleLedger) ->
 
 
 def test_counts_are_by_route_and_state(ledger: CycleLedger, registry: Registry) -> None:
-    """For the metrics."""
+    """The metrics show them."""
     conclude(ledger, registry, leased(ledger))
     ledger.request("default", "next")
     assert ledger.counts() == {("default", "promoted"): 1, ("default", "queued"): 1}

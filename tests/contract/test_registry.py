@@ -1,4 +1,4 @@
-"""The registry on SQLite and PostgreSQL: immutable versions, append-only activations, rollbacks, audit."""
+"""The registry on SQLite and PostgreSQL: versions, activations, rollbacks and audit."""
 
 import itertools
 import threading
@@ -29,7 +29,7 @@ def candidate(sha256: str = "a" * 64) -> Candidate:
 
 
 def version(database: Engine, route: str = "default", sha256: str = "b" * 64) -> int:
-    """A registered version that nobody has activated."""
+    """A registered version that was never activated."""
     with transaction(database, writes=True) as session:
         return add_version(
             session, route, candidate(sha256), "test", parent_id=None, cycle_id=None
@@ -37,7 +37,7 @@ def version(database: Engine, route: str = "default", sha256: str = "b" * 64) ->
 
 
 def at_once(count: int, call: Callable[[int], object]) -> list[object]:
-    """`call(i)` from `count` threads that start together; errors are results."""
+    """`call(i)` in `count` threads that start together. Errors are returned as results."""
     barrier = threading.Barrier(count)
 
     def one(i: int) -> object:
@@ -51,15 +51,15 @@ def at_once(count: int, call: Callable[[int], object]) -> list[object]:
         return list(pool.map(one, range(count)))
 
 
-def test_the_first_draft_is_registered_once_however_many_decoders_start(registry: Registry) -> None:
-    """Eight at the same moment make one version and one activation."""
+def test_the_first_draft_is_registered_once(registry: Registry) -> None:
+    """Eight decoders that start together make one version and one activation."""
     found = at_once(8, lambda i: registry.register_first("default", candidate(), f"decoder-{i}"))
     assert {v.id for v in found} == {registry.versions("default")[0].id}  # type: ignore[attr-defined]
     assert [a.kind for a in registry.activations("default")] == ["initial"]
 
 
-def test_activations_tell_who_when_and_why(registry: Registry, database: Engine) -> None:
-    """The history is what happened; the newest row is what is active."""
+def test_activations_have_author_time_and_reason(registry: Registry, database: Engine) -> None:
+    """The newest activation names the active version."""
     first = registry.register_first("default", candidate(), "decoder")
     second = version(database)
     made = registry.activate("default", second, "manual", "alice", "canary looked good")
@@ -79,8 +79,8 @@ def test_activations_tell_who_when_and_why(registry: Registry, database: Engine)
     )
 
 
-def test_rollback_goes_back_and_says_when_it_cannot(registry: Registry, database: Engine) -> None:
-    """Down to the first version, then 409."""
+def test_rollback_goes_back_to_the_first_version(registry: Registry, database: Engine) -> None:
+    """A further rollback is a conflict."""
     first = registry.register_first("default", candidate(), "decoder")
     second = version(database)
     registry.activate("default", second, "promotion", "trainer", "better")
@@ -91,10 +91,10 @@ def test_rollback_goes_back_and_says_when_it_cannot(registry: Registry, database
     assert refused.value.code == "nothing_to_roll_back"
 
 
-def test_an_automatic_rollback_yields_to_whoever_came_first(
+def test_an_automatic_rollback_yields_to_a_later_activation(
     registry: Registry, database: Engine
 ) -> None:
-    """The guard saw version 2 fail, but version 3 is active by now."""
+    """The guard found that version 2 is worse, but version 3 is active by now."""
     registry.register_first("default", candidate(), "decoder")
     second, third = version(database), version(database, sha256="c" * 64)
     registry.activate("default", second, "promotion", "trainer", "better")
@@ -104,8 +104,8 @@ def test_an_automatic_rollback_yields_to_whoever_came_first(
     assert registry.active("default").id == third  # type: ignore[union-attr]
 
 
-def test_racing_activations_make_a_straight_line(registry: Registry, database: Engine) -> None:
-    """Each that succeeds starts where the one before ended; the others are told of the conflict."""
+def test_racing_activations_make_one_line(registry: Registry, database: Engine) -> None:
+    """Each successful activation follows the previous one. The others get a conflict."""
     registry.register_first("default", candidate(), "decoder")
     ids = [version(database, sha256=str(i) * 64) for i in range(6)]
     results = at_once(6, lambda i: registry.activate("default", ids[i], "manual", f"op{i}", "race"))
@@ -116,7 +116,7 @@ def test_racing_activations_make_a_straight_line(registry: Registry, database: E
 
 
 def test_versions_stay_on_their_route(registry: Registry, database: Engine) -> None:
-    """One route's draft cannot be activated on another; unknown ones are named."""
+    """A version can't be activated on another route. Unknown versions are named."""
     registry.register_first("default", candidate(), "decoder")
     foreign = version(database, route="other")
     with pytest.raises(Conflict, match="another route"):
@@ -129,8 +129,8 @@ def test_versions_stay_on_their_route(registry: Registry, database: Engine) -> N
     assert refused.value.param == "route"
 
 
-def test_activating_what_is_active_is_refused(registry: Registry) -> None:
-    """A second click does nothing, and says so."""
+def test_activating_the_active_version_is_refused(registry: Registry) -> None:
+    """Nothing is written."""
     first = registry.register_first("default", candidate(), "decoder")
     with pytest.raises(Conflict) as refused:
         registry.activate("default", first.id, "manual", "alice", "again")
@@ -138,7 +138,7 @@ def test_activating_what_is_active_is_refused(registry: Registry) -> None:
 
 
 def test_freezing_is_audited(registry: Registry) -> None:
-    """Who froze the route, and why."""
+    """With author and reason."""
     assert registry.set_frozen("default", True, "alice", "release week").frozen
     assert registry.route("default").frozen
     assert not registry.set_frozen("default", False, "alice", "over").frozen
@@ -148,10 +148,10 @@ def test_freezing_is_audited(registry: Registry) -> None:
     ]
 
 
-def test_text_that_a_database_cannot_hold_is_a_clear_error(
+def test_text_that_a_database_cannot_store_is_an_invalid_request(
     registry: Registry, database: Engine
 ) -> None:
-    """PostgreSQL refuses NUL; SQLite keeps it. Neither is a 500."""
+    """PostgreSQL refuses NUL. SQLite stores it."""
     registry.register_first("default", candidate(), "decoder")
     if database.dialect.name == "sqlite":
         registry.record("alice", "note", "default", "a\x00b")
@@ -160,16 +160,16 @@ def test_text_that_a_database_cannot_hold_is_a_clear_error(
             registry.record("alice", "note", "default", "a\x00b")
 
 
-def test_a_database_that_is_away_is_unavailable(tmp_path: object) -> None:
-    """Not an exception of the driver."""
+def test_an_unreachable_database_is_unavailable(tmp_path: object) -> None:
+    """The driver's own error does not come through."""
     with pytest.raises(Unavailable):
         Registry(connect("postgresql+psycopg://nobody@127.0.0.1:1/none")).routes()
     with pytest.raises(Unavailable):
         Registry(connect(f"sqlite:///{tmp_path}/no/such/folder/x.db")).routes()
 
 
-def test_rows_of_versions_are_what_was_registered(registry: Registry) -> None:
-    """Recipe, window, gate report and commit come back as they went in."""
+def test_a_version_has_what_was_registered(registry: Registry) -> None:
+    """Recipe, window, gate report and commit are unchanged."""
     made = registry.register_first("default", candidate(), "decoder")
     found = registry.version(made.id)
     assert isinstance(found, Version)

@@ -1,4 +1,4 @@
-"""The decoder with its REST API on a socket, in this process, over a tiny pair, a real Redis and SQLite."""
+"""A decoder with its REST API on a socket: a tiny pair, a real Redis and SQLite, one process."""
 
 import socket
 import threading
@@ -12,6 +12,7 @@ import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from openai import OpenAI
 
 from decoder.serve import build
 from migrations import upgrade
@@ -30,7 +31,7 @@ from tests.tiny import TinyPair
 
 @dataclass
 class Served:
-    """A running decoder and the ways to look behind it."""
+    """A running decoder, and what lies behind its API."""
 
     url: str
     settings: Settings
@@ -44,7 +45,10 @@ class Served:
         return self.http.post(path, json=body)
 
     def complete(self, prompt: str = "def f(", **more: Any) -> dict[str, Any]:
-        """With γ fixed: the tiny draft costs what the target does, and left to itself the engine would not draft."""
+        """A completion with fixed γ.
+
+        The tiny draft is as slow as the target: if the engine chose γ, it would not draft.
+        """
         asked = {"max_tokens": 24, "temperature": 0, "speculation": {"gamma": 4}, **more}
         answer = self.post("/v1/completions", prompt=prompt, **asked)
         assert answer.status_code == 200, answer.text
@@ -56,14 +60,14 @@ class Served:
         return found
 
     def register(self, weights: Path, route: str = "default") -> int:
-        """A version made of a model folder, registered and not active."""
+        """Registers a model folder as a version without activating it."""
         digest = self.artifacts.publish(lambda folder: copy_into(weights, folder))
         with transaction(connect(self.settings.sql_url), writes=True) as session:
             made = Candidate(digest, {"origin": weights.name}, {}, {}, "test")
             return add_version(session, route, made, "test", parent_id=None, cycle_id=None).id
 
     def canary(self, weights: Path, share: float = 0.5, route: str = "default") -> int:
-        """A version made of a model folder that goes on trial as if a cycle had made it."""
+        """Starts a canary with a model folder, as a cycle does."""
         digest = self.artifacts.publish(lambda folder: copy_into(weights, folder))
         ledger, parent = CycleLedger(connect(self.settings.sql_url)), self.registry.active(route)
         lease = ledger.take(ledger.request(route, "test")[0].id, 30)
@@ -147,6 +151,12 @@ def shared(
 
 @pytest.fixture
 def own(pair: TinyPair, redis_url: str, tmp_path: Path) -> Iterator[Served]:
-    """A decoder for one test alone."""
+    """A decoder for a single test."""
     with serve(tiny_settings(pair, tmp_path, redis_url)) as served:
         yield served
+
+
+@pytest.fixture
+def client(shared: Served) -> OpenAI:
+    """The `openai` client of the shared decoder."""
+    return OpenAI(base_url=f"{shared.url}/v1", api_key="unused", max_retries=0)

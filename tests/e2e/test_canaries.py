@@ -1,4 +1,4 @@
-"""Canaries under concurrent load: a candidate gets a share of the requests, and the service decides by itself."""
+"""Canaries under concurrent load: the service decides on its own, or an operator does."""
 
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,12 @@ def ended(served: Served) -> dict[str, Any]:
 
 
 def drafting(served: Served) -> None:
-    """Waits until the canary has requests."""
+    """Waits until the canary drafts."""
     until(lambda: (c := served.route()["canary"]) and c["seen"])
 
 
-def test_a_spoilt_candidate_is_aborted_and_hurts_nobody_else(own: Served, pair: TinyPair) -> None:
-    """Outputs stay the target's; the requests of the active draft accept what they did; then all are its own again."""
+def test_a_bad_candidate_is_aborted(own: Served, pair: TinyPair) -> None:
+    """Outputs stay the target's. Acceptance falls only for requests of the canary."""
     expected = {
         prompt: own.complete(prompt, max_tokens=40)["choices"][0]["text"] for prompt in PROMPTS
     }
@@ -53,10 +53,8 @@ def test_a_spoilt_candidate_is_aborted_and_hurts_nobody_else(own: Served, pair: 
     assert own.http.get("/health").status_code == 200
 
 
-def test_a_better_candidate_is_promoted_by_itself(
-    pair: TinyPair, redis_url: str, tmp_path: Path
-) -> None:
-    """An ordinary promotion with the test's figures as its reason; no answer is lost or changed on the way."""
+def test_a_better_candidate_is_promoted(pair: TinyPair, redis_url: str, tmp_path: Path) -> None:
+    """The activation has the test's figures as its reason. No answer changes or gets lost."""
     with serve(tiny_settings(pair, tmp_path, redis_url, draft=str(pair.spoilt))) as served:
         with load(served) as answers:
             good = served.canary(pair.draft)
@@ -79,7 +77,7 @@ def test_a_better_candidate_is_promoted_by_itself(
 
 
 def test_a_manual_rollback_supersedes_a_canary(own: Served, pair: TinyPair) -> None:
-    """What it was compared with is gone; its requests go to what is active now."""
+    """The version beside it is gone. All requests go to the active version."""
     second = own.register(pair.draft)
     own.activate(second)
     own.canary(pair.draft)
@@ -92,8 +90,8 @@ def test_a_manual_rollback_supersedes_a_canary(own: Served, pair: TinyPair) -> N
     assert {v for i in range(12) for v in versions(own.complete(PROMPTS[i % 6]))} == {1}
 
 
-def test_a_frozen_routes_canary_is_held_until_it_thaws(own: Served, pair: TinyPair) -> None:
-    """The finding is audited, nothing moves; afterwards the test goes on where it was."""
+def test_a_canary_on_a_frozen_route_is_held(own: Served, pair: TinyPair) -> None:
+    """The decision is audited but not carried out until the route is unfrozen."""
     own.canary(pair.spoilt)
     own.post("/admin/routes/default/freeze", reason="release week")
     with load(own):
@@ -106,7 +104,7 @@ def test_a_frozen_routes_canary_is_held_until_it_thaws(own: Served, pair: TinyPa
 
 @pytest.mark.parametrize("outcome", ["promote", "abort"])
 def test_an_operator_may_decide(own: Served, pair: TinyPair, outcome: str) -> None:
-    """With who and why in the history; what both arms have shown is on the route and in the metrics."""
+    """The history has author and reason. Route and metrics show both arms."""
     version = own.canary(pair.draft)
     refused = own.post("/admin/routes/default/cycles", reason="now")
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "canary_running")
@@ -140,10 +138,10 @@ def test_an_operator_may_decide(own: Served, pair: TinyPair, outcome: str) -> No
     )
 
 
-def test_a_canary_that_cannot_be_loaded_is_aborted_with_the_reason(
+def test_a_canary_that_cannot_be_loaded_is_aborted(
     own: Served, pair: TinyPair, tmp_path: Path
 ) -> None:
-    """Its weights have another shape: nothing reaches the device, no client sees anything."""
+    """Its weights have another shape. Nothing reaches the device, and clients notice nothing."""
     folder = tmp_path / "odd"
     folder.mkdir()
     weights = safetensors.torch.load_file(pair.draft / "model.safetensors")
@@ -157,8 +155,10 @@ def test_a_canary_that_cannot_be_loaded_is_aborted_with_the_reason(
     assert versions(own.complete()) == {1}
 
 
-def test_a_decoder_without_room_says_so(pair: TinyPair, redis_url: str, tmp_path: Path) -> None:
-    """canary_share 0 on the decoder and not on the trainer: the candidate is not left waiting for ever."""
+def test_a_decoder_without_room_aborts_the_canary(
+    pair: TinyPair, redis_url: str, tmp_path: Path
+) -> None:
+    """Its `canary_share` is 0, the trainer's is not. The candidate does not wait for ever."""
     with serve(tiny_settings(pair, tmp_path, redis_url, canary_share=0)) as served:
         served.canary(pair.draft)
         assert "no room" in ended(served)["reason"]
@@ -167,7 +167,7 @@ def test_a_decoder_without_room_says_so(pair: TinyPair, redis_url: str, tmp_path
 def test_two_decoders_of_a_route_end_a_canary_once(
     pair: TinyPair, redis_url: str, tmp_path: Path
 ) -> None:
-    """Each tests what it serves; the one that is later finds it ended, and both go on with the same version."""
+    """Each tests on its own. The later one finds the canary ended and follows."""
     settings = tiny_settings(pair, tmp_path, redis_url)
     with serve(settings) as one, serve(settings) as other:
         one.canary(pair.spoilt)

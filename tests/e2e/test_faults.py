@@ -1,4 +1,4 @@
-"""What happens when clients leave, Redis goes, or the database is away: generation goes on."""
+"""Generation continues if clients leave, Redis is down or the database is away."""
 
 import time
 from pathlib import Path
@@ -31,7 +31,7 @@ def running(served: Served) -> int:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_slots(own: Served, stream: bool) -> None:
-    """Whether it was reading a stream or waiting for the whole answer: all its sequences are cancelled."""
+    """Whether it was reading a stream or waiting for a whole answer."""
     body = {**LONG, "n": 16, "stream": stream}
     with httpx.Client(timeout=httpx.Timeout(30, read=0.1)) as client:
         try:
@@ -45,10 +45,8 @@ def test_a_client_that_leaves_frees_its_slots(own: Served, stream: bool) -> None
     assert own.complete()["usage"]["completion_tokens"] > 0
 
 
-def test_a_full_queue_is_429_streamed_or_not(
-    pair: TinyPair, redis_url: str, tmp_path: Path
-) -> None:
-    """Also where the response would be a stream: the status is known before it starts."""
+def test_a_full_queue_is_429(pair: TinyPair, redis_url: str, tmp_path: Path) -> None:
+    """Also for a stream: the status is known before it starts."""
     with serve(tiny_settings(pair, tmp_path, redis_url, slots=1, max_waiting=1)) as served:
         for stream in (False, True):
             answer = served.post("/v1/completions", **{**LONG, "n": 8, "stream": stream})
@@ -58,8 +56,8 @@ def test_a_full_queue_is_429_streamed_or_not(
         assert served.complete()
 
 
-def test_redis_may_go_and_come_back_under_load(pair: TinyPair, tmp_path: Path) -> None:
-    """No request fails; signals are dropped and counted; the tap opens again by itself."""
+def test_redis_may_fail_and_return_under_load(pair: TinyPair, tmp_path: Path) -> None:
+    """No request fails. Signals are dropped and counted until Redis is back."""
     port = free_port()
     server, url = start_server(tmp_path / "redis", port)
     with serve(tiny_settings(pair, tmp_path, url)) as served:
@@ -86,7 +84,7 @@ def test_redis_may_go_and_come_back_under_load(pair: TinyPair, tmp_path: Path) -
 
 
 def test_a_rollback_needs_neither_redis_nor_trainer(pair: TinyPair, tmp_path: Path) -> None:
-    """Effective within two seconds, with nothing else alive."""
+    """It takes effect within two seconds."""
     server, url = start_server(tmp_path / "redis")
     with serve(tiny_settings(pair, tmp_path, url)) as served:
         served.activate(served.register(pair.spoilt))
@@ -99,7 +97,7 @@ def test_a_rollback_needs_neither_redis_nor_trainer(pair: TinyPair, tmp_path: Pa
 
 
 def test_a_database_that_goes_away_stops_no_generation(own: Served) -> None:
-    """Admin calls say 503; the drafts that are loaded go on."""
+    """Admin calls fail with 503. The loaded drafts continue."""
     database = own.settings.data_dir / "slipstream.db"
     hidden = database.with_suffix(".hidden")
     for suffix in ("-wal", "-shm"):
@@ -119,8 +117,8 @@ def test_a_database_that_goes_away_stops_no_generation(own: Served) -> None:
         hidden.rename(database)
 
 
-def test_what_is_not_to_be_stored_is_not(own: Served) -> None:
-    """`store: false` and closed routes leave nothing; the request beside them does."""
+def test_some_requests_leave_no_signal(own: Served) -> None:
+    """Those with `store: false` and those of closed routes."""
     own.complete("secret", store=False)
     own.complete("closed", metadata={"route": "closed"})
     kept = own.complete("public")
@@ -132,8 +130,8 @@ def test_what_is_not_to_be_stored_is_not(own: Served) -> None:
     assert own.buffer.depth("closed").signals == 0
 
 
-def test_a_signal_tells_clients_apart_and_names_none(own: Served) -> None:
-    """Without keys OpenAI's `user` says who asks; the buffer has a pseudonym, and nothing for those who do not say."""
+def test_a_signal_has_a_pseudonym_of_its_client(own: Served) -> None:
+    """Without keys, the client is OpenAI's `user`. The buffer holds no name."""
     for user in ("alice", "alice", None):
         own.complete("hello", user=user)
     entries = until(

@@ -1,4 +1,4 @@
-"""Lossy decoding by REST: off until a server allows it, never below its floor, and told in the answer."""
+"""Lossy decoding by REST: off by default, limited by the server, reported in the answer."""
 
 import json
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ def lenient(
 
 
 def test_by_default_every_answer_is_exact(shared: Served) -> None:
-    """Lossy decoding is refused with the field, the floor and the reason; ε = 1 asks for nothing."""
+    """Lossy decoding is refused with field, floor and reason. ε = 1 is exact and accepted."""
     error = refused(shared, **asking(epsilon=0.99))
     assert error["param"] == "speculation.lenience.epsilon"
     assert "floor of 1.0" in error["message"]
@@ -50,7 +50,7 @@ def test_by_default_every_answer_is_exact(shared: Served) -> None:
 
 
 @pytest.mark.parametrize(("function", "epsilon"), [("lin", FLOOR), ("sq", 0.5), ("exp", 0.9)])
-def test_within_the_floor_it_is_applied_and_told(
+def test_above_the_floor_it_is_applied_and_reported(
     lenient: Served, function: str, epsilon: float
 ) -> None:
     """Beside the figures that every answer has."""
@@ -60,14 +60,14 @@ def test_within_the_floor_it_is_applied_and_told(
     assert told["num_draft_tokens"] > 0
 
 
-def test_a_request_that_does_not_ask_is_exact_where_others_may(lenient: Served) -> None:
+def test_without_a_request_for_it_decoding_is_exact(lenient: Served) -> None:
     """The server's floor is a limit, not a default."""
     told = lenient.complete(temperature=1)["metrics"]["speculative_decoding"]
     assert (told["lossless"], told["lenience"]) == (True, None)
 
 
 def test_below_the_floor_it_is_refused(lenient: Served) -> None:
-    """With the floor; chat as well."""
+    """The error has the floor. The same holds for chat."""
     for error in (
         refused(lenient, **asking(epsilon=FLOOR - 0.01)),
         lenient.post(
@@ -81,7 +81,7 @@ def test_below_the_floor_it_is_refused(lenient: Served) -> None:
 
 
 def test_at_temperature_0_it_is_refused(lenient: Served) -> None:
-    """It would change nothing, and nobody would be told."""
+    """It would have no effect."""
     error = refused(lenient, **asking(temperature=0))
     assert error["param"] == "speculation.lenience"
     assert "temperature 0" in error["message"]
@@ -99,15 +99,15 @@ def test_at_temperature_0_it_is_refused(lenient: Served) -> None:
         {"function": "lin", "epsilon": 0.5, "more": 1},
     ],
 )
-def test_bad_input_is_named(lenient: Served, lenience: dict[str, object]) -> None:
+def test_invalid_input_is_named(lenient: Served, lenience: dict[str, object]) -> None:
     """By its path."""
     error = refused(lenient, temperature=1, speculation={"lenience": lenience})
     assert error["param"].startswith("speculation")
     assert "speculation.lenience." in error["message"]
 
 
-def test_a_stream_tells_it_with_its_usage(lenient: Served) -> None:
-    """In the last chunk, as all metrics."""
+def test_a_stream_reports_it_with_the_usage(lenient: Served) -> None:
+    """In the last chunk, like all metrics."""
     body = asking(stream=True, stream_options={"include_usage": True})
     lines = lenient.post("/v1/completions", prompt="def f(", **body).text.split("\n\n")
     chunks = [
@@ -117,7 +117,7 @@ def test_a_stream_tells_it_with_its_usage(lenient: Served) -> None:
     assert (told["lossless"], told["lenience"]) == (False, {"function": "lin", "epsilon": 0.5})
 
 
-def test_several_answers_tell_it_too(lenient: Served) -> None:
+def test_several_answers_report_it_too(lenient: Served) -> None:
     """They have no other figures."""
     told = lenient.complete(**asking(n=2))["metrics"]["speculative_decoding"]
     assert told == {"lossless": False, "lenience": {"function": "lin", "epsilon": 0.5}}
@@ -125,7 +125,7 @@ def test_several_answers_tell_it_too(lenient: Served) -> None:
 
 
 @pytest.mark.parametrize("floor", [0, -1, 1.1, "nan"])
-def test_a_floor_that_means_nothing_is_refused(floor: object) -> None:
+def test_an_invalid_floor_is_refused(floor: object) -> None:
     """It lies in (0, 1]."""
     with pytest.raises(ValidationError, match="lenience_floor"):
         Settings(lenience_floor=floor)  # type: ignore[arg-type]

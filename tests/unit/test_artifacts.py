@@ -1,4 +1,4 @@
-"""Artifacts: whole or absent, and never changed."""
+"""Artifacts: complete or absent, and immutable."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ def weights(content: bytes = b"weights") -> object:
 
 
 def test_an_artifact_is_named_by_its_weights(tmp_path: Path) -> None:
-    """Published twice it is one."""
+    """Publishing the same weights twice makes one artifact."""
     store = ArtifactStore(tmp_path)
     digest = store.publish(weights())  # type: ignore[arg-type]
     assert (
@@ -26,7 +26,7 @@ def test_an_artifact_is_named_by_its_weights(tmp_path: Path) -> None:
 
 
 def test_a_crash_while_writing_leaves_nothing(tmp_path: Path) -> None:
-    """Neither an artifact nor litter."""
+    """No artifact and no temporary folder."""
 
     def crash(folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
@@ -39,8 +39,8 @@ def test_a_crash_while_writing_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damage_is_found_and_not_published_over(tmp_path: Path) -> None:
-    """An artifact that rotted on disk is an error, not silently kept."""
+def test_damage_is_an_error(tmp_path: Path) -> None:
+    """When verifying, and when publishing the same weights again."""
     store = ArtifactStore(tmp_path)
     digest = store.publish(weights())  # type: ignore[arg-type]
     (store.path(digest) / "model.safetensors").write_bytes(b"rotten")
@@ -53,8 +53,8 @@ def test_damage_is_found_and_not_published_over(tmp_path: Path) -> None:
     assert missing.value.code == "artifact_missing"
 
 
-def test_what_nobody_needs_is_swept_away(tmp_path: Path) -> None:
-    """Those that are named, and what a killed publisher left a while ago; nothing else, and nothing twice."""
+def test_sweep_deletes_named_and_abandoned_folders(tmp_path: Path) -> None:
+    """Named artifacts and old temporary folders, nothing else, and nothing twice."""
     store = ArtifactStore(tmp_path)
     kept, useless = (store.publish(weights(content)) for content in (b"kept", b"useless"))  # type: ignore[arg-type]
     old, new = tmp_path / ".publish-old", tmp_path / ".publish-new"

@@ -1,4 +1,4 @@
-"""What an installed package must bring along besides its modules."""
+"""The files that an installed package needs besides its modules."""
 
 import tomllib
 
@@ -8,7 +8,10 @@ from online.processes import ROOT
 
 
 def test_every_file_of_a_package_is_packaged() -> None:
-    """An image without its migrations would call an empty database migrated; one without the pair would not start."""
+    """Without its migrations, an image would take an empty database for migrated.
+
+    Without the reference pair it would not start.
+    """
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     packages = find_packages(str(ROOT), include=setuptools["packages"]["find"]["include"])
     folders = {package.replace(".", "/") for package in packages}

@@ -1,4 +1,4 @@
-"""Settings: from variables, checked, and handed to children unchanged."""
+"""Settings: read from variables, validated, and passed on to children."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ HASH = "a" * 64
 
 @pytest.fixture(autouse=True)
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No variables of the machine that runs the tests."""
+    """Removes the variables of the machine that runs the tests."""
     import os
 
     for name in list(os.environ):
@@ -67,22 +67,22 @@ def test_children_get_the_settings_of_their_parent(
         ({"closed_routes": "default", "learnt_routes": 1}, "nothing would be learnt"),
     ],
 )
-def test_settings_that_contradict_are_refused(given: dict[str, object], said: str) -> None:
+def test_invalid_settings_are_refused(given: dict[str, object], said: str) -> None:
     """With the reason."""
     with pytest.raises(ValidationError, match=said):
         Settings(**given)  # type: ignore[arg-type]
 
 
 def test_the_server_is_open_to_others_only_with_keys() -> None:
-    """Unless an address is asked for by name."""
+    """Unless `host` names an address."""
     keys = {"generation_keys": (f"app:{HASH}",), "admin_keys": (f"ops:{HASH}",)}
     assert Settings().bind_host == "127.0.0.1"
     assert Settings(**keys).bind_host == "0.0.0.0"  # type: ignore[arg-type]
     assert Settings(host="10.0.0.1").bind_host == "10.0.0.1"
 
 
-def test_clusters_are_routes_beside_the_declared_ones() -> None:
-    """Of the default route alone, and none unless they are asked for."""
+def test_clusters_are_additional_routes() -> None:
+    """Only the default route has them, and only if the settings ask for them."""
     assert Settings().served_routes == ("default",)
     learnt = Settings(routes=("a", "b"), learnt_routes=2)
     assert learnt.cluster_routes == ("a-c1", "a-c2")
@@ -90,11 +90,8 @@ def test_clusters_are_routes_beside_the_declared_ones() -> None:
 
 
 def test_every_setting_is_described() -> None:
-    """`slipstream settings` and the README's table have a word for each that its name does not say."""
-    silent = {"port"}
-    assert {
-        name for name, field in Settings.model_fields.items() if not field.description
-    } <= silent
+    """`slipstream settings` shows the description."""
+    assert all(field.description for field in Settings.model_fields.values())
 
 
 def test_unknown_variables_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
