@@ -28,6 +28,8 @@ from tests.conftest import copy_into
 from tests.loop.conftest import until
 from tests.tiny import TinyPair
 
+START_LIMIT_S = 60  # a busy machine compiles for long
+
 
 @dataclass
 class Served:
@@ -108,7 +110,7 @@ def serve(settings: Settings) -> Iterator[Served]:
             signal_buffer(settings),
             http,
         )
-        until(lambda: _first_drafts_loaded(http, len(settings.served_routes)), 20)
+        until(lambda: _first_drafts_loaded(http, len(settings.served_routes)), START_LIMIT_S)
         yield served
     server.should_exit = True
     thread.join(20)
