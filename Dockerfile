@@ -1,4 +1,4 @@
-# One image for every service. PyPI's torch carries CUDA; for a small CPU build name it and its index:
+# One image for every service. PyPI's torch includes CUDA. For a small CPU image:
 #   docker compose build --build-arg TORCH="torch==2.13.0+cpu" --build-arg PIP_EXTRA_INDEX_URL=...
 FROM python:3.12-slim
 

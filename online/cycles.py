@@ -128,7 +128,7 @@ class CycleLedger:
     def give_up(self, cycle_id: int, lease_s: float, attempts: int) -> bool:
         """Fails a cycle that nobody works on after `attempts` attempts. Returns whether it did.
 
-        Its window counts as used, so that a window that always fails is not tried for ever.
+        Its window counts as used, so that a window that always fails is not tried again.
         """
         with transaction(self._engine, writes=True) as session:
             cycle = require_cycle(session, cycle_id)

@@ -1,7 +1,7 @@
 """Routes of prompt clusters in one decoder process: a router for many threads, and its file.
 
 The file is written rarely, and atomically. If it can't be read or written, no request fails:
-clusters begin anew, and their drafts then learn from the new clusters.
+clusters start over, and their drafts then learn from the new clusters.
 """
 
 import logging
@@ -72,5 +72,5 @@ class PromptClusters:
         except FileNotFoundError:
             pass
         except (OSError, ValueError) as error:
-            log.error("clusters begin anew: %s: %s", self._path, error)
+            log.error("clusters start over: %s: %s", self._path, error)
         return ClusterRouter(len(self._routes))

@@ -42,7 +42,7 @@ def rollback(route: str, body: Reason, actor: Actor, parts: Parts) -> Json:
 
 @router.post("/canary/promote")
 def promote_canary(route: str, body: Reason, actor: Actor, parts: Parts) -> Json:
-    """Activates the canary's version now, whatever its test says. Checks its weights first."""
+    """Activates the canary's version now, without its test. Checks its weights first."""
     return end_canary(parts, route, "promoted", actor, body.reason)
 
 

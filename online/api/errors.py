@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from online.api.job import ClientGone
 from online.errors import InvalidRequest, SlipstreamError
 
-CLIENT_CLOSED_REQUEST = 499  # nginx's status; nobody is left to read it
+CLIENT_CLOSED_REQUEST = 499  # nginx's status, for logs only
 
 
 def add_error_handlers(app: FastAPI) -> None:
