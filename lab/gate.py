@@ -29,9 +29,10 @@ from lab.statistics import Ratio, proportion
 from lab.warmup.answers import answers
 from online.settings import Settings
 from online.signals import Signal
-from trainer.distill import Recipe, distill
+from trainer.distill import distill
 from trainer.evaluation import Evaluation, evaluate, served_gamma
 from trainer.gate import PairedEvaluation, decide
+from trainer.recipe import Recipe
 
 NOISES = (0.01, 0.03, 0.1)  # of a tensor's own standard deviation
 

@@ -1,144 +1,39 @@
-"""Distillation: a draft learns from logged distributions. No target anywhere."""
+"""Distillation: a draft learns from logged distributions. The target is not needed.
+
+Legend: P supervised positions.
+"""
 
 import copy
-import inspect
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from itertools import cycle, islice
-from typing import Annotated, Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from pydantic import Field, TypeAdapter
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from online.signals import Signal
-from trainer.batches import Example, TrainingBatch, batches, collate, split_by_memory
-from trainer.divergences import Divergence, divergence, draft_classes
+from trainer.batches import TrainingBatch, collate, epoch_batches, split_by_memory, step_count
+from trainer.examples import Example
+from trainer.losses import accepts_positions, draft_logits, draft_loss, position_losses
+from trainer.recipe import Recipe
 from trainer.rehearsal import Rehearsal
 
-COLDEST = (
-    0.5  # temperature that all colder answers are learnt at, where a recipe follows temperatures
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How a candidate is made; kept with its version."""
-
-    divergence: str = "forward_kl"
-    beta: Annotated[float, Field(ge=0, le=1)] = 0.5  # of the divergences that have one
-    branch_tokens: Annotated[int, Field(ge=0)] = (
-        0  # learnt from of every rejected branch: the draft's own samples
-    )
-    branch_weight: Annotated[float, Field(ge=0)] = (
-        0.1  # of a position on one; on the emitted path it is 1
-    )
-    masks: Annotated[int, Field(ge=0)] = (
-        0  # mask tokens in a row that are learnt from, for drafting in one forward
-    )
-    mask_weight: Annotated[float, Field(ge=0)] = 0.5  # of a place that one holds
-    exit_weight: Annotated[float, Field(ge=0)] = (
-        0.0  # of what earlier layers say; the last one's has 1
-    )
-    follow_temperature: bool = False  # compare at the request's temperature instead of at 1
-    selected_share: Annotated[float, Field(gt=0, le=1)] = (
-        1.0  # AdaSPEC: those positions with the most to gain
-    )
-    rehearsal: Annotated[float, Field(ge=0)] = (
-        0.5  # weight of what a former draft could do, on its own samples
-    )
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
-    epochs: Annotated[int, Field(ge=1)] = 8
-    batch_signals: Annotated[int, Field(ge=1)] = 8
-    warmup_steps: Annotated[int, Field(ge=0)] = 4
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    seed: int = 0
-
-    @classmethod
-    def of(cls, chosen: Mapping[str, str | bool | int | float]) -> "Recipe":
-        """The default recipe, but for what is chosen.
-
-        Raises:
-            ValueError: a field that recipes do not have, or a value that it can't have; both are named.
-        """
-        if unknown := set(chosen) - {field.name for field in fields(cls)}:
-            raise ValueError(f"recipe: no field {', '.join(sorted(unknown))}")
-        checked: Recipe = TypeAdapter(cls).validate_python(dict(chosen))
-        divergence(checked.divergence, checked.beta)
-        return checked
-
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
+WARMUP_STEPS = 4
+CLIP_NORM = 1.0
+MASK_WEIGHT = 0.5  # of a position that a mask holds; on the emitted path it is 1
 
 
 @dataclass(frozen=True, slots=True)
 class Distilled:
     steps: int
-    positions: int
+    positions: int  # over all passes
     first_loss: float
     last_loss: float
     seconds: float
-
-
-def draft_logits(module: nn.Module, batch: TrainingBatch) -> Tensor:
-    """The draft's logits at the supervised positions [P, V]."""
-    first = int(
-        batch.column_P.min()
-    )  # Most of the draft is its head: prompts before that column do without it.
-    kept = batch.ids_BT.shape[1] - first
-    placed = {"position_ids": batch.position_BT} if batch.mask.ndim == 4 else {}
-    out: Tensor = module(
-        input_ids=batch.ids_BT,
-        attention_mask=batch.mask,
-        use_cache=False,
-        logits_to_keep=kept,
-        **placed,
-    ).logits
-    return out[batch.sequence_P, batch.column_P - first].float()
-
-
-def layer_logits(module: nn.Module, batch: TrainingBatch) -> list[Tensor]:
-    """The same from every layer, the last one first: all by the draft's own norm and head (S2D, arXiv 2407.01955).
-
-    Raises:
-        ValueError: the model does not have its layers, its norm and its head where Llama has them.
-    """
-    body: Any = getattr(module, "model", None)
-    if not isinstance(getattr(body, "norm", None), nn.Module):
-        raise ValueError("recipe: exit_weight is for drafts that are built as Llama is")
-    placed = {"position_ids": batch.position_BT} if batch.mask.ndim == 4 else {}
-    states = body(
-        input_ids=batch.ids_BT,
-        attention_mask=batch.mask,
-        use_cache=False,
-        output_hidden_states=True,
-        **placed,
-    ).hidden_states
-    head: Any = module.get_output_embeddings()  # type: ignore[operator]
-    *early, last = (state[batch.sequence_P, batch.column_P] for state in states[1:])
-    return [
-        head(state_PE).float() for state_PE in (last, *(body.norm(state_PE) for state_PE in early))
-    ]
-
-
-def accepts_positions(module: nn.Module) -> bool:
-    """Whether the model can be told where a token stands; those that count by themselves get no branches."""
-    return "position_ids" in inspect.signature(module.forward).parameters
-
-
-def position_losses(
-    logits_PV: Tensor, batch: TrainingBatch, measure: Divergence, follow_temperature: bool
-) -> Tensor:
-    """The divergence at every supervised position [P]."""
-    target = batch.target
-    if follow_temperature:
-        temperature_P = batch.temperature_B.clamp(min=COLDEST)[batch.sequence_P]
-        target, logits_PV = target.at(temperature_P), logits_PV / temperature_P[:, None]
-    return measure(target.classes_PC, draft_classes(logits_PV, target.ids_PK))
 
 
 def distill(
@@ -149,126 +44,124 @@ def distill(
     on_step: Callable[[], None] = lambda: None,
     earlier_draft: nn.Module | None = None,
 ) -> Distilled:
-    """Trains `module` (float32) in place. `on_step` is called at every step and may raise to end it.
+    """Trains `module` (float32) in place.
 
-    `passes` are what the first, the second, … epoch learns from; epochs beyond them begin with the first again.
-    `earlier_draft` is the draft whose knowledge is rehearsed; by default what `module` is now.
+    `passes`: the signals of each epoch. Epochs beyond the last pass begin with the first again.
+    `on_step` is called before every step and may raise, which ends the training.
+    `earlier_draft`: the draft that is rehearsed; by default `module` as it is now.
     """
     started = time.monotonic()
-    more = (recipe.branch_tokens, recipe.masks) if accepts_positions(module) else (0, 0)
-    made = {
-        id(signal): Example.of(signal, *more, pad_id) for signals in passes for signal in signals
-    }
-    examples = [[made[id(signal)] for signal in signals] for signals in passes]
-    reference = None
+    examples = _lay_out(module, passes, recipe, pad_id)
+    training = _Training(examples, recipe, pad_id, on_step)
+    reference = rehearsal = None
     if recipe.selected_share < 1:
         reference = copy.deepcopy(module)
-        _train(reference, examples, recipe, pad_id, on_step)
-    rehearsal = (
-        Rehearsal(earlier_draft or copy.deepcopy(module), examples[0], recipe.seed)
-        if recipe.rehearsal
-        else None
-    )
-    told, positions = _train(module, examples, recipe, pad_id, on_step, reference, rehearsal)
-    edge = max(1, len(told) // 10)
-    first, last = float(np.mean(told[:edge])), float(np.mean(told[-edge:]))
-    return Distilled(len(told), positions, first, last, time.monotonic() - started)
+        training.run(reference)
+    if recipe.rehearsal:
+        rehearsed = earlier_draft or copy.deepcopy(module)
+        rehearsal = Rehearsal(rehearsed, examples[0], recipe.seed)
+    losses, positions = training.run(module, reference, rehearsal)
+    edge = max(1, len(losses) // 10)
+    first, last = float(np.mean(losses[:edge])), float(np.mean(losses[-edge:]))
+    return Distilled(len(losses), positions, first, last, time.monotonic() - started)
 
 
-def _train(
-    module: nn.Module,
-    passes: Sequence[Sequence[Example]],
-    recipe: Recipe,
-    pad_id: int,
-    on_step: Callable[[], None],
-    reference: nn.Module | None = None,
-    rehearsal: Rehearsal | None = None,
-) -> tuple[list[float], int]:
-    """The loss of every step, and how many positions were learnt from, passes counted."""
-    device = next(module.parameters()).device
-    measure = divergence(recipe.divergence, recipe.beta)
-    total = step_count(passes, recipe)
-    optimizer = torch.optim.AdamW(
-        module.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, recipe.warmup_steps, total)
-    )
-    told: list[float] = []
-    positions = 0
-    module.train()
-    for group in epoch_batches(passes, recipe):
-        on_step()
-        optimizer.zero_grad()
-        told.append(0.0)
+def _lay_out(
+    module: nn.Module, passes: Sequence[Sequence[Signal]], recipe: Recipe, pad_id: int
+) -> list[list[Example]]:
+    """Each signal becomes one example, however many passes it is in."""
+    more = (recipe.branch_tokens, recipe.masks) if accepts_positions(module) else (0, 0)
+    made: dict[int, Example] = {}
+    for signals in passes:
+        for signal in signals:
+            if id(signal) not in made:
+                made[id(signal)] = Example.of(signal, *more, pad_id)
+    return [[made[id(signal)] for signal in signals] for signals in passes]
+
+
+@dataclass(frozen=True, slots=True)
+class _Training:
+    """The steps of one training run, for the draft and for AdaSPEC's reference alike."""
+
+    passes: Sequence[Sequence[Example]]
+    recipe: Recipe
+    pad_id: int
+    on_step: Callable[[], None]
+
+    def run(
+        self,
+        module: nn.Module,
+        reference: nn.Module | None = None,
+        rehearsal: Rehearsal | None = None,
+    ) -> tuple[list[float], int]:
+        """The loss of every step, and the number of positions over all passes."""
+        total = step_count(self.passes, self.recipe)
+        rate = self.recipe.learning_rate
+        optimizer, schedule = make_optimizer(module.parameters(), rate, total)
+        losses: list[float] = []
+        positions = 0
+        module.train()
+        for group in epoch_batches(self.passes, self.recipe):
+            self.on_step()
+            optimizer.zero_grad()
+            loss, count = self._backward(module, group, reference)
+            losses.append(loss)
+            positions += count
+            if rehearsal is not None:
+                moved = self.recipe.rehearsal * rehearsal.loss(module)
+                moved.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM)
+            optimizer.step()
+            schedule.step()
+        module.eval()
+        return losses, positions
+
+    def _backward(
+        self, module: nn.Module, group: Sequence[Example], reference: nn.Module | None
+    ) -> tuple[float, int]:
+        """Adds the gradients of one batch, in parts that fit in memory."""
+        recipe, total, positions = self.recipe, 0.0, 0
+        device = next(module.parameters()).device
+        weights = torch.tensor([1.0, recipe.branch_weight, MASK_WEIGHT], device=device)
         whole = sum(len(example.column_P) for example in group)
-        for part in split_by_memory(group, module.config.vocab_size, recipe.batch_signals):  # type: ignore[union-attr, arg-type]
-            batch = collate(part, pad_id, device)
-            loss_P = _loss(module, batch, measure, recipe)
-            weight_P = torch.tensor([1.0, recipe.branch_weight, recipe.mask_weight], device=device)[
-                batch.kind_P
-            ]
+        vocab_size: int = module.config.vocab_size  # type: ignore[union-attr, assignment]
+        for part in split_by_memory(group, vocab_size, recipe.batch_signals):
+            batch = collate(part, self.pad_id, device)
+            loss_P = draft_loss(module, batch, recipe)
+            weight_P = weights[batch.kind_P]
             if reference is not None:
-                weight_P = weight_P * _selected(loss_P, batch, measure, recipe, reference)
+                weight_P = weight_P * _selected(loss_P, batch, recipe, reference)
             loss = (loss_P * weight_P).sum() / weight_P.sum() * (len(loss_P) / whole)
             loss.backward()  # type: ignore[no-untyped-call]
-            told[-1] += loss.item()
+            total += loss.item()
             positions += int((weight_P > 0).sum())
-        if rehearsal is not None:
-            (recipe.rehearsal * rehearsal.loss(module)).backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(module.parameters(), recipe.clip_norm)
-        optimizer.step()
-        schedule.step()
-    module.eval()
-    return told, positions
-
-
-def _loss(module: nn.Module, batch: TrainingBatch, measure: Divergence, recipe: Recipe) -> Tensor:
-    if not recipe.exit_weight:
-        return position_losses(
-            draft_logits(module, batch), batch, measure, recipe.follow_temperature
-        )
-    last, *early = (
-        position_losses(said, batch, measure, recipe.follow_temperature)
-        for said in layer_logits(module, batch)
-    )
-    return (last + recipe.exit_weight * sum(early)) / (1 + recipe.exit_weight * len(early))
-
-
-def epoch_batches(passes: Sequence[Sequence[Example]], recipe: Recipe) -> Iterator[list[Example]]:
-    """Every batch of every epoch."""
-    rng = np.random.default_rng(recipe.seed)
-    for examples in islice(cycle(passes), recipe.epochs):
-        yield from batches(examples, recipe.batch_signals, rng)
-
-
-def step_count(passes: Sequence[Sequence[object]], recipe: Recipe) -> int:
-    """How many batches that are."""
-    return sum(
-        math.ceil(len(examples) / recipe.batch_signals)
-        for examples in islice(cycle(passes), recipe.epochs)
-    )
+        return total, positions
 
 
 @torch.no_grad()
-def _selected(
-    loss_P: Tensor, batch: TrainingBatch, measure: Divergence, recipe: Recipe, reference: nn.Module
-) -> Tensor:
-    """1 for the share of positions where the draft lags most behind a reference that has learnt already (AdaSPEC).
+def _selected(loss_P: Tensor, batch: TrainingBatch, recipe: Recipe, reference: nn.Module) -> Tensor:
+    """1 at the positions where the draft lags most behind a trained reference, else 0 [P].
 
-    arXiv 2510.19779: what the reference could not learn either would only use up a small draft's capacity.
+    AdaSPEC (arXiv 2510.19779): positions that the reference cannot learn waste the capacity of a
+    small draft.
     """
-    learnt_P = position_losses(
-        draft_logits(reference, batch), batch, measure, recipe.follow_temperature
-    )
-    gain_P = loss_P.detach() - learnt_P
-    kept = max(1, round(recipe.selected_share * len(gain_P)))
-    return (gain_P >= gain_P.topk(kept).values[-1]).to(gain_P.dtype)
+    reference_P = position_losses(draft_logits(reference, batch), batch, recipe)
+    gain_P = loss_P.detach() - reference_P
+    count = max(1, round(recipe.selected_share * len(gain_P)))
+    return (gain_P >= gain_P.topk(count).values[-1]).to(gain_P.dtype)
 
 
-def learning_rate_factor(step: int, warmup: int, total: int) -> float:
-    """Linear warm-up, then cosine down to a tenth."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], learning_rate: float, steps: int
+) -> tuple[Optimizer, LambdaLR]:
+    """AdamW and its schedule: linear warm-up, then cosine decay to a tenth."""
+    optimizer = AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    return optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
+
+
+def learning_rate_factor(step: int, total: int) -> float:
+    """The share of the full learning rate at a step."""
+    if step < WARMUP_STEPS:
+        return (step + 1) / WARMUP_STEPS
+    progress = min(1.0, (step - WARMUP_STEPS) / max(1, total - WARMUP_STEPS))
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))

@@ -1,27 +1,25 @@
-"""The gate: is the candidate better than the active draft, on requests that neither was trained on here?
+"""The gate: is the candidate better than the active draft, on requests that trained neither?
 
-Pure: signals and two models in, a report out; randomness is a seed. `evaluate` marks a model, `decide` compares marks:
-what simulates the gate calls the function that decides.
+Pure: signals and two models in, a report out; randomness is a seed. `evaluate` measures a model,
+`decide` compares two evaluations. Simulations of the gate call `decide`, too.
 
-Legend: R requests.
+Legend: R requests · S answers (a request may have several).
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import nn
 
 from online.signals import Signal
-from trainer.evaluation import Evaluation, Floats, evaluate
+from trainer.evaluation import Evaluation, evaluate
+from trainer.intervals import Floats, bootstrap_interval
 
-MIN_REQUESTS = 8  # fewer held-out requests prove nothing, whatever their interval says
-RESAMPLES = 2000
-# Of its intervals, which err on either side alike: an equal candidate passes in 4 % of cases. Most real ones gain.
-LEVEL = 0.92
+MIN_REQUESTS = 8  # fewer held-out requests prove nothing, whatever their interval
+LEVEL = 0.92  # equal candidates pass in 4 % of cases; most real candidates gain
 FORGETTING_TOLERANCE = 0.03  # of the active draft's tokens per step
 
 
@@ -42,20 +40,20 @@ NO_REQUESTS = PairedEvaluation(_EMPTY, _EMPTY)
 
 @dataclass(frozen=True, slots=True)
 class Stratum:
-    """One kind of traffic, as the gate saw both drafts on it."""
+    """Both drafts on one kind of traffic."""
 
     requests: int
     active_tokens_per_step: float
     candidate_tokens_per_step: float
     gain: float  # mean paired difference
-    gain_low: float  # its bootstrap interval, of `LEVEL`; infinite where nothing can be said
+    gain_low: float  # its interval at `LEVEL`; infinite without evidence
     gain_high: float
     active_acceptance: float
     candidate_acceptance: float
 
     @classmethod
-    def of(cls, compared: PairedEvaluation, seed: int) -> "Stratum":
-        (active, candidate), gain_R = compared, compared.gain_R
+    def of(cls, paired: PairedEvaluation, seed: int) -> "Stratum":
+        (active, candidate), gain_R = paired, paired.gain_R
         low, high = bootstrap_interval(gain_R, seed, LEVEL)
         return cls(
             len(gain_R),
@@ -75,18 +73,18 @@ class Stratum:
 
 @dataclass(frozen=True, slots=True)
 class GateReport(Stratum):
-    """What was found on the traffic that the candidate would serve, and the verdict."""
+    """The comparison on the traffic that the candidate would serve, and the decision."""
 
     promote: bool
     reason: str
     gamma: int
-    earlier: Stratum  # traffic from before the window, which the candidate must not forget
+    earlier: Stratum  # traffic before the window, which the candidate must not forget
     forgetting_tolerance: float
 
     def as_dict(self) -> dict[str, object]:
-        """JSON-ready: what is no finite number is None there."""
-        found: dict[str, object] = json_ready(asdict(self))
-        return found
+        """JSON-ready: numbers that are not finite become None."""
+        report: dict[str, object] = json_ready(asdict(self))
+        return report
 
 
 def compare_drafts(
@@ -100,20 +98,21 @@ def compare_drafts(
     tolerance: float = FORGETTING_TOLERANCE,
     seed: int = 0,
 ) -> GateReport:
-    """Compares two drafts, request by request. `candidate` holds the weights exactly as they would be served."""
+    """Compares two drafts by request. `candidate` has the weights exactly as served."""
 
-    def compared(signals: Sequence[Signal]) -> PairedEvaluation:
-        marked = (evaluate(module, signals, gamma, pad_id) for module in (active, candidate))
-        return PairedEvaluation(*(mean_by_request(marks, signals) for marks in marked))
+    def paired(signals: Sequence[Signal]) -> PairedEvaluation:
+        evaluations = (evaluate(module, signals, gamma, pad_id) for module in (active, candidate))
+        return PairedEvaluation(*(mean_by_request(one, signals) for one in evaluations))
 
-    return decide(compared(new), compared(earlier), gamma=gamma, tolerance=tolerance, seed=seed)
+    return decide(paired(new), paired(earlier), gamma=gamma, tolerance=tolerance, seed=seed)
 
 
-def mean_by_request(marks: Evaluation, signals: Sequence[Signal]) -> Evaluation:
-    """A request's n answers are one observation, not n: their means."""
+def mean_by_request(evaluation: Evaluation, signals: Sequence[Signal]) -> Evaluation:
+    """The means over each request's answers: n answers are one observation, not n."""
     _, request_S = np.unique([signal.origin for signal in signals], return_inverse=True)
     answers_R = np.maximum(np.bincount(request_S), 1)
-    return Evaluation(*(np.bincount(request_S, weights=marks_S) / answers_R for marks_S in marks))
+    means = (np.bincount(request_S, weights=value_S) / answers_R for value_S in evaluation)
+    return Evaluation(*means)
 
 
 def decide(
@@ -124,25 +123,29 @@ def decide(
     tolerance: float = FORGETTING_TOLERANCE,
     seed: int = 0,
 ) -> GateReport:
-    """Promotes what is proven better on new traffic and does not seem to have forgotten earlier traffic.
+    """Promotes a candidate that is proven better on new traffic and keeps the earlier traffic.
 
-    Better is what has to be proven: the interval's lower bound is above zero. For the earlier traffic the mean itself
-    is held against the tolerance. A bound would make the number of earlier requests decide: proof of no more than the
-    tolerated loss would refuse half of the candidates that lose nothing where there are forty requests, and proof of
-    a greater loss would let half of those pass that lose the tolerance and two standard errors more. By the mean both
-    kinds of error are alike, and rare at a distance of the tolerance from it.
+    Better: the interval's lower bound is above zero. Kept: the mean loss on earlier traffic is
+    within the tolerance. A bound there would let the number of earlier requests decide. Proof of
+    a tolerable loss would refuse half of the candidates that lose nothing, at forty requests.
+    Proof of a larger loss would pass half of those that lose two standard errors more than the
+    tolerance. With the mean, both errors are alike, and rare at the tolerance's distance from it.
     """
     found, before = Stratum.of(new, seed), Stratum.of(earlier, seed)
     refusal = _refusal(found) or _forgetting(before, tolerance)
-    said = f"{found.gain:+.3f} tokens per step ({LEVEL:.0%}: {found.interval}) on {found.requests} held-out requests"
     return GateReport(
         **asdict(found),
         promote=not refusal,
-        reason=refusal or said,
+        reason=refusal or _gain(found),
         gamma=gamma,
         earlier=before,
         forgetting_tolerance=tolerance,
     )
+
+
+def _gain(new: Stratum) -> str:
+    interval = f"({LEVEL:.0%}: {new.interval})"
+    return f"{new.gain:+.3f} tokens per step {interval} on {new.requests} held-out requests"
 
 
 def _refusal(new: Stratum) -> str:
@@ -161,46 +164,18 @@ def _forgetting(earlier: Stratum, tolerance: float) -> str:
     allowed = tolerance * earlier.active_tokens_per_step
     if earlier.requests < MIN_REQUESTS or earlier.gain >= -allowed:
         return ""
-    told = f"{earlier.gain:+.3f} tokens per step on {earlier.requests} earlier held-out requests"
-    return f"forgets: {told}, where {-allowed:+.3f} is tolerated"
-
-
-def bootstrap_interval(
-    differences_R: Floats, seed: int, level: float = 0.95
-) -> tuple[float, float]:
-    """The percentile interval of the mean of paired differences, widened for few of them.
-
-    Percentiles alone are too narrow there, as a normal interval with the sample's own deviation is: on real differences
-    those of 95 % promoted up to 8 % of equal candidates by 8 requests. They are moved away from the mean by the same
-    factor that turns such an interval into Student's.
-    """
-    count, tail = len(differences_R), (1 - level) / 2
-    if count < 2 or not np.isfinite(differences_R).all():
-        return float("-inf"), float("inf")
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(0, count, (RESAMPLES, count))
-    low, high = np.percentile(differences_R[picks].mean(1), [100 * tail, 100 - 100 * tail])
-    mean, wider = (
-        differences_R.mean(),
-        math.sqrt(count / (count - 1)) * _student_over_normal(1 - tail, count - 1),
-    )
-    return float(mean + wider * (low - mean)), float(mean + wider * (high - mean))
-
-
-def _student_over_normal(share: float, freedom: int) -> float:
-    """Of their quantiles; Student's by its expansion about the normal one, to 0.4 % from 7 degrees of freedom on."""
-    z = NormalDist().inv_cdf(share)
-    return 1 + (z**2 + 1) / (4 * freedom) + (5 * z**4 + 16 * z**2 + 3) / (96 * freedom**2)
+    loss = f"{earlier.gain:+.3f} tokens per step on {earlier.requests} earlier held-out requests"
+    return f"forgets: {loss}, where {-allowed:+.3f} is tolerated"
 
 
 def _mean(values: Floats) -> float:
     return float(values.mean()) if len(values) else 0.0
 
 
-def json_ready(told: Any) -> Any:
-    """The same with None for what is no finite number: databases differ in what JSON they take."""
-    if isinstance(told, dict):
-        return {key: json_ready(value) for key, value in told.items()}
-    if isinstance(told, list | tuple):
-        return [json_ready(value) for value in told]
-    return None if isinstance(told, float) and not math.isfinite(told) else told
+def json_ready(value: Any) -> Any:
+    """Replaces numbers that are not finite by None: not every database stores them in JSON."""
+    if isinstance(value, dict):
+        return {key: json_ready(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

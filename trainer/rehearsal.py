@@ -1,10 +1,11 @@
-"""Rehearsal: what a draft could do before, so that learning one kind of traffic does not unlearn the others.
+"""Rehearsal: learning one kind of traffic must not erase the others.
 
-A draft knows more than its route's signals show: what it was pretrained on comes back when the traffic shifts. Nothing
-of that is at hand, but the draft of that time is: it writes samples of its own, and a later one that learns is held to
-its distribution on them (pseudo-rehearsal, Robins 1995). No data is kept for it, and no target asked.
+A draft knows more than its route's signals show: its pretraining matters again when the traffic
+shifts. That data is not available, but the earlier draft is. It writes samples of its own, and
+the new draft is held to its distribution on them (pseudo-rehearsal, Robins 1995). This needs
+neither stored data nor the target.
 
-Legend: R sequences, T tokens, B sequences of a step, V vocabulary.
+Legend: R samples · T tokens · B samples of a step · V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -13,46 +14,48 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainer.batches import Example
+from trainer.examples import Example
 
-SEQUENCES, TOKENS = 64, 96  # written before the first step
-PER_STEP = 2  # of them, rehearsed beside every batch of lessons
+SAMPLES, TOKENS = 64, 96  # written before the first step
+PER_STEP = 2  # samples rehearsed beside every batch of examples
 
 
 class Rehearsal:
-    """A former draft, which stays as it is, and what it writes. `loss` is how far a later one has moved from it."""
+    """An earlier draft, which stays unchanged, and its samples."""
 
     def __init__(self, earlier_draft: nn.Module, examples: Sequence[Example], seed: int) -> None:
-        self._former = earlier_draft.eval().requires_grad_(False)
+        self._earlier = earlier_draft.eval().requires_grad_(False)
         self._rng = np.random.default_rng(seed)
-        # As prompts begin, so that the draft goes on as in the traffic that it knows.
+        # Start as prompts start, so that the draft continues as in traffic that it knows.
         starts = [int(example.ids_T[0]) for example in examples]
-        first_R1 = torch.tensor(
-            self._rng.choice(starts, SEQUENCES), device=next(earlier_draft.parameters()).device
-        )[:, None]
-        self._ids_RT = write(self._former, first_R1, TOKENS, seed)
+        first_R = torch.from_numpy(self._rng.choice(starts, SAMPLES))
+        device = next(earlier_draft.parameters()).device
+        self._ids_RT = write(self._earlier, first_R[:, None].to(device), TOKENS, seed)
 
     def loss(self, module: nn.Module) -> Tensor:
-        """KL(former‖now), mean over the positions of a few sequences."""
+        """KL(earlier‖module), the mean over the positions of a few samples."""
         ids_BT = self._ids_RT[self._rng.integers(0, len(self._ids_RT), PER_STEP)]
         with torch.no_grad():
-            former_logp_BTV = (
-                self._former(input_ids=ids_BT, use_cache=False).logits.float().log_softmax(-1)
-            )
-        now_logp_BTV = module(input_ids=ids_BT, use_cache=False).logits.float().log_softmax(-1)
-        moved: Tensor = (former_logp_BTV.exp() * (former_logp_BTV - now_logp_BTV)).sum(-1).mean()
-        return moved
+            earlier_logp_BTV = _logp(self._earlier, ids_BT)
+        kl_BTV = earlier_logp_BTV.exp() * (earlier_logp_BTV - _logp(module, ids_BT))
+        return kl_BTV.sum(-1).mean()
+
+
+def _logp(module: nn.Module, ids_BT: Tensor) -> Tensor:
+    logits_BTV: Tensor = module(input_ids=ids_BT, use_cache=False).logits
+    return logits_BTV.float().log_softmax(-1)
 
 
 @torch.no_grad()
 def write(module: nn.Module, first_R1: Tensor, tokens: int, seed: int) -> Tensor:
-    """Sequences that the draft samples at temperature 1 from their first tokens on [R, T]."""
+    """Sequences that the draft samples at temperature 1 after their first token [R, T]."""
     generator = torch.Generator(first_R1.device).manual_seed(seed)
-    ids_RT = fed = first_R1
+    ids_RT = new_R1 = first_R1
     cache = None
     for _ in range(tokens - 1):
-        out = module(input_ids=fed, cache=cache, use_cache=True, logits_to_keep=1)
+        out = module(input_ids=new_R1, cache=cache, use_cache=True, logits_to_keep=1)
         cache = out.past_key_values
-        fed = torch.multinomial(out.logits[:, -1].float().softmax(-1), 1, generator=generator)
-        ids_RT = torch.cat([ids_RT, fed], 1)
+        p_RV = out.logits[:, -1].float().softmax(-1)
+        new_R1 = torch.multinomial(p_RV, 1, generator=generator)
+        ids_RT = torch.cat([ids_RT, new_R1], 1)
     return ids_RT

@@ -1,4 +1,4 @@
-"""The Celery tasks. Each opens, calls and reports; the work is in `trainer.cycle`, in a process of its own.
+"""The Celery tasks. Each opens, calls and reports; `trainer.cycle` works in its own process.
 
 celery -A trainer.tasks worker
 celery -A trainer.tasks beat
@@ -46,7 +46,7 @@ def _canaries() -> CanaryLedger:
 
 @app.task(name=CYCLE_TASK)  # type: ignore[untyped-decorator]
 def cycle(cycle_id: int) -> str:
-    """Works a queued cycle, or one whose worker went silent. Delivered twice, the second delivery finds it taken."""
+    """Works a queued cycle, or one whose worker is silent. A second delivery finds it taken."""
     ledger = _ledger()
     if ledger.give_up(cycle_id, settings.lease_s, MAX_ATTEMPTS):
         return "failed"
@@ -59,15 +59,16 @@ def cycle(cycle_id: int) -> str:
         try:
             ledger.release(lease, fault)
         except LeaseLost:
-            pass  # The attempt had finished, or another worker has it.
+            pass  # The attempt has finished, or another worker has the cycle.
     return ledger.cycle(cycle_id).state
 
 
 @app.task(name=TICK_TASK)  # type: ignore[untyped-decorator]
 def tick() -> int:
-    """Starts a cycle wherever one is worth it, and sends unfinished ones again that nobody works on.
+    """Starts a cycle on every route where one is due, and resends unfinished ones without a worker.
 
-    While a canary is on trial no cycle starts: its signals wait, and the next draft will descend from whichever wins.
+    No cycle starts while a canary is on trial: its signals wait, since the next draft descends
+    from whichever version wins.
     """
     buffer, ledger, sent = signal_buffer(settings), _ledger(), 0
     canaries = _canaries().running()
@@ -79,7 +80,7 @@ def tick() -> int:
             unfinished, _ = ledger.request(route.name, "beat", need.reason)
             if need.shift:
                 _registry().record("beat", "shift", route.name, need.shift)
-        # `take` decides: an attempt that is alive keeps its cycle, however often it is sent.
+        # A live attempt keeps its cycle, however often it is sent: `take` decides.
         if unfinished is not None:
             cycle.apply_async(args=[unfinished.id], expires=settings.tick_s * 3)
             sent += 1
@@ -87,9 +88,10 @@ def tick() -> int:
 
 
 def _work(lease: Lease) -> str:
-    """Runs the cycle in a subprocess: a real time limit, memory given back, and a worker that still answers.
+    """Runs the cycle in a subprocess; returns its fault, if it has one that the ledger lacks.
 
-    In a session of its own, so that it can give way to everything else on the machine (see `trainer.cycle.lower_priority`).
+    So it has a real time limit, returns its memory, and leaves the worker responsive. It leads a
+    session of its own, which lowers its priority (see `lease_keeper.lower_priority`).
     """
     numbers = {"--cycle": lease.cycle_id, "--fence": lease.fence, "--worker": os.getpid()}
     command = [

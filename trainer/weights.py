@@ -1,4 +1,4 @@
-"""Drafts as the trainer holds them: read from artifacts in float32, written in the precision that they come in."""
+"""Drafts in the trainer: read from artifacts in float32, written in their stored precision."""
 
 import logging
 from dataclasses import dataclass
@@ -28,7 +28,11 @@ class Weights:
         return self.read(version.sha256)
 
     def read(self, digest: str) -> nn.Module:
-        """Raises ArtifactError where the files are missing or damaged."""
+        """Loads an artifact on the trainer's device.
+
+        Raises:
+            ArtifactError: its files are missing or damaged.
+        """
         folder = self.artifacts.verify(digest)
         module: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32
@@ -36,24 +40,20 @@ class Weights:
         return module.to(self.settings.trainer_device)
 
     def first(self, route: str) -> nn.Module | None:
-        """The draft that the route began with; None if its artifact is gone, which is no reason not to learn."""
+        """The first draft of the route, for rehearsal; None if its artifact is gone."""
         oldest = self.registry.versions(route)[-1]
-        if is_generic(
-            oldest
-        ):  # a cluster's: it stands for what the default route happened to run then
+        if is_generic(oldest):
+            # A cluster begins with a later draft of the default route: rehearse that route's first.
             oldest = self.registry.versions(self.settings.default_route)[-1]
         try:
             return self.load(oldest)
         except ArtifactError as error:
-            log.warning("the parent is rehearsed, not the first draft: %s", error)
+            log.warning("rehearsing the parent instead of the first draft: %s", error)
             return None
 
     def save(self, module: nn.Module, parent: Version, folder: Path) -> None:
-        """In the parent's stored precision, so that every version of a route is one kind of file."""
-        stored = (
-            transformers.AutoConfig.from_pretrained(self.artifacts.path(parent.sha256)).dtype
-            or torch.float32
-        )
-        # Under the names that the decoder's live module has, which for some families are not those of their first
-        # files.
-        module.to(stored).save_pretrained(folder, max_shard_size="1TB", save_original_format=False)  # type: ignore[operator]
+        """Writes in the parent's stored precision, so that a route has one kind of file."""
+        config = transformers.AutoConfig.from_pretrained(self.artifacts.path(parent.sha256))
+        module = module.to(config.dtype or torch.float32)
+        # Under the decoder's tensor names, which differ from the original files in some families.
+        module.save_pretrained(folder, max_shard_size="1TB", save_original_format=False)  # type: ignore[operator]

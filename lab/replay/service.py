@@ -32,7 +32,8 @@ from online.registry import Registry
 from online.settings import Settings
 from online.signals import Signal, decode
 from online.tables import Cycle, Version
-from trainer.cycle import CycleContext, run
+from trainer.context import CycleContext
+from trainer.cycle import run
 from trainer.evaluation import Evaluation, evaluate
 from trainer.scheduling import assess_route
 

@@ -37,9 +37,9 @@ from lab.warmup.register import opened, register
 from online.artifacts import ArtifactStore
 from online.errors import SlipstreamError
 from online.settings import Settings
-from trainer.distill import Recipe
-from trainer.divergences import DIVERGENCES
+from trainer.divergences import names
 from trainer.gate import GateReport, compare_drafts
+from trainer.recipe import Recipe
 
 LAYERS = 2
 
@@ -62,7 +62,7 @@ def main() -> None:
         help="make it version 1 of this route, in SLIPSTREAM_DATABASE_URL",
     )
     usual = Recipe()
-    parser.add_argument("--divergence", choices=DIVERGENCES, default=usual.divergence)
+    parser.add_argument("--divergence", choices=names(), default=usual.divergence)
     parser.add_argument("--epochs", type=int, default=usual.epochs)
     parser.add_argument("--learning-rate", type=float, default=usual.learning_rate)
     args = parser.parse_args()

@@ -16,8 +16,10 @@ from lab.stored import stored
 from lab.warmup.initial import spread, thinned
 from online.messages import Query
 from online.signals import Signal, decode
-from trainer.batches import held_out, usable
-from trainer.distill import Distilled, Recipe, distill, step_count
+from trainer.batches import step_count
+from trainer.distill import Distilled, distill
+from trainer.examples import held_out, usable
+from trainer.recipe import Recipe
 
 AT_ONCE = 32  # queries answered together
 HELD_OUT_GAMMA = 4

@@ -30,7 +30,8 @@ from lab.warmup.answers import (
 from lab.warmup.prompts import SOURCES, STUDENTS, frame_of, prompts
 from lab.warmup.quality import Difference, Quality, difference, measure_quality
 from online.signals import Signal
-from trainer.distill import Recipe, distill
+from trainer.distill import distill
+from trainer.recipe import Recipe
 
 BLUR = 0.1  # by how much the second student differs from the draft at the start, as a share of each tensor's deviation
 

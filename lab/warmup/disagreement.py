@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from trainer.divergences import jensen_shannon
+from trainer.divergences.jensen_shannon import jensen_shannon
 
 
 @dataclass(frozen=True, slots=True)

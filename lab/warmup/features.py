@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, smooth_l1_loss
 
 from online.signals import Signal
-from trainer.batches import Example
-from trainer.distill import Recipe, epoch_batches, learning_rate_factor
+from trainer.batches import epoch_batches
+from trainer.distill import CLIP_NORM, make_optimizer
+from trainer.examples import Example
+from trainer.recipe import Recipe
 
 SMOOTH = 2.0  # below this distance the loss is square, as in the paper's own code
 
@@ -55,14 +57,8 @@ def match_features(
     device = next(draft.parameters()).device
     bridge = projector(draft, target, recipe.seed)
     groups = list(epoch_batches([[Example.of(signal) for signal in signals]], recipe))
-    optimizer = torch.optim.AdamW(
-        [*draft.parameters(), *bridge.parameters()],
-        lr=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, recipe.warmup_steps, len(groups))
-    )
+    parameters = [*draft.parameters(), *bridge.parameters()]
+    optimizer, schedule = make_optimizer(parameters, recipe.learning_rate, len(groups))
     told: list[float] = []
     draft.train()
     for group in groups:
@@ -77,7 +73,7 @@ def match_features(
         loss = smooth_l1_loss(found_BTH[seen_BT], wanted_BTH[seen_BT], beta=SMOOTH)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(draft.parameters(), recipe.clip_norm)
+        nn.utils.clip_grad_norm_(draft.parameters(), CLIP_NORM)
         optimizer.step()
         schedule.step()
         told.append(loss.item())

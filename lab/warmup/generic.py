@@ -35,7 +35,8 @@ from lab.warmup.answers import (
 from lab.warmup.features import match_features
 from lab.warmup.quality import Quality, difference, measure_quality
 from online.signals import Signal
-from trainer.distill import Recipe, step_count
+from trainer.batches import step_count
+from trainer.recipe import Recipe
 
 WAYS = ("one stage", "outputs, outputs", "features, outputs")
 

@@ -13,11 +13,13 @@ from torch import nn
 from lab.statistics import Floats
 from lab.warmup.answers import HELD_OUT_GAMMA, pad_id
 from online.signals import Signal
-from trainer.batches import Example, collate
-from trainer.distill import draft_logits
-from trainer.divergences import draft_classes, forward_kl
+from trainer.batches import collate
+from trainer.divergences.forward_kl import forward_kl
 from trainer.evaluation import acceptance, tokens_per_step
-from trainer.gate import bootstrap_interval
+from trainer.examples import Example
+from trainer.intervals import bootstrap_interval
+from trainer.losses import draft_logits
+from trainer.truncated import draft_classes
 
 TOGETHER = 16
 

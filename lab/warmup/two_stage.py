@@ -35,7 +35,7 @@ from lab.warmup.answers import (
 )
 from lab.warmup.quality import Quality, difference, measure_quality
 from online.signals import Signal
-from trainer.distill import Recipe
+from trainer.recipe import Recipe
 
 PLAIN, DRAFTED = Case("plain"), Case("with a draft", drafts=True)
 CONTESTANTS = [(who, case) for who in ("teacher", "smaller") for case in (PLAIN, DRAFTED)]

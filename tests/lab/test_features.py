@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from lab.warmup.features import match_features, projector
 from tests.signals import taught
 from tests.tiny import VOCABULARY, TinyPair
-from trainer.distill import Recipe
+from trainer.recipe import Recipe
 
 
 def narrow() -> LlamaForCausalLM:

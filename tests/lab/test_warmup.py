@@ -23,7 +23,7 @@ from tests.conftest import copy_into
 from tests.lab.conftest import Command, prompts
 from tests.signals import taught
 from tests.tiny import TinyPair
-from trainer.batches import usable
+from trainer.examples import usable
 
 
 def test_a_target_gets_its_first_draft_as_version_1(command: Command, tmp_path: Path) -> None:

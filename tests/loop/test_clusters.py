@@ -11,7 +11,8 @@ from tests.conftest import copy_into
 from tests.loop.conftest import Loop
 from tests.signals import taught
 from tests.tiny import TinyPair
-from trainer.cycle import CycleContext, run
+from trainer.context import CycleContext
+from trainer.cycle import run
 
 CLUSTER = "default-c1"
 

@@ -15,7 +15,7 @@ from tests.conftest import copy_into
 from tests.loop.conftest import Loop, kill, until
 from tests.signals import taught
 from tests.tiny import TinyPair
-from trainer.cycle import CycleContext
+from trainer.context import CycleContext
 
 MANY = "99999999999999-0"
 

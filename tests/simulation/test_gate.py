@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from tests.unit.test_gate import verdict
-from trainer.gate import LEVEL, bootstrap_interval
+from trainer.gate import LEVEL
+from trainer.intervals import bootstrap_interval
 
 
 @pytest.mark.parametrize("requests", [8, 12, 40, 100])

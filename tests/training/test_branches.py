@@ -12,9 +12,11 @@ from online.settings import Settings
 from online.signals import Signal
 from tests.signals import signal, taught
 from tests.tiny import TinyPair
-from trainer.batches import BRANCH, MASK, Example, collate
-from trainer.distill import Recipe, accepts_positions, distill, draft_logits, position_losses
-from trainer.divergences import divergence
+from trainer.batches import collate
+from trainer.distill import distill
+from trainer.examples import BRANCH, MASK, Example
+from trainer.losses import accepts_positions, draft_logits, position_losses
+from trainer.recipe import Recipe
 from trainer.recipe_search import CANDIDATES, configured_recipe
 
 
@@ -73,7 +75,7 @@ def test_every_supervised_position_is_computed_in_its_own_context(
         n = 0
         for example in examples:
             of = contexts(example.signal)
-            for logged in example.logged_P:
+            for logged in example.verified_P:
                 alone_V = module(torch.tensor([of[int(logged)]])).logits[0, -1]
                 assert torch.allclose(together_PV[n], alone_V, atol=1e-4)
                 n += 1
@@ -83,7 +85,7 @@ def test_every_supervised_position_is_computed_in_its_own_context(
 def test_branches_add_their_positions_once() -> None:
     """All verified positions are on the path or on a branch, none twice."""
     example = Example.of(drafted(), branch_tokens=16)
-    assert sorted(example.logged_P.tolist()) == list(range(12))
+    assert sorted(example.verified_P.tolist()) == list(range(12))
     assert (example.kind_P == BRANCH).sum() == 5
     assert (Example.of(drafted(), branch_tokens=1).kind_P == BRANCH).sum() == 2
 
@@ -92,7 +94,7 @@ def test_an_answer_that_ended_inside_a_draft_has_no_branch_there() -> None:
     """A stop string cuts what was accepted: what came after was never emitted, and is no rejection."""
     cut = replace(drafted(), output_ids=np.array([10], np.int32))
     assert list(cut.branches()) == []
-    assert Example.of(cut, 16).logged_P.tolist() == [0]
+    assert Example.of(cut, 16).verified_P.tolist() == [0]
 
 
 def test_branch_weight_zero_learns_what_the_path_alone_teaches(pair: TinyPair) -> None:
@@ -159,7 +161,7 @@ def test_masks_hold_the_places_of_what_follows(pair: TinyPair) -> None:
         for n, (start, place) in zip(np.flatnonzero(masked), expected, strict=True):
             fed = [*text[: 3 + start - 1], *[3] * (place - start + 1)]
             assert torch.allclose(found_PV[n], module(torch.tensor([fed])).logits[0, -1], atol=1e-4)
-            assert example.logged_P[n] == dict(taught_by.path())[place]
+            assert example.verified_P[n] == dict(taught_by.path())[place]
 
 
 def test_masks_are_learnt_from(pair: TinyPair) -> None:
@@ -170,8 +172,6 @@ def test_masks_are_learnt_from(pair: TinyPair) -> None:
         distill(module, [signals], Recipe(epochs=4, rehearsal=0, masks=masks), pad_id=3)
         batch = collate([Example.of(one, 0, 2, 3) for one in signals[:20]], 3, "cpu")
         with torch.no_grad():
-            loss_P = position_losses(
-                draft_logits(module, batch), batch, divergence("forward_kl", 0.5), False
-            )
+            loss_P = position_losses(draft_logits(module, batch), batch, Recipe())
         told[masks] = loss_P[batch.kind_P == MASK].mean().item()
     assert told[2] < told[0] - 0.1

@@ -10,11 +10,13 @@ from transformers import AutoModelForCausalLM
 import trainer.batches
 from tests.signals import signal, taught
 from tests.tiny import VOCABULARY, TinyPair
-from trainer.batches import Example, batches, collate, held_out, split_by_memory, usable
-from trainer.distill import Recipe, distill, draft_logits, layer_logits, position_losses
-from trainer.divergences import divergence
+from trainer.batches import batches, collate, split_by_memory
+from trainer.distill import distill
 from trainer.evaluation import evaluate
+from trainer.examples import Example, held_out, usable
 from trainer.gate import compare_drafts
+from trainer.losses import draft_logits, layer_logits, position_losses
+from trainer.recipe import Recipe
 
 
 def test_a_spoilt_draft_learns_from_signals(pair: TinyPair) -> None:
@@ -36,7 +38,7 @@ def test_what_does_not_fit_at_once_is_learnt_in_parts(
     signals = taught(pair.target, 24)
     found = []
     for room, most in ((2**27, 8), (100 * VOCABULARY, 4), (1, 1)):
-        monkeypatch.setattr(trainer.batches, "LOGITS_AT_ONCE", room)
+        monkeypatch.setattr(trainer.batches, "MAX_LOGITS", room)
         sizes = [
             len(group) for group in split_by_memory([Example.of(s) for s in signals], VOCABULARY, 8)
         ]
@@ -179,14 +181,9 @@ def test_earlier_layers_learn_where_a_recipe_says_so(pair: TinyPair) -> None:
     for weight in (0.0, 1.0):
         module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
         distill(module, [signals], Recipe(epochs=4, rehearsal=0, exit_weight=weight), pad_id=3)
-        batch, measure = (
-            collate([Example.of(one) for one in signals[:20]], 3, "cpu"),
-            divergence("forward_kl", 0.5),
-        )
+        batch = collate([Example.of(one) for one in signals[:20]], 3, "cpu")
         with torch.no_grad():
             said = layer_logits(module, batch)
             assert torch.allclose(said[0], draft_logits(module, batch), atol=1e-4)
-            told[weight] = [
-                position_losses(each, batch, measure, False).mean().item() for each in said
-            ]
+            told[weight] = [position_losses(each, batch, Recipe()).mean().item() for each in said]
     assert told[1.0][1] < told[0.0][1] - 0.1

@@ -13,8 +13,8 @@ from online.tables import Version
 from tests.signals import taught
 from tests.tiny import TinyPair
 from trainer import recipe_search
-from trainer.distill import Recipe
-from trainer.recipe_search import CANDIDATES, choose_recipe, configured_recipe, search
+from trainer.recipe import Recipe
+from trainer.recipe_search import CANDIDATES, Search, choose_recipe, configured_recipe, run_search
 
 BASE = Recipe(epochs=2, learning_rate=3e-3)
 
@@ -69,16 +69,16 @@ def test_the_worse_half_is_dropped_until_one_is_left(
     """The usual recipe is in every round, beside the better of the others; the draft is left alone."""
     module = spoilt(pair)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    found, tried = search(module, examples, BASE, 4, 3)
+    found, tried = run_search(Search(module, examples, 4, 3), BASE)
     assert [
-        len([t for t in tried if t.examples == n]) for n in sorted({t.examples for t in tried})
+        len([t for t in tried if t.lessons == n]) for n in sorted({t.lessons for t in tried})
     ] == [3, 2]
     last = tried[3:]
     assert found in [one.change for one in last]
     best = max(tried[1:3], key=lambda one: one.tokens_per_step)
     assert [one.change for one in last] == [{}, best.change]
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
-    assert search(module, examples, BASE, 4, 3) == (found, tried)
+    assert run_search(Search(module, examples, 4, 3), BASE) == (found, tried)
 
 
 def test_a_recipe_that_ruins_the_draft_is_not_chosen(
@@ -88,12 +88,12 @@ def test_a_recipe_that_ruins_the_draft_is_not_chosen(
     ruin, help_ = {"learning_rate": 30.0}, {"epochs": 6}
     for candidates, chosen in ((({}, ruin), {}), ((ruin, help_), help_), (({}, {"seed": 0}), {})):
         monkeypatch.setattr(recipe_search, "CANDIDATES", candidates)
-        assert search(spoilt(pair), examples, BASE, 4, 3)[0] == chosen
+        assert run_search(Search(spoilt(pair), examples, 4, 3), BASE)[0] == chosen
 
 
 def test_few_lessons_are_no_search(pair: TinyPair, examples: list[Signal]) -> None:
     """The configured recipe then."""
-    assert search(spoilt(pair), examples[:30], BASE, 4, 3) == ({}, ())
+    assert run_search(Search(spoilt(pair), examples[:30], 4, 3), BASE) == ({}, ())
 
 
 def test_a_choice_is_kept_until_the_traffic_shifts(pair: TinyPair, examples: list[Signal]) -> None:
@@ -106,15 +106,15 @@ def test_a_choice_is_kept_until_the_traffic_shifts(pair: TinyPair, examples: lis
         "over": {"divergence": "forward_kl"},
     }  # type: ignore[arg-type]
     parent = Version(route="r", recipe=recipe, gate={"candidate_acceptance": 0.02})
-    assert choose_recipe(module, examples, BASE, parent, 4, 3) == {
+    assert choose_recipe(Search(module, examples, 4, 3), BASE, parent) == {
         "choice": kept,
         "over": {"divergence": "forward_kl"},
     }
-    other = choose_recipe(module, examples, replace(BASE, divergence="jsd"), parent, 4, 3)
+    other = choose_recipe(Search(module, examples, 4, 3), replace(BASE, divergence="jsd"), parent)
     assert len(other["tried"]) == 5, "it was made of another recipe than is configured now"
     fallen = Version(route="r", recipe=recipe, gate={"candidate_acceptance": 0.9})
-    assert len(choose_recipe(module, examples, BASE, fallen, 4, 3)["tried"]) == 5
+    assert len(choose_recipe(Search(module, examples, 4, 3), BASE, fallen)["tried"]) == 5
     first = Version(route="r", recipe={"origin": "first draft"}, gate={})
-    found = choose_recipe(module, examples, BASE, first, 4, 3)
+    found = choose_recipe(Search(module, examples, 4, 3), BASE, first)
     assert len(found["tried"]) == 5
     assert replace(BASE, **found["choice"]) == Recipe.of({**BASE.as_dict(), **found["choice"]})  # type: ignore[dict-item]

@@ -7,9 +7,10 @@ from transformers import AutoModelForCausalLM
 
 from tests.signals import taught
 from tests.tiny import TinyPair
-from trainer.batches import Example
-from trainer.distill import Recipe, distill
-from trainer.rehearsal import SEQUENCES, TOKENS, Rehearsal, write
+from trainer.distill import distill
+from trainer.examples import Example
+from trainer.recipe import Recipe
+from trainer.rehearsal import SAMPLES, TOKENS, Rehearsal, write
 
 
 def draft(pair: TinyPair) -> torch.nn.Module:
@@ -42,7 +43,7 @@ def test_nothing_has_moved_at_the_start(pair: TinyPair) -> None:
     assert moved.item() > 1e-4
     moved.backward()
     assert all(p.grad is not None for p in module.parameters())
-    assert tuple(rehearsal._ids_RT.shape) == (SEQUENCES, TOKENS)
+    assert tuple(rehearsal._ids_RT.shape) == (SAMPLES, TOKENS)
 
 
 def test_a_draft_that_rehearses_forgets_less(pair: TinyPair) -> None:

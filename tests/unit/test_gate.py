@@ -6,15 +6,10 @@ import numpy as np
 import pytest
 
 from tests.signals import signal
-from trainer.batches import held_out
 from trainer.evaluation import Evaluation, served_gamma, tokens_per_step
-from trainer.gate import (
-    GateReport,
-    PairedEvaluation,
-    bootstrap_interval,
-    decide,
-    mean_by_request,
-)
+from trainer.examples import held_out
+from trainer.gate import GateReport, PairedEvaluation, decide, mean_by_request
+from trainer.intervals import bootstrap_interval
 
 
 @pytest.mark.parametrize("gamma", [1, 2, 4])

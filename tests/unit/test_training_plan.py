@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from online.buffer import Entry
 from online.signals import Signal
 from tests.signals import signal
-from trainer.batches import held_out
+from trainer.examples import held_out
 from trainer.gate import MIN_REQUESTS
 from trainer.training_plan import (
     HeldOutSet,
@@ -19,7 +19,9 @@ from trainer.training_plan import (
     replay_order,
 )
 
-BOUNDS = PlanLimits(replay=400, exam=200, client_share=0.5, fewest=0)
+BOUNDS = PlanLimits(
+    replayed_signals=400, held_out_requests=200, client_share=0.5, min_client_signals=0
+)
 
 
 def requests(count: int, name: str = "r", client: str = "", **more: object) -> list[Signal]:
@@ -42,10 +44,10 @@ def test_what_is_examined_is_not_learnt_and_nothing_is_lost() -> None:
     """The window's and the older held-out requests are the two strata, all others the lessons."""
     window, older = requests(200, "w"), requests(300, "o")
     found = make_plan(window, older, BOUNDS)
-    assert sorted(ids(found.passes[0] + both(found.exam))) == sorted(ids(window + older))
+    assert sorted(ids(found.passes[0] + both(found.held_out))) == sorted(ids(window + older))
     assert [held_out(s) for s in found.passes[0]] == [False] * len(found.passes[0])
-    assert ids(found.exam.new) == ids([s for s in reversed(window) if held_out(s)])
-    assert ids(found.exam.earlier) == ids([s for s in older if held_out(s)])
+    assert ids(found.held_out.new) == ids([s for s in reversed(window) if held_out(s)])
+    assert ids(found.held_out.earlier) == ids([s for s in older if held_out(s)])
     assert found.left_out == {"lessons": 0, "exam": 0}
 
 
@@ -58,9 +60,15 @@ def test_the_same_signals_make_the_same_curriculum() -> None:
 def test_bounds_keep_the_newest() -> None:
     """Of the replay and of each stratum."""
     window, older = requests(400, "w"), requests(400, "o")
-    found = make_plan(window, older, PlanLimits(replay=10, exam=12, client_share=0.5, fewest=0))
-    assert ids(found.exam.new) == ids([s for s in reversed(window) if held_out(s)][:12])
-    assert ids(found.exam.earlier) == ids([s for s in older if held_out(s)][:12])
+    found = make_plan(
+        window,
+        older,
+        PlanLimits(
+            replayed_signals=10, held_out_requests=12, client_share=0.5, min_client_signals=0
+        ),
+    )
+    assert ids(found.held_out.new) == ids([s for s in reversed(window) if held_out(s)][:12])
+    assert ids(found.held_out.earlier) == ids([s for s in older if held_out(s)][:12])
     assert [i for i in ids(found.passes[0]) if i[0] == "o"] == ids(
         [s for s in older if not held_out(s)][:10]
     )
@@ -71,7 +79,7 @@ def test_a_window_of_few_held_out_requests_borrows_older_ones() -> None:
     window, older = requests(12, "w"), requests(100, "o")
     own = [s for s in reversed(window) if held_out(s)]
     assert 0 < len(own) < MIN_REQUESTS
-    exam = make_plan(window, older, BOUNDS).exam
+    exam = make_plan(window, older, BOUNDS).held_out
     assert ids(exam.new) == ids([*own, *(s for s in older if held_out(s))])[:MIN_REQUESTS]
     assert len(set(ids(both(exam)))) == len(both(exam))
 
@@ -82,10 +90,10 @@ def test_what_came_since_the_active_draft_is_new() -> None:
     recent = {s.request_id for s in older if s.request_id[0] == "r"}
     plain, found = make_plan(window, older, BOUNDS), make_plan(window, older, BOUNDS, recent)
     assert found.passes == plain.passes
-    assert ids(found.exam.new) == ids(
+    assert ids(found.held_out.new) == ids(
         [*(s for s in reversed(window) if held_out(s)), *(s for s in older[:100] if held_out(s))]
     )
-    assert ids(found.exam.earlier) == ids([s for s in older if held_out(s)]), (
+    assert ids(found.held_out.earlier) == ids([s for s in older if held_out(s)]), (
         "nor may they be forgotten"
     )
 
@@ -95,20 +103,20 @@ def test_a_flood_has_no_more_than_its_share() -> None:
     window = requests(500, "flood", "f") + requests(100, "base", "b")
     older = requests(300, "oldflood", "f") + requests(60, "oldbase")
     found = make_plan(window, older, BOUNDS)
-    for side in (found.passes[0], found.exam.new, found.exam.earlier):
+    for side in (found.passes[0], found.held_out.new, found.held_out.earlier):
         assert 0 < clients(side)["f"] <= len(side) / 2
         assert clients(side)["b"] + clients(side)[""] >= len(side) / 2
     held = [s for s in reversed(window) if held_out(s)]
-    kept = [s for s in found.exam.new if s.client == "f"]
+    kept = [s for s in found.held_out.new if s.client == "f"]
     assert ids(kept) == ids([s for s in held if s.client == "f"][: len(kept)])
-    assert found.left_out["exam"] == len(held) - len(found.exam.new)
+    assert found.left_out["exam"] == len(held) - len(found.held_out.new)
     assert found.left_out["lessons"] > 300
 
 
 def test_a_single_client_is_learnt_from() -> None:
     """A route of one application is not left without lessons."""
     found = make_plan(requests(50, "w", "a"), requests(50, "o", "a"), BOUNDS)
-    assert len(found.passes[0]) + len(both(found.exam)) == 100
+    assert len(found.passes[0]) + len(both(found.held_out)) == 100
 
 
 def test_nobody_is_many() -> None:
@@ -121,7 +129,7 @@ def test_signals_of_an_older_target_are_not_used() -> None:
     """They say what another model would do."""
     window = requests(20, "w", model="old") + requests(20, "v", model="new")
     found = make_plan(window, requests(20, "o", model="old"), BOUNDS)
-    assert {s.model for s in found.passes[0] + both(found.exam)} == {"new"}
+    assert {s.model for s in found.passes[0] + both(found.held_out)} == {"new"}
 
 
 def test_targets_that_answer_side_by_side_all_teach() -> None:
@@ -133,14 +141,16 @@ def test_targets_that_answer_side_by_side_all_teach() -> None:
         requests(20, "a", model="a") + requests(20, "b", model="b") + requests(20, "o", model="old")
     )
     found = make_plan(window, older, BOUNDS)
-    assert {s.model for s in found.passes[0]} == {s.model for s in both(found.exam)} == {"a", "b"}
-    assert len(found.passes[0] + both(found.exam)) == 80
+    assert (
+        {s.model for s in found.passes[0]} == {s.model for s in both(found.held_out)} == {"a", "b"}
+    )
+    assert len(found.passes[0] + both(found.held_out)) == 80
 
 
 def test_no_signals_make_no_curriculum() -> None:
     """Nothing to learn is no error."""
     found = make_plan([], [], BOUNDS)
-    assert (found.passes, both(found.exam)) == ([], [])
+    assert (found.passes, both(found.held_out)) == ([], [])
 
 
 @given(
@@ -187,7 +197,9 @@ def test_every_window_replays_in_an_order_of_its_own() -> None:
 def test_passes_replay_all_that_is_older(count: int, size: int) -> None:
     """Every pass has the window and as much of the older ones, and together they have all of those."""
     window, older = requests(8, "w"), requests(count, "o")
-    bounds = PlanLimits(replay=size, exam=200, client_share=1, fewest=0)
+    bounds = PlanLimits(
+        replayed_signals=size, held_out_requests=200, client_share=1, min_client_signals=0
+    )
     learnt = [s.request_id for s in older if not held_out(s)]
     replayed = [
         [i for i in ids(examples) if i[0] == "o"]
