@@ -1,7 +1,7 @@
 """From examples to tensors: padded batches with the target's distributions.
 
-Legend: B sequences · T tokens (emitted, of branches, and masks) · P supervised positions of the
-batch · K top-k.
+Legend: B sequences · T tokens (emitted, of branches, and masks) · P
+supervised positions of the batch · K top-k.
 """
 
 import math

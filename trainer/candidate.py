@@ -26,7 +26,10 @@ class TrainedDraft:
 
 
 def train_draft(
-    context: CycleContext, claim: Claim, plan: TrainingPlan, check_lease: Callable[[], None]
+    context: CycleContext,
+    claim: Claim,
+    plan: TrainingPlan,
+    check_lease: Callable[[], None],
 ) -> TrainedDraft:
     """Chooses the recipe, trains the parent's weights by it, and publishes them."""
     started = time.monotonic()

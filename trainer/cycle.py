@@ -2,8 +2,9 @@
 
     python -m trainer.cycle --cycle ID --fence N --worker PID
 
-It may be killed at any point. Until `register` commits, only a lease has changed. After that the
-window is used, whether or not Redis receives the acknowledgement.
+It may be killed at any point. Until `register` commits, only a lease has
+changed. After that the window is used, whether or not Redis receives the
+acknowledgement.
 """
 
 import argparse
@@ -38,7 +39,11 @@ log = logging.getLogger("slipstream.trainer")
 HELD_OUT_REQUESTS = 200  # that the gate compares drafts on, at most
 
 
-def run(context: CycleContext, lease: Lease, check_lease: Callable[[], None] = lambda: None) -> str:
+def run(
+    context: CycleContext,
+    lease: Lease,
+    check_lease: Callable[[], None] = lambda: None,
+) -> str:
     """Works a leased cycle to its end and returns the cycle's state.
 
     Raises:
@@ -118,7 +123,10 @@ def tidy(context: CycleContext) -> None:
     try:
         refused = context.registry.refused(now() - timedelta(seconds=settings.retention_s))
         if gone := context.artifacts.sweep(refused, settings.cycle_limit_s):
-            log.info("deleted the weights of refused or unfinished candidates: %s", ", ".join(gone))
+            log.info(
+                "deleted the weights of refused or unfinished candidates: %s",
+                ", ".join(gone),
+            )
     except (OSError, SlipstreamError) as error:
         log.warning("cannot delete old candidates: %s", error)
 

@@ -16,9 +16,20 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from online.signals import Signal
-from trainer.batches import TrainingBatch, collate, epoch_batches, split_by_memory, step_count
+from trainer.batches import (
+    TrainingBatch,
+    collate,
+    epoch_batches,
+    split_by_memory,
+    step_count,
+)
 from trainer.examples import Example
-from trainer.losses import accepts_positions, draft_logits, draft_loss, position_losses
+from trainer.losses import (
+    accepts_positions,
+    draft_logits,
+    draft_loss,
+    position_losses,
+)
 from trainer.recipe import Recipe
 from trainer.rehearsal import Rehearsal
 
@@ -46,9 +57,10 @@ def distill(
 ) -> Distilled:
     """Trains `module` (float32) in place.
 
-    `passes`: the signals of each epoch. Epochs beyond the last pass begin with the first again.
-    `on_step` is called before every step and may raise, which ends the training.
-    `earlier_draft`: the draft that is rehearsed; by default `module` as it is now.
+    `passes`: the signals of each epoch. Epochs beyond the last pass begin
+    with the first again. `on_step` is called before every step and may
+    raise, which ends the training. `earlier_draft`: the draft that is
+    rehearsed; by default `module` as it is now.
     """
     started = time.monotonic()
     examples = _lay_out(module, passes, recipe, pad_id)
@@ -67,7 +79,10 @@ def distill(
 
 
 def _lay_out(
-    module: nn.Module, passes: Sequence[Sequence[Signal]], recipe: Recipe, pad_id: int
+    module: nn.Module,
+    passes: Sequence[Sequence[Signal]],
+    recipe: Recipe,
+    pad_id: int,
 ) -> list[list[Example]]:
     """Each signal becomes one example, however many passes it is in."""
     more = (recipe.branch_tokens, recipe.masks) if accepts_positions(module) else (0, 0)
@@ -117,7 +132,10 @@ class _Training:
         return losses, positions
 
     def _backward(
-        self, module: nn.Module, group: Sequence[Example], reference: nn.Module | None
+        self,
+        module: nn.Module,
+        group: Sequence[Example],
+        reference: nn.Module | None,
     ) -> tuple[float, int]:
         """Adds the gradients of one batch, in parts that fit in memory."""
         recipe, total, positions = self.recipe, 0.0, 0
@@ -142,8 +160,8 @@ class _Training:
 def _selected(loss_P: Tensor, batch: TrainingBatch, recipe: Recipe, reference: nn.Module) -> Tensor:
     """1 at the positions where the draft lags most behind a trained reference, else 0 [P].
 
-    AdaSPEC (arXiv 2510.19779): positions that the reference cannot learn waste the capacity of a
-    small draft.
+    AdaSPEC (arXiv 2510.19779): positions that the reference cannot learn
+    waste the capacity of a small draft.
     """
     reference_P = position_losses(draft_logits(reference, batch), batch, recipe)
     gain_P = loss_P.detach() - reference_P

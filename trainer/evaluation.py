@@ -1,6 +1,7 @@
 """Evaluation: what a draft would have done for logged requests, without decoding.
 
-Legend: P supervised positions · R requests · T positions of one request · V vocabulary.
+Legend: P supervised positions · R requests · T positions of one request · V
+vocabulary.
 """
 
 from collections.abc import Sequence
@@ -28,8 +29,9 @@ class Evaluation(NamedTuple):
 def served_gamma(signals: Sequence[Signal], most: int) -> int:
     """The γ at which to compare drafts: drafted tokens per drafting step, of the median request.
 
-    `most` if no step drafted. At the largest γ that a server may draft, differences come from
-    long runs that it rarely drafts, and their noise hides the gain where it serves.
+    `most` if no step drafted. At the largest γ that a server may draft,
+    differences come from long runs that it rarely drafts, and their noise
+    hides the gain where it serves.
     """
     drafted_R = []
     for signal in signals:
@@ -43,7 +45,11 @@ def served_gamma(signals: Sequence[Signal], most: int) -> int:
 
 @torch.inference_mode()
 def evaluate(
-    module: nn.Module, signals: Sequence[Signal], gamma: int, pad_id: int, batch_signals: int = 16
+    module: nn.Module,
+    signals: Sequence[Signal],
+    gamma: int,
+    pad_id: int,
+    batch_signals: int = 16,
 ) -> Evaluation:
     """Evaluates a draft that drafts γ tokens a step."""
     device = next(module.parameters()).device
@@ -65,8 +71,8 @@ def evaluate(
 def acceptance(logits_PV: Tensor, batch: TrainingBatch) -> Tensor:
     """The acceptance probability of a drafted token [P].
 
-    Greedy requests: whether both prefer the same token. Sampled requests: Σ min(p, q) at
-    temperature 1, where the logged distribution is exact.
+    Greedy requests: whether both prefer the same token. Sampled requests: Σ
+    min(p, q) at temperature 1, where the logged distribution is exact.
     """
     greedy_P = (batch.temperature_B == 0)[batch.sequence_P]
     sampled_P = overlap(logits_PV, batch.target)
@@ -76,8 +82,8 @@ def acceptance(logits_PV: Tensor, batch: TrainingBatch) -> Tensor:
 def tokens_per_step(acceptance_T: Floats, gamma: int) -> float:
     """Expected tokens of a step with γ drafted tokens: the mean over all starting positions.
 
-    A step at t emits 1 + Σ_{i ≤ γ} Π_{j < i} α_{t+j} tokens: a token counts if all before it in
-    the draft are accepted.
+    A step at t emits 1 + Σ_{i ≤ γ} Π_{j < i} α_{t+j} tokens: a token counts
+    if all before it in the draft are accepted.
     """
     total = np.ones(len(acceptance_T))
     reach = np.ones(len(acceptance_T))

@@ -1,10 +1,12 @@
 """Training examples: a signal's tokens laid out for one forward.
 
-A rejected branch stands behind its sequence and shares the forward. Its tokens keep the positions
-at which they were drafted, and a tree mask lets each see the emitted tokens before the branch and
-the branch's own tokens before it. Mask tokens work the same way, for drafts that draft a whole
-chain in one forward (ParallelSpec, arXiv 2410.05589): behind every other emitted token stand some
-masks, which learn the target's distributions at the positions that they hold.
+A rejected branch stands behind its sequence and shares the forward. Its
+tokens keep the positions at which they were drafted, and a tree mask lets
+each see the emitted tokens before the branch and the branch's own tokens
+before it. Mask tokens work the same way, for drafts that draft a whole
+chain in one forward (ParallelSpec, arXiv 2410.05589): behind every other
+emitted token stand some masks, which learn the target's distributions at
+the positions that they hold.
 
 Legend: T tokens (emitted, of branches, and masks) · P supervised positions.
 """
@@ -40,9 +42,13 @@ class Example:
 
     @classmethod
     def of(
-        cls, signal: Signal, branch_tokens: int = 0, masks: int = 0, mask_id: int = 0
+        cls,
+        signal: Signal,
+        branch_tokens: int = 0,
+        masks: int = 0,
+        mask_id: int = 0,
     ) -> "Example":
-        """Takes up to `branch_tokens` tokens of every rejected branch, and `masks` masks a place."""
+        """Takes up to `branch_tokens` tokens of each branch, and `masks` masks a place."""
         path = np.array(list(signal.path()), np.int64).reshape(-1, 2)
         segments = [_emitted(signal, path)]
         if branch_tokens:
@@ -52,7 +58,16 @@ class Example:
         ids_T, position_T, visible_T, own_T, column_P, verified_P, kind_P = (
             np.concatenate(parts) for parts in zip(*segments, strict=True)
         )
-        return cls(ids_T, position_T, visible_T, own_T, column_P, verified_P, kind_P, signal)
+        return cls(
+            ids_T,
+            position_T,
+            visible_T,
+            own_T,
+            column_P,
+            verified_P,
+            kind_P,
+            signal,
+        )
 
 
 def _emitted(signal: Signal, path: Ints) -> Segment:

@@ -1,7 +1,8 @@
 """The gate: is the candidate better than the active draft, on requests that trained neither?
 
-Pure: signals and two models in, a report out; randomness is a seed. `evaluate` measures a model,
-`decide` compares two evaluations. Simulations of the gate call `decide`, too.
+Pure: signals and two models in, a report out; randomness is a seed.
+`evaluate` measures a model, `decide` compares two evaluations. Simulations
+of the gate call `decide`, too.
 
 Legend: R requests · S answers (a request may have several).
 """
@@ -125,11 +126,13 @@ def decide(
 ) -> GateReport:
     """Promotes a candidate that is proven better on new traffic and keeps the earlier traffic.
 
-    Better: the interval's lower bound is above zero. Kept: the mean loss on earlier traffic is
-    within the tolerance. A bound there would let the number of earlier requests decide. Proof of
-    a tolerable loss would refuse half of the candidates that lose nothing, at forty requests.
-    Proof of a larger loss would pass half of those that lose two standard errors more than the
-    tolerance. With the mean, both errors are alike, and rare at the tolerance's distance from it.
+    Better: the interval's lower bound is above zero. Kept: the mean loss on
+    earlier traffic is within the tolerance. A bound there would let the
+    number of earlier requests decide. Proof of a tolerable loss would
+    refuse half of the candidates that lose nothing, at forty requests.
+    Proof of a larger loss would pass half of those that lose two standard
+    errors more than the tolerance. With the mean, both errors are alike,
+    and rare at the tolerance's distance from it.
     """
     found, before = Stratum.of(new, seed), Stratum.of(earlier, seed)
     refusal = _refusal(found) or _forgetting(before, tolerance)

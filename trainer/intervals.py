@@ -15,9 +15,10 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """The bootstrap interval of the mean, widened for small samples; infinite without evidence.
 
-    Percentiles alone are too narrow for few requests, as is a normal interval with the sample's
-    own deviation: on real differences, 95 % intervals of 8 requests promoted up to 8 % of equal
-    candidates. Both bounds move away from the mean by the factor that turns such a normal
+    Percentiles alone are too narrow for few requests, as is a normal
+    interval with the sample's own deviation: on real differences, 95 %
+    intervals of 8 requests promoted up to 8 % of equal candidates. Both
+    bounds move away from the mean by the factor that turns such a normal
     interval into Student's.
     """
     count = len(differences_R)

@@ -55,9 +55,10 @@ class LeaseKeeper:
 def lower_priority() -> None:
     """Serving comes first, also on one machine.
 
-    Linux divides the processor between sessions first, and applies niceness only inside one. This
-    process leads a session of its own, so the session becomes nice too. Only mildly: the scheduler
-    starves a session of very low weight on its core.
+    Linux divides the processor between sessions first, and applies niceness
+    only inside one. This process leads a session of its own, so the session
+    becomes nice too. Only mildly: the scheduler starves a session of very
+    low weight on its core.
     """
     os.nice(NICENESS)
     try:

@@ -17,7 +17,7 @@ MIN_TEMPERATURE = 0.5  # colder requests are compared at this temperature
 
 
 def accepts_positions(module: nn.Module) -> bool:
-    """Whether the forward takes token positions. Models that count by themselves get no branches."""
+    """Whether the forward takes token positions; without them no branch can be trained."""
     return "position_ids" in inspect.signature(module.forward).parameters
 
 
@@ -44,13 +44,20 @@ def layer_logits(module: nn.Module, batch: TrainingBatch) -> list[Tensor]:
         raise ValueError("recipe: exit_weight requires a draft with Llama's structure")
     _, *states = body(**_inputs(batch), output_hidden_states=True).hidden_states
     *early, last_PE = (state_BTE[batch.sequence_P, batch.column_P] for state_BTE in states)
-    normed = [last_PE, *(body.norm(state_PE) for state_PE in early)]  # the last is normed already
+    normed = [
+        last_PE,
+        *(body.norm(state_PE) for state_PE in early),
+    ]  # the last is normed already
     head: Any = module.get_output_embeddings()  # type: ignore[operator]
     return [head(state_PE).float() for state_PE in normed]
 
 
 def _inputs(batch: TrainingBatch) -> dict[str, Any]:
-    inputs = {"input_ids": batch.ids_BT, "attention_mask": batch.mask, "use_cache": False}
+    inputs = {
+        "input_ids": batch.ids_BT,
+        "attention_mask": batch.mask,
+        "use_cache": False,
+    }
     if batch.mask.ndim == 4:
         inputs["position_ids"] = batch.position_BT
     return inputs

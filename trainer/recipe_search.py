@@ -1,11 +1,12 @@
 """The recipe of a route: the configured one, and a small search on the route's own signals.
 
-DistillSpec (arXiv 2310.08461) finds that the best divergence and data depend on the task and on
-how it is decoded. So a cycle may try a few recipes on part of its examples, validate them on the
-other examples (never on the gate's held-out set), and drop the worse half until one is left
-beside the configured recipe. That one wins only if it is proven better: most recipes differ by
-less than a few dozen answers can show. The change is stored with the version; its descendants
-keep it until the traffic shifts.
+DistillSpec (arXiv 2310.08461) finds that the best divergence and data
+depend on the task and on how it is decoded. So a cycle may try a few
+recipes on part of its examples, validate them on the other examples (never
+on the gate's held-out set), and drop the worse half until one is left
+beside the configured recipe. That one wins only if it is proven better:
+most recipes differ by less than a few dozen answers can show. The change is
+stored with the version; its descendants keep it until the traffic shifts.
 
 Legend: R requests.
 """
@@ -150,11 +151,21 @@ def run_search(search: Search, base: Recipe) -> tuple[dict[str, Any], tuple[Tria
 
 
 def _try(
-    search: Search, recipe: Recipe, training: Sequence[Signal], validation: Sequence[Signal]
+    search: Search,
+    recipe: Recipe,
+    training: Sequence[Signal],
+    validation: Sequence[Signal],
 ) -> Floats:
     """Trains a copy of the parent; its expected tokens per step on each validation answer [R]."""
     trained = copy.deepcopy(search.module)
-    distill(trained, [training], recipe, search.pad_id, search.on_step, search.earlier_draft)
+    distill(
+        trained,
+        [training],
+        recipe,
+        search.pad_id,
+        search.on_step,
+        search.earlier_draft,
+    )
     return evaluate(trained, validation, search.gamma, search.pad_id).tokens_R
 
 

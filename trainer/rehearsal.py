@@ -1,9 +1,10 @@
 """Rehearsal: learning one kind of traffic must not erase the others.
 
-A draft knows more than its route's signals show: its pretraining matters again when the traffic
-shifts. That data is not available, but the earlier draft is. It writes samples of its own, and
-the new draft is held to its distribution on them (pseudo-rehearsal, Robins 1995). This needs
-neither stored data nor the target.
+A draft knows more than its route's signals show: its pretraining matters
+again when the traffic shifts. That data is not available, but the earlier
+draft is. It writes samples of its own, and the new draft is held to its
+distribution on them (pseudo-rehearsal, Robins 1995). This needs neither
+stored data nor the target.
 
 Legend: R samples · T tokens · B samples of a step · V vocabulary.
 """

@@ -1,11 +1,13 @@
 """When to train: by the expected worth of a cycle, not by count alone.
 
-Retraining on steady traffic gains nothing. A route whose last cycles gained little waits for
-twice as many new signals each time, so its cost tends to zero. A route that still gains much
-trains early. If acceptance falls below the gate's promise for the active draft, the traffic has
-shifted, and the route trains at once.
+Retraining on steady traffic gains nothing. A route whose last cycles gained
+little waits for twice as many new signals each time, so its cost tends to
+zero. A route that still gains much trains early. If acceptance falls below
+the gate's promise for the active draft, the traffic has shifted, and the
+route trains at once.
 
-Pure but for `assess_route`, and without torch: the clock asks for every route, every few seconds.
+Pure but for `assess_route`, and without torch: the clock asks for every
+route, every few seconds.
 """
 
 import math
@@ -33,7 +35,11 @@ CUSUM_THRESHOLD = 8.0
 MAX_OBSERVED = 400  # new signals that the detector reads
 REFERENCE_REQUESTS = 50  # first signals, as the reference if no gate has measured one
 MIN_DEVIATION = 0.05
-PASSED_GATE = ("promoted", "canary", "held")  # final states of cycles whose candidate passed
+PASSED_GATE = (
+    "promoted",
+    "canary",
+    "held",
+)  # final states of cycles whose candidate passed
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +57,11 @@ class TrainingNeed:
 
 
 def assess_route(
-    buffer: SignalBuffer, ledger: CycleLedger, registry: Registry, route: str, settings: Settings
+    buffer: SignalBuffer,
+    ledger: CycleLedger,
+    registry: Registry,
+    route: str,
+    settings: Settings,
 ) -> TrainingNeed:
     """Whether a cycle of `route` is worth its cost now."""
     least = reduced(settings.cycle_min_signals, SHIFT_DIVISOR)
@@ -73,8 +83,9 @@ def required_signals(
 ) -> int:
     """New signals that the next cycle waits for, `idle` after the last one.
 
-    Never more than half of the buffer: signals that are deleted before a cycle claims them, for
-    lack of room or by age, neither train a draft nor enter the kept sample.
+    Never more than half of the buffer: signals that are deleted before a
+    cycle claims them, for lack of room or by age, neither train a draft nor
+    enter the kept sample.
     """
     least = reduced(settings.cycle_min_signals, SHIFT_DIVISOR)
     if idle > timedelta(seconds=settings.retention_s) / 2:
@@ -111,8 +122,9 @@ def relative_gain(cycle: Cycle) -> float:
 def acceptance_drop(rates: Sequence[float], promised: float | None) -> str:
     """Describes a fall of acceptance rates, oldest first; empty if there is none.
 
-    A one-sided CUSUM (Page, 1954): sums how far requests lie below the promised rate, less a
-    slack, and never falls below zero. Without a promise the first requests are the reference.
+    A one-sided CUSUM (Page, 1954): sums how far requests lie below the
+    promised rate, less a slack, and never falls below zero. Without a
+    promise the first requests are the reference.
     """
     if promised is None:
         reference, rates = rates[:REFERENCE_REQUESTS], rates[REFERENCE_REQUESTS:]

@@ -1,7 +1,6 @@
 """The Celery tasks. Each opens, calls and reports; `trainer.cycle` works in its own process.
 
-celery -A trainer.tasks worker
-celery -A trainer.tasks beat
+celery -A trainer.tasks worker celery -A trainer.tasks beat
 """
 
 import logging
@@ -67,8 +66,8 @@ def cycle(cycle_id: int) -> str:
 def tick() -> int:
     """Starts a cycle on every route where one is due, and resends unfinished ones without a worker.
 
-    No cycle starts while a canary is on trial: its signals wait, since the next draft descends
-    from whichever version wins.
+    No cycle starts while a canary is on trial: its signals wait, since the
+    next draft descends from whichever version wins.
     """
     buffer, ledger, sent = signal_buffer(settings), _ledger(), 0
     canaries = _canaries().running()
@@ -90,10 +89,15 @@ def tick() -> int:
 def _work(lease: Lease) -> str:
     """Runs the cycle in a subprocess; returns its fault, if it has one that the ledger lacks.
 
-    So it has a real time limit, returns its memory, and leaves the worker responsive. It leads a
-    session of its own, which lowers its priority (see `lease_keeper.lower_priority`).
+    So it has a real time limit, returns its memory, and leaves the worker
+    responsive. It leads a session of its own, which lowers its priority
+    (see `lease_keeper.lower_priority`).
     """
-    numbers = {"--cycle": lease.cycle_id, "--fence": lease.fence, "--worker": os.getpid()}
+    numbers = {
+        "--cycle": lease.cycle_id,
+        "--fence": lease.fence,
+        "--worker": os.getpid(),
+    }
     command = [
         sys.executable,
         "-m",

@@ -2,16 +2,18 @@
 
 Pure: a route's readable signals in, lists of them out.
 
-A hash of its id holds a request out, in every cycle, so the held-out set never trains a draft. It
-has two strata: NEW is the traffic that the candidate would serve, EARLIER must not be forgotten.
-Requests after the active draft's own window are new, whichever cycle claimed them: if a cycle is
-refused for lack of proof, the next one has that proof. They are earlier traffic as well, since
-the candidate must not forget them.
+A hash of its id holds a request out, in every cycle, so the held-out set
+never trains a draft. It has two strata: NEW is the traffic that the
+candidate would serve, EARLIER must not be forgotten. Requests after the
+active draft's own window are new, whichever cycle claimed them: if a cycle
+is refused for lack of proof, the next one has that proof. They are earlier
+traffic as well, since the candidate must not forget them.
 
-Beyond its first few signals, no client has more than its share of the examples or of a stratum
-while there are other clients. So a client that floods a large window cannot teach the draft its
-text alone, nor decide the gate. It can flood a small window, and a request without a client
-counts as a client of its own. The gate stops those floods by the earlier traffic.
+Beyond its first few signals, no client has more than its share of the
+examples or of a stratum while there are other clients. So a client that
+floods a large window cannot teach the draft its text alone, nor decide the
+gate. It can flood a small window, and a request without a client counts as
+a client of its own. The gate stops those floods by the earlier traffic.
 """
 
 import hashlib
@@ -59,11 +61,13 @@ def make_plan(
 ) -> TrainingPlan:
     """Plans a cycle. `window` is oldest first, as claimed; `older` is a sample in any order.
 
-    Uses only signals of targets that answer now, which are those of the window's later half.
-    Several may share a draft (S2D, arXiv 2407.01955). A replaced target's signals are obsolete.
+    Uses only signals of targets that answer now, which are those of the
+    window's later half. Several may share a draft (S2D, arXiv 2407.01955).
+    A replaced target's signals are obsolete.
 
-    `recent`: ids of older requests after the active draft's own window. There are as many passes
-    as it takes to replay all older signals, or none if there is nothing to train on.
+    `recent`: ids of older requests after the active draft's own window.
+    There are as many passes as it takes to replay all older signals, or
+    none if there is nothing to train on.
     """
     targets = {s.model for s in window[len(window) // 2 :]}
     new = [s for s in reversed(window) if s.model in targets]
@@ -87,10 +91,16 @@ def _passes(
 
 
 def _held_out_set(
-    new: Sequence[Signal], old: Sequence[Signal], limits: PlanLimits, recent: Collection[str]
+    new: Sequence[Signal],
+    old: Sequence[Signal],
+    limits: PlanLimits,
+    recent: Collection[str],
 ) -> tuple[HeldOutSet, int]:
     """Both strata, and the new requests beyond their client's share."""
-    share, most = (limits.client_share, limits.min_client_signals), limits.held_out_requests
+    share, most = (
+        (limits.client_share, limits.min_client_signals),
+        limits.held_out_requests,
+    )
     older = [s for s in old if held_out(s)]
     since = [s for s in older if s.request_id in recent]
     candidates = [*(s for s in new if held_out(s)), *since]
@@ -114,8 +124,8 @@ def _without(
 def replay_order(kept: Sequence[Entry], window: Sequence[Entry]) -> list[Entry]:
     """A route's kept sample without the window's entries, in an order that the window decides.
 
-    With one order for all cycles, every cycle would replay the same first entries and forget the
-    rest. A repeated cycle has the same order.
+    With one order for all cycles, every cycle would replay the same first
+    entries and forget the rest. A repeated cycle has the same order.
     """
     inside = {entry.id for entry in window}
     others = [entry for entry in kept if entry.id not in inside]
@@ -132,12 +142,15 @@ def replay_parts(signals: Sequence[Signal], size: int) -> list[list[Signal]]:
 
 
 def limit_client_share(
-    signals: Sequence[Signal], share: float, at_least: int = 0, limit: int | None = None
+    signals: Sequence[Signal],
+    share: float,
+    at_least: int = 0,
+    limit: int | None = None,
 ) -> tuple[list[Signal], int]:
     """The first `limit` signals with no client above `share` or `at_least`; how many were beyond.
 
-    A client keeps its first signals. A share below one signal of every client is raised to that.
-    A single client has no bound.
+    A client keeps its first signals. A share below one signal of every
+    client is raised to that. A single client has no bound.
     """
     # A signal without a client counts as a client of its own.
     owners = [signal.client or index for index, signal in enumerate(signals)]

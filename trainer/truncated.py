@@ -1,12 +1,14 @@
 """The target's distribution as signals log it: its K most likely tokens, and the mass of the rest.
 
-`classes_PC` turns it into K + 1 classes: the K tokens, and all other tokens as one class.
-`draft_classes` does the same for a draft. Divergences compare these classes. With K = V nothing is
-lost. With fewer, every divergence but TVD++ is a lower bound of the one over the whole vocabulary
-(data-processing inequality). Its gradient leaves the mass of the rest where it belongs;
+`classes_PC` turns it into K + 1 classes: the K tokens, and all other tokens
+as one class. `draft_classes` does the same for a draft. Divergences compare
+these classes. With K = V nothing is lost. With fewer, every divergence but
+TVD++ is a lower bound of the one over the whole vocabulary (data-processing
+inequality). Its gradient leaves the mass of the rest where it belongs;
 renormalising the top K would push that mass to zero.
 
-Pure functions. Legend: P supervised positions · K top-k · C = K + 1 classes · V vocabulary.
+Pure functions. Legend: P supervised positions · K top-k · C = K + 1 classes
+· V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -32,8 +34,9 @@ class Truncated:
     def at(self, temperature_P: Tensor) -> "Truncated":
         """The distribution at another temperature: p^(1/T), normalised. Exact at T = 1.
 
-        How the rest is spread is unknown. This assumes tokens as likely as the last known one: an
-        upper bound of the new mass of the rest at T < 1, a lower bound at T > 1.
+        How the rest is spread is unknown. This assumes tokens as likely as
+        the last known one: an upper bound of the new mass of the rest at T
+        < 1, a lower bound at T > 1.
         """
         power_P = 1 / temperature_P
         logp_PK = self.logp_PK * power_P[:, None]

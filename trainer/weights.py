@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -56,4 +57,5 @@ class Weights:
         config = transformers.AutoConfig.from_pretrained(self.artifacts.path(parent.sha256))
         module = module.to(config.dtype or torch.float32)
         # Under the decoder's tensor names, which differ from the original files in some families.
-        module.save_pretrained(folder, max_shard_size="1TB", save_original_format=False)  # type: ignore[operator]
+        save: Any = module.save_pretrained
+        save(folder, max_shard_size="1TB", save_original_format=False)

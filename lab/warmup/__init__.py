@@ -1,1 +1,1 @@
-"""Drafts without traffic: how a target gets a first draft before anybody has asked it anything."""
+"""Drafts without traffic: a first draft for a target that nobody has queried yet."""

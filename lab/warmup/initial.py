@@ -1,7 +1,8 @@
-"""A first draft for a target that has none: some of its own layers between its own embeddings and head.
+"""A first draft for a target without one: some of its layers between its embeddings and head.
 
-Direct Alignment (arXiv 2403.00858) pretrains a small draft from nothing, on 600 billion tokens. A target's own layers
-already read and write its vocabulary; what is learnt afterwards is to do without those that were left out.
+Direct Alignment (arXiv 2403.00858) pretrains a small draft from scratch, on
+600 billion tokens. A target's own layers already read and write its
+vocabulary; training then compensates for the missing layers.
 """
 
 import copy
@@ -11,14 +12,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 LAYER = re.compile(r"(.*\.layers\.)(\d+)(\..*)")
-BY_LAYER = ("layer_types",)  # what configurations of the Llama family list per layer
+BY_LAYER = ("layer_types",)  # lists with one entry a layer in configurations of the Llama family
 
 
 def spread(wanted: int, there: int) -> list[int]:
-    """`wanted` of `there` layers, evenly spread; the first and the last first of all.
+    """`wanted` of `there` layers, evenly spread, with the first and the last.
 
     Raises:
-        ValueError: there are not so many.
+        ValueError: there are fewer layers.
     """
     if not 1 <= wanted <= there:
         raise ValueError(f"layers: {wanted} of a target that has {there}")
@@ -26,10 +27,10 @@ def spread(wanted: int, there: int) -> list[int]:
 
 
 def thinned(target: nn.Module, kept: list[int]) -> nn.Module:
-    """A model of the target's family and width with copies of the layers `kept`, in that order, and of all the rest.
+    """A copy of the target with the layers `kept` only, in that order.
 
     Raises:
-        ValueError: its tensors are not named as the Llama family names them.
+        ValueError: its tensors are not named as in the Llama family.
     """
     whole: PreTrainedConfig = target.config  # type: ignore[assignment]
     config = copy.deepcopy(whole)
@@ -38,19 +39,17 @@ def thinned(target: nn.Module, kept: list[int]) -> nn.Module:
         if listed := getattr(whole, name, None):
             setattr(config, name, [listed[layer] for layer in kept])
     dtype = next(target.parameters()).dtype
-    made: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    made: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
     there = target.state_dict()
     tensors = {name: there.get(_source(name, kept)) for name in made.state_dict()}
-    if not any(LAYER.match(name) for name in tensors) or any(
-        tensor is None for tensor in tensors.values()
-    ):
-        raise ValueError(
-            f"{type(target).__name__}: its layers can't be told by the names of its tensors"
-        )
+    missing = any(tensor is None for tensor in tensors.values())
+    if missing or not any(map(LAYER.match, tensors)):
+        name = type(target).__name__
+        raise ValueError(f"{name}: its layers can't be told by the names of its tensors")
     made.load_state_dict(tensors)
     return made.eval()
 
 
 def _source(name: str, kept: list[int]) -> str:
-    """The target's name of what a thinned model calls `name`."""
+    """The target's name of a tensor of the thinned model."""
     return LAYER.sub(lambda found: f"{found[1]}{kept[int(found[2])]}{found[3]}", name)

@@ -1,4 +1,4 @@
-"""Where prompts come from when nobody has asked anything."""
+"""Sources of prompts for a route without queries."""
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -7,11 +7,11 @@ from lab.warmup.answers import Prompts
 from lab.warmup.disagreement import Frame, Growth, grown
 
 SOURCES = {
-    "random": "token ids drawn alike",
-    "disagree": "of those, the ones whose answer the students disagree on most (Dual Student)",
-    "sampled": "what the students would say",
-    "disputed": "of that, what they disagree on most",
-    "own": "none: the target writes query and answer itself",
+    "random": "token ids drawn uniformly",
+    "disagree": "random prompts whose answers the students disagree on most (Dual Student)",
+    "sampled": "samples of the students",
+    "disputed": "samples of the students that they disagree on most",
+    "own": "none: the target writes query and answer",
 }
 STUDENTS = {
     "random": 1,
@@ -19,23 +19,20 @@ STUDENTS = {
     "sampled": 2,
     "disputed": 2,
     "own": 1,
-}  # that a source needs
+}  # that each needs
 MARK = "¤"
 
 
 def frame_of(tokenizer: PreTrainedTokenizerBase) -> Frame:
-    """As the model's chat template has it; without one a query stands behind whatever begins a text."""
+    """The tokens around a query in the chat template; without one, the first token of a text."""
     never = sorted(set(tokenizer.added_tokens_decoder))
     if not tokenizer.chat_template:
-        first = (
-            tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        )
-        return Frame([first], [], never)
-    whole = tokenizer.apply_chat_template(
-        [{"role": "user", "content": MARK}], add_generation_prompt=True, tokenize=False
-    )
+        first = tokenizer.bos_token_id
+        return Frame([tokenizer.eos_token_id if first is None else first], [], never)
+    message = [{"role": "user", "content": MARK}]
+    rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
     head, tail = (
-        tokenizer(part, add_special_tokens=False)["input_ids"] for part in whole.split(MARK)
+        tokenizer(part, add_special_tokens=False)["input_ids"] for part in rendered.split(MARK)
     )
     return Frame(list(head), list(tail), never)
 
@@ -49,14 +46,13 @@ def prompts(
     vocab_size: int,
     seed: int,
 ) -> Prompts:
-    """`count` prompts, which the same seed and students always give."""
+    """`count` prompts; the same seed and students give the same prompts."""
     if source == "own":
         return [list(frame.head) for _ in range(count)]
-    growth = Growth(
-        children=children if source in ("disagree", "disputed") else 1,
-        sampled=source in ("sampled", "disputed"),
+    selected, sampled = (
+        source in ("disagree", "disputed"),
+        source in ("sampled", "disputed"),
     )
-    return [
-        [*row, *frame.tail]
-        for row in grown(students, frame, count, growth, vocab_size, seed).tolist()
-    ]
+    growth = Growth(children=children if selected else 1, sampled=sampled)
+    ids_FT = grown(students, frame, count, growth, vocab_size, seed)
+    return [[*ids_T, *frame.tail] for ids_T in ids_FT.tolist()]

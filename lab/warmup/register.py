@@ -1,4 +1,4 @@
-"""A warmed-up draft becomes a route's version 1."""
+"""Registers a warmed-up draft as a route's version 1."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,16 +18,15 @@ ACTOR = "warm-up"
 
 
 def opened(settings: Settings, route: str) -> Registry:
-    """The registry, its database made or brought up to date where need be; `route` may be registered in.
+    """The registry for a first version of `route`; creates or upgrades its database.
 
     Raises:
         InvalidRequest: the service has no such route.
         Conflict: the route has a version.
     """
     if route not in settings.routes:
-        raise InvalidRequest(
-            f"route {route!r} is not among SLIPSTREAM_ROUTES ({', '.join(settings.routes)})"
-        )
+        routes = ", ".join(settings.routes)
+        raise InvalidRequest(f"route {route!r} is not among SLIPSTREAM_ROUTES ({routes})")
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     upgrade(settings.sql_url)
     registry = Registry(connect(settings.sql_url))
@@ -45,7 +44,7 @@ def register(
     recipe: dict[str, Any],
     gate: dict[str, Any],
 ) -> Version:
-    """Publishes what `write` writes, and makes it the route's first version, active at once.
+    """Publishes the files that `write` writes as the route's first version, active at once.
 
     Raises:
         Conflict: another version came first.

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lab.stored import stored
-from lab.warmup.answers import model_from_target
+from lab.warmup.models import model_from_target
 from online.processes import ROOT, end_group, environment, worker_command
 from online.settings import Settings
 from online.signals import decode

@@ -26,7 +26,8 @@ def register(
 ) -> Callable[[Function], Function]:
     """Makes a divergence available to recipes as `name`.
 
-    `takes_beta`: it has a third argument, the recipe's β. `searched`: the recipe search tries it.
+    `takes_beta`: it has a third argument, the recipe's β. `searched`: the
+    recipe search tries it.
 
     Raises:
         ValueError: the name is taken.
