@@ -1,1 +1,1 @@
-"""Decides what to draft and how much, by what earlier steps show."""
+"""Decides what to draft and how much, based on earlier steps."""

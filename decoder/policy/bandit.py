@@ -68,7 +68,7 @@ class DrafterBandit:
 
         `catch_up_s` are the seconds in which drafts encoded the context
         they lacked. They count against a drafter in regular use. In a trial
-        they are due to the drafters before it.
+        they do not, because other drafters caused them.
         """
         if self._chosen is None:
             return

@@ -2,11 +2,11 @@
 
 The fastest drafter may differ between workloads, such as batches of one and
 of eight. There are many workloads, and each starts without measurements. So
-a workload borrows from similar ones, by
+a workload borrows estimates from similar workloads, with the model
 
     log speed = effect of the workload + effect of the drafter
 
-and relies on its own rounds as they accumulate.
+and relies more on its own rounds as they accumulate.
 
 Legend: W workloads of a route, A drafters (the bandit's arms).
 """

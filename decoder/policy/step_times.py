@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-MAX_LOG_ERROR = 0.5  # larger ones are cut: one step may be slow by chance
+MAX_LOG_ERROR = 0.5  # clipped to this: one step may be slow by chance
 GAMMA_LEARNING_RATE = 0.05
 BATCH_LEARNING_RATE = 0.02
 

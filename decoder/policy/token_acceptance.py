@@ -1,4 +1,4 @@
-"""Acceptance rates of drafted tokens, by what is known before verification.
+"""Acceptance rates of drafted tokens, by the evidence before verification.
 
 A token's evidence says whether its sequence is greedy, what drafted it, and
 how confident that was. The acceptance rate of earlier tokens with the same

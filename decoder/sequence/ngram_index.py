@@ -1,4 +1,4 @@
-"""Drafts tokens from text, by what followed the last tokens before.
+"""Drafts tokens by looking up the last tokens in earlier text.
 
 The sequence's own text, prompt and output, comes first. Where it has no
 match, recent outputs of the route may have one (as in SuffixDecoding, arXiv
@@ -107,7 +107,7 @@ class NgramLookup:
         self._indexed = 0  # tokens of the sequence that are counted
 
     def guess(self, tokens: list[int], drafted: list[int]) -> NgramGuess | None:
-        """Guesses the token behind a sequence's `tokens` and its `drafted` ones.
+        """Guesses the token after a sequence's `tokens` and its `drafted` tokens.
 
         Finds the longest suffix that occurred before, in the sequence or
         else in the route. Guesses the token that followed it most often,

@@ -48,7 +48,7 @@ class LiveSequence:
         self.draft_version = 0  # of the draft that wrote the first of them
         self.wants_catch_up = False  # a step skipped the draft, which lags
 
-        # What the choice of drafts learns from.
+        # Statistics for the choice of drafts.
         self.acceptance = Acceptance(SEQUENCE_MEMORY)
         self.ngram_lookup = NgramLookup(RouteNgrams(), query.temperature == 0)
         # Target probability by output token; NaN if it was drafted.

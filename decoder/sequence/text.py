@@ -67,7 +67,7 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = stop
         self._held = ""
-        self._shown: list[int] = []  # decoded last: context for the next ones
+        self._shown: list[int] = []  # decoded last; context for the next tokens
         self._pending: list[int] = []  # not whole characters yet
         self.stopped = False
 
