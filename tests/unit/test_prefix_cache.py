@@ -28,7 +28,13 @@ def found_slot(cache: PrefixCache, tokens: list[int], route: str = "a") -> int |
     return None if found is None else found[0].slot
 
 
-# ── common cache ──
+def shared_length(cache: PrefixCache, tokens: list[int]) -> int:
+    """The length of the prefix that a sequence of route "a" reuses."""
+    found = cache.find("a", tokens, 0, [])
+    return 0 if found is None else found[1]
+
+
+# ── common prefixes ──
 
 
 @given(
@@ -57,18 +63,29 @@ def test_the_longest_common_prefix_wins() -> None:
     prompt = numbers(60)
     cache.store(finished([*prompt[:20], 99, 99]))
     cache.store(finished([*prompt[:40], 99, 99]))
-    assert cache.find("a", prompt, 0, [])[1] == 40  # type: ignore[index]
+    assert shared_length(cache, prompt) == 40
     live = [finished([*prompt[:length], 99], slot=slot) for slot, length in enumerate((30, 50, 45))]
-    context, length = cache.find("a", prompt, 0, live)  # type: ignore[misc]
-    assert (context.slot, length) == (1, 50)
+    assert cache.find("a", prompt, 0, live) == (live[1], 50)
+
+
+def test_of_equal_prefixes_the_one_with_most_draft_cache_wins() -> None:
+    """Only what the present draft version has encoded counts."""
+    live = [
+        CachedContext(0, "a", numbers(40), draft_cached=10, draft_version=2),
+        CachedContext(1, "a", numbers(40), draft_cached=20, draft_version=2),
+        CachedContext(2, "a", numbers(40), draft_cached=40, draft_version=1),
+    ]
+    cache = PrefixCache(range(0))
+    assert cache.find("a", numbers(40), 2, live) == (live[1], 40)
+    assert cache.find("a", numbers(40), 1, live) == (live[2], 40)
 
 
 def test_the_whole_prompt_may_be_found() -> None:
     """A prompt that was seen before, and one that is a prefix of another."""
     cache = PrefixCache(range(FIRST, FIRST + 1))
     cache.store(finished(numbers(40)))
-    assert cache.find("a", numbers(40), 0, [])[1] == 40  # type: ignore[index]
-    assert cache.find("a", numbers(25), 0, [])[1] == 25  # type: ignore[index]
+    assert shared_length(cache, numbers(40)) == 40
+    assert shared_length(cache, numbers(25)) == 25
 
 
 def test_contexts_are_shared_within_a_route_only() -> None:
@@ -124,7 +141,7 @@ def test_the_next_turn_of_a_conversation_replaces_the_last_one() -> None:
     other = cache.store(finished(numbers(20, 500)))
     first = cache.store(finished(numbers(20)))
     assert cache.store(finished(numbers(35))) == first
-    assert cache.find("a", numbers(50), 0, [])[1] == 35  # type: ignore[index]
+    assert shared_length(cache, numbers(50)) == 35
     assert found_slot(cache, numbers(20, 500)) == other
 
 
