@@ -1,1 +1,1 @@
-"""What differs between CPU and CUDA."""
+"""The differences between CPU and CUDA."""

@@ -1,4 +1,7 @@
-"""Arrays and tensors on their way between host and device."""
+"""Copies between host and device.
+
+Legend: B sequences, N any columns.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +12,7 @@ from torch import Tensor
 
 
 class Download:
-    """Tensors on their way to the host: sent at once, waited for by whoever reads them first, on any thread."""
+    """An asynchronous copy to the host. The first reader, on any thread, waits for it."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._arrived: torch.cuda.Event | None = None
@@ -29,26 +32,23 @@ class Download:
 
 
 def upload(array: NDArray[Any], device: torch.device | str) -> Tensor:
-    """A host array on the device, without waiting for it."""
+    """Copies an array to the device without waiting for the copy."""
     tensor = torch.from_numpy(array)
-    return (
-        tensor
-        if torch.device(device).type == "cpu"
-        else tensor.pin_memory().to(device, non_blocking=True)
-    )
+    if torch.device(device).type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def to_host(*tensors: Tensor) -> list[list[Any]]:
-    """Small tensors with the same first axis, [B] or [B, N], as lists: in one transfer, which is waited for."""
+    """Small tensors, [B] or [B, N], as lists, in one transfer that is waited for."""
     if tensors[0].device.type == "cpu":
         return [tensor.tolist() for tensor in tensors]
     return unpack(pack(tensors).cpu(), tensors)
 
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat(
-        [tensor.reshape(len(tensor), -1).to(torch.float64) for tensor in tensors], 1
-    )  # holds any token id
+    """One float64 tensor, which holds any token id exactly."""
+    return torch.cat([tensor.reshape(len(tensor), -1).to(torch.float64) for tensor in tensors], 1)
 
 
 def unpack(packed: Tensor, like: Sequence[Tensor]) -> list[list[Any]]:

@@ -20,7 +20,7 @@ from decoder.policy.token_acceptance import (
 )
 from decoder.sequence.ngram_index import NgramGuess
 from decoder.sequence.sequence import LiveSequence
-from decoder.verification.proposal import CHOSEN
+from decoder.verification.token_tree import CHOSEN
 
 # Prior: acceptance of a token drawn at a mask divided by that of the token before it.
 MASK_ACCEPTANCE = 0.8

@@ -17,7 +17,8 @@ from decoder.drafters.chain import Chain
 from decoder.models.ragged import integers, ragged
 from decoder.policy.draft_cost import DraftCost
 from decoder.sequence.sequence import LiveSequence
-from decoder.verification.proposal import Proposal, Tree
+from decoder.verification.proposal import Proposal
+from decoder.verification.token_tree import Tree
 from decoder.verification.tree_shape import chain_shape
 from online.messages import MAX_GAMMA
 

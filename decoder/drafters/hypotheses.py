@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from decoder.device.transfer import upload
-from decoder.verification.proposal import Tree
+from decoder.verification.token_tree import Tree
 from online.messages import MAX_GAMMA
 
 SHARED = 2  # hypotheses that end in this many equal tokens share their continuation

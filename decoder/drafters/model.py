@@ -17,7 +17,7 @@ from decoder.models.kv_cache import Slots, TreePositions
 from decoder.models.ragged import integers, ragged
 from decoder.sequence.sequence import LiveSequence
 from decoder.verification.draft_spec import DraftSpec, chain_spec
-from decoder.verification.proposal import Proposal, Tree
+from decoder.verification.proposal import Proposal
 from decoder.verification.sampling import (
     Sampling,
     at_least_float32,
@@ -25,6 +25,7 @@ from decoder.verification.sampling import (
     probabilities,
     sample,
 )
+from decoder.verification.token_tree import Tree
 from decoder.verification.tree_shape import TreeLevel, TreeShape, best_shape, shape_of_widths, span
 from online.messages import MAX_CANDIDATES, MAX_GAMMA
 

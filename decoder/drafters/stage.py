@@ -26,7 +26,7 @@ from decoder.sequence.plan import StepPlan
 from decoder.sequence.sequence import LiveSequence
 from decoder.verification.draft_spec import NO_DRAFT, DraftSpec
 from decoder.verification.proposal import Proposal
-from decoder.verification.verify import VerifiedSequence
+from decoder.verification.result import VerifiedSequence
 from online.metrics import ServiceMetrics
 
 

@@ -7,7 +7,7 @@ from decoder.recording.observation import Observation
 from decoder.recording.trace import StepTrace
 from decoder.sequence.plan import StepPlan
 from decoder.sequence.sequence import LiveSequence
-from decoder.verification.verify import VerifiedSequence
+from decoder.verification.result import VerifiedSequence
 from online.messages import TokenLogprob
 from online.metrics import ServiceMetrics
 

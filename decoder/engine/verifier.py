@@ -13,8 +13,9 @@ from decoder.models.ragged import integers, ragged
 from decoder.recording.observation import Observation, RecordLimits, observe
 from decoder.sequence.plan import StepPlan
 from decoder.verification.proposal import Proposal
+from decoder.verification.result import Verification, VerifiedSequence
 from decoder.verification.sampling import at_least_float32
-from decoder.verification.verify import Verification, VerifiedSequence, verify
+from decoder.verification.verify import verify
 
 
 class Verifier:

@@ -1,7 +1,8 @@
-"""Products with weight matrices, laid out as each device multiplies them.
+"""Products with weight matrices, in the layout that each device multiplies fastest.
 
-On a CPU matrices lie in oneDNN's blocked layout. `F.linear` brings a matrix into that layout anew at every call, and
-for a few tokens that costs more than the product. Elsewhere they are plain tensors at addresses that never change.
+On a CPU matrices lie in oneDNN's blocked layout. `F.linear` would convert a matrix to that layout
+at every call, which costs more than the product of a few tokens. On other devices matrices are
+plain tensors at addresses that never change.
 """
 
 from collections.abc import Sequence
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-EXPECTED_TOKENS = 32  # what oneDNN's layout is chosen for; it serves any number
+EXPECTED_TOKENS = 32  # oneDNN chooses its layout for this number; it serves any
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for bfloat16 products (AVX512-BF16 or AMX), and torch what uses them."""
+    """Whether this CPU has bfloat16 products (AVX512-BF16 or AMX), and torch uses them."""
     return _has_onednn() and (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     )
@@ -33,9 +34,10 @@ def _packs(tensor: Tensor) -> bool:
 
 
 def padded(tokens: int, like: Tensor) -> int:
-    """The number of tokens to multiply instead of `tokens`: oneDNN compiles a product for every number that it meets.
+    """The number of tokens to multiply in place of `tokens`.
 
-    A compiled product costs a millisecond and up to a megabyte, and there are five shapes of them in each model.
+    oneDNN compiles a product for each number of tokens. That takes a millisecond and up to a
+    megabyte, for each of five shapes in a model.
     """
     if not _packs(like) or tokens <= 16:
         return tokens
@@ -44,20 +46,18 @@ def padded(tokens: int, like: Tensor) -> int:
 
 
 class Linear:
-    """Weight matrices with the same input, stacked: one product for all of them.
+    """Weight matrices with the same input, stacked into one product.
 
-    `weights` and `biases` are named as in a Hugging Face file; biases are there for all of the weights, or for none.
+    `weights` and `biases` have their Hugging Face names. Either all matrices have biases or none.
     """
 
     def __init__(self, weights: dict[str, Tensor], biases: dict[str, Tensor]) -> None:
         self.names = tuple(weights)
         self.sizes = [len(weight) for weight in weights.values()]
         self._bias = torch.cat(list(biases.values())) if biases else None
-        self.biases = (
-            dict(zip(biases, torch.split(self._bias, self.sizes), strict=True))
-            if self._bias is not None
-            else {}
-        )
+        self.biases: dict[str, Tensor] = {}  # views of the stacked one
+        if self._bias is not None:
+            self.biases = dict(zip(biases, torch.split(self._bias, self.sizes), strict=True))
         self._packed = _packs(next(iter(weights.values())))
         self._weight = self.pack(list(weights.values()))
 
@@ -70,7 +70,7 @@ class Linear:
         return F.linear(x, self._weight, self._bias)
 
     def pack(self, weights: Sequence[Tensor]) -> Tensor:
-        """Other weights for the same place, laid out as this device multiplies them."""
+        """New weights for the same matrices, in this device's layout."""
         stacked = torch.cat(list(weights)) if len(weights) > 1 else weights[0].contiguous()
         if not self._packed:
             return stacked
@@ -78,7 +78,7 @@ class Linear:
         return packed
 
     def install(self, packed: Tensor) -> None:
-        """Puts packed weights in place. Plain tensors keep their addresses, which captured CUDA graphs read."""
+        """Makes packed weights live. Plain tensors keep their addresses, which CUDA graphs read."""
         if self._packed:
             self._weight = packed
         else:
@@ -88,6 +88,6 @@ class Linear:
         return self._weight is packed or torch.equal(self._weight, packed)
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights by name, as they are multiplied now."""
+        """The live weights by name."""
         dense = self._weight.to_dense() if self._packed else self._weight
         return dict(zip(self.names, torch.split(dense, self.sizes), strict=True))

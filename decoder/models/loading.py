@@ -1,4 +1,4 @@
-"""Model folders and hub ids: what a pair is made of, and models over one cache made from it."""
+"""Loads a target, a draft and their tokenizer from folders or hub ids."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from online.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """Where the pair and its tokenizer are, as settings say it: folders or hub ids."""
+    """Where the pair and its tokenizer are: folders or hub ids."""
 
     target: str
     draft: str
@@ -41,7 +41,7 @@ class ModelFiles:
 
 
 def load_module(source: str | Path, device: torch.device, dtype: str) -> nn.Module:
-    """A causal LM from a folder or hub id, ready to serve."""
+    """A causal LM in evaluation mode on the device."""
     module: nn.Module = AutoModelForCausalLM.from_pretrained(
         source, dtype=dtype_of(dtype, device), attn_implementation="sdpa"
     )
@@ -57,10 +57,10 @@ def load_models(
     dtype: str,
     vocab_size: int = 0,
 ) -> list[ServedModel]:
-    """`count` models from one folder or hub id, over one cache of `slots` contexts of `capacity` tokens.
+    """Loads `count` copies of a model over one cache of `slots` contexts of `capacity` tokens.
 
-    A sequence is drafted by one of the routes' drafts, which have the same shape: so they can share their slots.
-    `vocab_size` is the target's, whatever a draft's own is; 0: the model's own.
+    The drafts of all routes have one shape and share a cache, because each sequence uses only one
+    of them. Logits are cut or padded to `vocab_size`; 0 means the model's own.
     """
     modules = [load_module(source, device, dtype) for _ in range(count)]
     size = vocab_size or modules[0].get_output_embeddings().weight.shape[0]  # type: ignore[operator]
@@ -78,16 +78,16 @@ def over_slots(
 
 
 def save_first_draft(files: ModelFiles, folder: Path) -> None:
-    """The first draft as one safetensors file in its stored precision, whatever folder or hub id it came from.
+    """Saves the first draft as one safetensors file, in its stored precision.
 
-    Tensors have the live module's names, which for some families (GPT-NeoX) are not those of their files.
+    Tensors get the live module's names. For some families (GPT-NeoX) their files use others.
     """
     module = AutoModelForCausalLM.from_pretrained(files.draft, dtype="auto")
     module.save_pretrained(folder, max_shard_size="1TB", save_original_format=False)
 
 
 def load_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
-    """The target's tokenizer, after checking that the draft speaks the same one.
+    """The target's tokenizer, after checking that the draft's is the same.
 
     Raises:
         InvalidRequest: the two map tokens to different ids.
@@ -96,12 +96,10 @@ def load_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
     if not tokenizer.is_fast:
         raise InvalidRequest("the target's tokenizer has no fast (tokenizers) form", param="target")
     try:
-        drafts_own = AutoTokenizer.from_pretrained(files.draft)
+        draft_tokenizer = AutoTokenizer.from_pretrained(files.draft)
     except (OSError, ValueError):
-        return (
-            tokenizer  # A draft folder without tokenizer files has said that it uses the target's.
-        )
-    if drafts_own.get_vocab() != tokenizer.get_vocab():
+        return tokenizer  # a draft folder without tokenizer files uses the target's
+    if draft_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise InvalidRequest(
             "target and draft do not share a tokenizer: their vocabularies differ", param="draft"
         )
@@ -109,10 +107,10 @@ def load_tokenizer(files: ModelFiles) -> PreTrainedTokenizerBase:
 
 
 def refuse_windows(source: str, max_context: int) -> None:
-    """Slot caches keep whole contexts: a model that forgets (sliding windows, linear attention) is refused, not bent.
+    """Refuses sliding windows and linear attention: slot caches hold whole contexts.
 
     Raises:
-        InvalidRequest: names the model and what it does.
+        InvalidRequest: names the model, its kinds of layers and their window.
     """
     config = AutoConfig.from_pretrained(source).get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -124,8 +122,8 @@ def refuse_windows(source: str, max_context: int) -> None:
     if kinds <= {"full_attention", "sliding_attention"} and window and window >= max_context:
         return
     raise InvalidRequest(
-        f"{source}: layers of kind {sorted(kinds)} with window {window} are not supported with contexts of "
-        f"{max_context} tokens; a context within the window is",
+        f"{source}: layers of kind {sorted(kinds)} with window {window} are not supported with "
+        f"contexts of {max_context} tokens; a context within the window is",
         param="max_context",
     )
 

@@ -1,6 +1,10 @@
-"""The element-wise work of a Llama layer, as torch has it: the reference, and what runs on CUDA.
+"""The element-wise work of a Llama layer in torch's operations: the reference, and CUDA's.
 
-`decoder/models/ops_cpu.py` has the same for CPUs, fused. Legend as in `decoder/models/llama.py`.
+`ops_cpu.py` has the same for CPUs, fused.
+
+Legend: M tokens of one forward, flattened with padding; B sequences, T new tokens of a sequence,
+U visible positions, E hidden size, H query heads, K key-value heads, A = T × H / K attention rows
+of a key-value head, D head size, L capacity of a slot, C nodes of a tree.
 """
 
 from dataclasses import dataclass
@@ -8,29 +12,27 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
-from decoder.models.kv_cache import KVCache, Slots, TreePositions, slot_index
+from decoder.models.kv_cache import KVCache, Slots, TreePositions, slot_tensor
 
 Rotations = tuple[Tensor, Tensor]  # cosines and sines by position, [L, D] each
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a forward's tokens stand: the same for every layer."""
+class Positions:
+    """Where the tokens of a forward stand: the same for every layer."""
 
     slots: slice | Tensor
     tokens: int  # of each sequence
-    upto: int
-    bias_B1QU: (
-        Tensor | None
-    )  # Q = G × T: 0 where a position is visible, -inf where not; None: all are
-    told: tuple[Tensor, ...]  # what the operations tell themselves of positions and cells
+    upto: int  # cells of each slot that attention reads
+    bias_B1AU: Tensor | None  # 0 where a token sees a position, -inf elsewhere; None: sees all
+    tensors: tuple[Tensor, ...]  # positions and cells, as the implementation wants them
 
 
 @dataclass(frozen=True, slots=True)
-class Norms:
-    """Norms of query and key heads, which Qwen3 has."""
+class HeadNorms:
+    """The weights of norms of query and key heads, which Qwen3 has."""
 
     q: Tensor | None
     k: Tensor | None
@@ -38,35 +40,45 @@ class Norms:
 
 
 class Operations(Protocol):
-    def place(
+    def positions(
         self,
         slots: Slots,
         starts_B: Tensor,
         tokens: int,
         upto: int,
         tree: TreePositions | None = None,
-    ) -> Place:
-        """Where a forward of this many tokens a sequence stands, from `starts_B` on, in sight of the first `upto` cells.
+    ) -> Positions:
+        """Positions of `tokens` new tokens a sequence from `starts_B` on, seeing `upto` cells.
 
-        Padding of short sequences may point past the end: the last cell belongs to nobody.
+        Padding of short sequences may point past the end of its slot. It is written to the last
+        cell, which no context uses.
         """
         ...
 
-    def add_norm(self, x_NE: Tensor, y_NE: Tensor | None, weight_E: Tensor, eps: float) -> Tensor:
-        """Adds y to the residual stream x (float32) in place; returns the norm of x in the type of the weight."""
+    def add_norm(self, x_ME: Tensor, y_ME: Tensor | None, weight_E: Tensor, eps: float) -> Tensor:
+        """Adds y to the residual stream x in place; returns the RMS norm of x.
+
+        x is float32, the result has the type of the weight.
+        """
         ...
 
-    def gate(self, gate_up: Tensor) -> Tensor:
-        """SiLU of the first half of the last axis times the second."""
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """SiLU of the first half of the last axis times the second half."""
         ...
 
-    def turn(
-        self, qkv: Tensor, heads: int, place: Place, norms: Norms, cache: KVCache, layer: int
+    def rotate(
+        self,
+        qkv: Tensor,
+        heads: int,
+        positions: Positions,
+        norms: HeadNorms,
+        cache: KVCache,
+        layer: int,
     ) -> Tensor:
-        """Rotates queries and keys to their positions, and writes keys and values into the cache.
+        """Rotates queries and keys to their positions; writes keys and values into the cache.
 
-        `qkv` [N, (H + 2K) D] may be written to. Returns the queries, [B, K, Q, D]: those of the query heads that share
-        a key-value head are further positions of one attention.
+        `qkv` [M, (H + 2K) D] may be overwritten. Returns the queries [B, K, A, D]: the query heads
+        that share a key-value head are further rows of one attention.
         """
         ...
 
@@ -76,65 +88,68 @@ class TorchOperations:
         cos_LD, sin_LD = rotations
         half = cos_LD.shape[1] // 2
         # The first half's sines are negated: see `_rotate`.
-        self._cos, self._sin = cos_LD, torch.cat([-sin_LD[:, :half], sin_LD[:, half:]], 1)
+        self._cos_LD = cos_LD
+        self._sin_LD = torch.cat([-sin_LD[:, :half], sin_LD[:, half:]], 1)
         self._group, self._capacity = group, len(cos_LD)
 
-    def place(
+    def positions(
         self,
         slots: Slots,
         starts_B: Tensor,
         tokens: int,
         upto: int,
         tree: TreePositions | None = None,
-    ) -> Place:
-        capacity = self._capacity
-        slots_B = slot_index(slots, starts_B.device)
-        positions_BT, cells_BT = stands(starts_B, tokens, capacity, tree)
-        cells_N = (slots_B[:, None] * capacity + cells_BT).flatten()
-        # Even a lone token needs it: a captured graph looks further than the context goes.
-        visible_BTU = visible(starts_B, cells_BT, upto, tree).repeat(1, self._group, 1)
-        bias = torch.zeros(visible_BTU.shape, dtype=self._cos.dtype, device=starts_B.device)
-        bias = bias.masked_fill_(~visible_BTU, -torch.inf)[:, None]
-        turns = self._cos[positions_BT][:, :, None], self._sin[positions_BT][:, :, None]
-        return Place(
-            slots if isinstance(slots, slice) else slots_B, tokens, upto, bias, (cells_N, *turns)
-        )
+    ) -> Positions:
+        slots_B = slot_tensor(slots, starts_B.device)
+        positions_BT, cells_BT = positions_and_cells(starts_B, tokens, self._capacity, tree)
+        cells_M = (slots_B[:, None] * self._capacity + cells_BT).flatten()
+        # A lone token needs a bias, too: a captured graph reads further than the context goes.
+        visible_BAU = visible(starts_B, cells_BT, upto, tree).repeat(1, self._group, 1)
+        bias = torch.zeros(visible_BAU.shape, dtype=self._cos_LD.dtype, device=starts_B.device)
+        bias_B1AU = bias.masked_fill_(~visible_BAU, -torch.inf)[:, None]
+        cos_BT1D = self._cos_LD[positions_BT][:, :, None]
+        sin_BT1D = self._sin_LD[positions_BT][:, :, None]
+        read = slots if isinstance(slots, slice) else slots_B
+        return Positions(read, tokens, upto, bias_B1AU, (cells_M, cos_BT1D, sin_BT1D))
 
-    def add_norm(self, x_NE: Tensor, y_NE: Tensor | None, weight_E: Tensor, eps: float) -> Tensor:
-        if y_NE is not None:
-            x_NE += y_NE
-        return _rms_norm(x_NE, weight_E, eps)
+    def add_norm(self, x_ME: Tensor, y_ME: Tensor | None, weight_E: Tensor, eps: float) -> Tensor:
+        if y_ME is not None:
+            x_ME += y_ME
+        return _rms_norm(x_ME, weight_E, eps)
 
-    def gate(self, gate_up: Tensor) -> Tensor:
+    def swiglu(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate) * up
+        return functional.silu(gate) * up
 
-    def turn(
-        self, qkv: Tensor, heads: int, place: Place, norms: Norms, cache: KVCache, layer: int
+    def rotate(
+        self,
+        qkv: Tensor,
+        heads: int,
+        positions: Positions,
+        norms: HeadNorms,
+        cache: KVCache,
+        layer: int,
     ) -> Tensor:
-        cells_N, cos_BT1D, sin_BT1D = place.told
+        cells_M, cos_BT1D, sin_BT1D = positions.tensors
         (B, T), (K, D) = cos_BT1D.shape[:2], cache.keys[layer].shape[2:]
         qkv = qkv[: B * T].view(B, T, heads + 2 * K, D)
-        turned, v = qkv[:, :, : heads + K], qkv[:, :, heads + K :]
+        qk_BTHD, v_BTKD = qkv[:, :, : heads + K], qkv[:, :, heads + K :]
         if norms.q is not None and norms.k is not None:
-            q, k = turned[:, :, :heads].float(), turned[:, :, heads:].float()
-            turned = torch.cat(
-                [_rms_norm(q, norms.q, norms.eps), _rms_norm(k, norms.k, norms.eps)], 2
-            )
-        turned = _rotate(turned, cos_BT1D, sin_BT1D)
-        q, k = turned[:, :, :heads], turned[:, :, heads:]
-        cache.write(layer, cells_N, k.flatten(0, 1), v.flatten(0, 1))
-        return (
-            q.reshape(B, T, K, heads // K, D)
-            .permute(0, 2, 3, 1, 4)
-            .reshape(B, K, heads // K * T, D)
-        )
+            q_BTHD = _rms_norm(qk_BTHD[:, :, :heads].float(), norms.q, norms.eps)
+            k_BTKD = _rms_norm(qk_BTHD[:, :, heads:].float(), norms.k, norms.eps)
+            qk_BTHD = torch.cat([q_BTHD, k_BTKD], 2)
+        rotated = _rotate(qk_BTHD, cos_BT1D, sin_BT1D)
+        q_BTHD, k_BTKD = rotated[:, :, :heads], rotated[:, :, heads:]
+        cache.write(layer, cells_M, k_BTKD.flatten(0, 1), v_BTKD.flatten(0, 1))
+        group = heads // K
+        grouped = q_BTHD.reshape(B, T, K, group, D).permute(0, 2, 3, 1, 4)
+        return grouped.reshape(B, K, group * T, D)
 
 
-def stands(
+def positions_and_cells(
     starts_B: Tensor, tokens: int, capacity: int, tree: TreePositions | None
 ) -> tuple[Tensor, Tensor]:
-    """Positions of a forward's tokens and the cells of their slots, [B, T] each."""
+    """The positions of new tokens, and their cells in their slots, [B, T] each."""
     steps_T = torch.arange(tokens, device=starts_B.device)
     if tree is None:
         cells_BT = (starts_B[:, None] + steps_T).clamp_(max=capacity - 1)
@@ -144,38 +159,34 @@ def stands(
 
 
 def visible(starts_B: Tensor, cells_BT: Tensor, upto: int, tree: TreePositions | None) -> Tensor:
-    """Which of the first `upto` cells of its slot a token may look at, [B, T, U]."""
+    """Which of the first `upto` cells of its slot a token attends to, [B, T, U]."""
     cells_U = torch.arange(upto, device=starts_B.device)
     if tree is None:
         return cells_U <= cells_BT[..., None]
-    behind_BU = cells_U - starts_B[:, None]
-    node_BTU = behind_BU.clamp(0, tree.visible_BTC.shape[2] - 1)[:, None].expand(
-        -1, cells_BT.shape[1], -1
-    )
-    among_BTU = (
-        tree.visible_BTC.gather(2, node_BTU) & (behind_BU < tree.visible_BTC.shape[2])[:, None]
-    )
-    return torch.where((behind_BU < 0)[:, None], True, among_BTU)
+    T, C = cells_BT.shape[1], tree.visible_BTC.shape[2]
+    node_BU = cells_U - starts_B[:, None]  # negative: a cell of the context
+    node_BTU = node_BU.clamp(0, C - 1)[:, None].expand(-1, T, -1)
+    related_BTU = tree.visible_BTC.gather(2, node_BTU) & (node_BU < C)[:, None]
+    return torch.where((node_BU < 0)[:, None], True, related_BTU)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm of the last axis of `x` (float32), in the weight's precision."""
-    return F.rms_norm(x, x.shape[-1:], None, eps).to(weight.dtype) * weight
+    return functional.rms_norm(x, x.shape[-1:], None, eps).to(weight.dtype) * weight
 
 
 def _rotate(x_BTHD: Tensor, cos_BT1D: Tensor, sin_BT1D: Tensor) -> Tensor:
-    """Rotary positions: the two halves of a head are the coordinates that turn."""
-    swapped = x_BTHD.roll(x_BTHD.shape[-1] // 2, -1)
-    return torch.addcmul(x_BTHD * cos_BT1D, swapped, sin_BT1D)
+    """Rotary positions: the two halves of a head are the coordinates that rotate."""
+    swapped_BTHD = x_BTHD.roll(x_BTHD.shape[-1] // 2, -1)
+    return torch.addcmul(x_BTHD * cos_BT1D, swapped_BTHD, sin_BT1D)
 
 
 def operations(rotations: Rotations, group: int) -> Operations:
-    """What a Llama does between its products, `group` query heads to a key-value head."""
+    """The operations for a device, with `group` query heads to a key-value head."""
     cos_LD, _ = rotations
     if cos_LD.device.type == "cpu" and cos_LD.dtype in (torch.float32, torch.bfloat16):
-        from decoder.models.ops_cpu import (
-            FusedOperations,
-        )  # a GPU's process has no use for a compiler
+        # Imported here, because a GPU's process needs no compiler.
+        from decoder.models.ops_cpu import FusedOperations
 
         return FusedOperations(rotations, group)
     return TorchOperations(rotations, group)

@@ -1,4 +1,4 @@
-"""Sequences of different lengths as one call: what is padded, what is cut, and which slots are neighbours.
+"""Sequences of different lengths in one call: padding, budgets, and neighbouring slots.
 
 Legend: B sequences, T tokens of the longest of them.
 """
@@ -19,10 +19,8 @@ def integers(values: list[int], device: torch.device | str) -> Tensor:
 def ragged(sequences: list[list[int]], device: torch.device | str) -> Tensor:
     """Token lists as one padded [B, T]."""
     longest = max(map(len, sequences))
-    return upload(
-        np.array([sequence + [0] * (longest - len(sequence)) for sequence in sequences], np.int64),
-        device,
-    )
+    padded = [sequence + [0] * (longest - len(sequence)) for sequence in sequences]
+    return upload(np.array(padded, np.int64), device)
 
 
 def encode(
@@ -32,14 +30,17 @@ def encode(
     starts: list[int],
     device: torch.device | str,
 ) -> None:
-    """Appends a piece to each member's context, from its start on."""
+    """Appends a piece of its prompt to each member's context, from `starts` on."""
     if members:
         upto = max(start + len(piece) for start, piece in zip(starts, pieces, strict=True))
         model.encode(slots_of(members), ragged(pieces, device), integers(starts, device), upto)
 
 
 def fit(sequences: list[list[int]], budget: int) -> list[list[int]]:
-    """As many of the first sequences as `budget` tokens hold, padding included; only the last of them is cut."""
+    """The first sequences that fit into `budget` tokens, padding included.
+
+    Only the last of them may be cut.
+    """
     pieces: list[list[int]] = []
     longest = 0
     for sequence in sequences:
@@ -48,11 +49,11 @@ def fit(sequences: list[list[int]], budget: int) -> list[list[int]]:
             break
         pieces.append(sequence[:budget])
         if len(sequence) > budget:
-            break  # those behind it wait: the ready ones come first
+            break  # the sequences after it wait, to become ready in order
     return pieces
 
 
 def slots_of(members: list[int]) -> Slots:
-    """Neighbouring slots as a slice: the cache gives a view of those, and a copy of anything else."""
+    """Neighbouring slots as a slice: the cache returns a view for it, and a copy for a list."""
     adjacent = members[-1] - members[0] + 1 == len(members)
     return slice(members[0], members[-1] + 1) if adjacent else members

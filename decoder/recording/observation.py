@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from decoder.device.transfer import Download
+from decoder.verification.accepted_chain import accepted_chain
 from decoder.verification.proposal import Proposal
-from decoder.verification.sampling import compiled
-from decoder.verification.verify import Verification
+from decoder.verification.result import Verification
+from decoder.verification.sampling import runs_fused
 from online.messages import TokenLogprob
 
 LOWEST_LOGP = -9999.0  # JSON has no infinity; vLLM reports impossible tokens by this, too
@@ -89,9 +90,7 @@ def observe(
 ) -> Observation:
     """`report_k`: the most tokens that a client wants reported; None if no client asks."""
     accepted_B = verification.accepted_B
-    tokens_BG, length_B, logits_BTV = proposal.as_chain(
-        accepted_B, verification.path_BN, logits_BTV
-    )
+    tokens_BG, length_B, logits_BTV = accepted_chain(proposal, verification, logits_BTV)
     branch_B = (length_B - accepted_B).clamp(max=limits.branch_tokens)
     k = min(max(limits.top_k, report_k or 0), logits_BTV.shape[-1])
     top = top_tokens(logits_BTV, accepted_B + 1 + branch_B, k)
@@ -116,9 +115,10 @@ class TopTokens:
 
 def top_tokens(logits_BTV: Tensor, count_B: Tensor, k: int) -> TopTokens:
     """Of each sequence's first `count_B` positions; what lies behind them is undefined."""
-    kernels = compiled(logits_BTV)
-    if kernels is not None:
-        return TopTokens(*kernels.observe(logits_BTV, count_B, k))
+    if runs_fused(logits_BTV):
+        from decoder.verification import fused
+
+        return TopTokens(*fused.top_tokens(logits_BTV, count_B, k))
     norm_BT = logits_BTV.logsumexp(-1)
     logits_BTK, ids_BTK = logits_BTV.topk(k, -1)
     return TopTokens(ids_BTK, logits_BTK - norm_BT[..., None], norm_BT)

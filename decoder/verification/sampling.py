@@ -1,26 +1,40 @@
-"""From logits to tokens. Pure functions; randomness comes in as uniforms in [0, 1).
+"""From logits to tokens. Pure functions; randomness arrives as uniforms in [0, 1).
 
-Legend: B sequences, V vocabulary, … any axes between them.
+Legend: B sequences, N candidates of a sequence at most, V vocabulary, … any axes between them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-COLDEST = 1e-6  # temperature below which logits of 1e9 would overflow float32; they have long been one-hot
+# Below this temperature logits of 1e9 would overflow float32; distributions are one-hot long before.
+COLDEST = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Uniforms:
+    """The randomness of a verification, float64 in [0, 1)."""
+
+    accept_BN: Tensor  # decides on each candidate
+    emit_B: Tensor  # samples the emitted token
+
+    def select(self, members: list[int]) -> "Uniforms":
+        return Uniforms(self.accept_BN[members], self.emit_B[members])
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """The sequences' sampling parameters. Which of them matter at all is known on the host: no device is asked."""
+    """The sequences' sampling parameters.
 
-    divisor_B: Tensor  # temperature, as logits can bear it; 1 where greedy
+    The flags are known on the host, so that no device is asked whether a parameter matters.
+    """
+
+    divisor_B: Tensor  # the temperature, at least COLDEST; 1 for greedy sequences
     greedy_B: Tensor
-    top_k_B: Tensor  # V: all
-    top_p_B: Tensor  # 1: all
+    top_k_B: Tensor  # V: no limit
+    top_p_B: Tensor  # 1: no limit
     all_greedy: bool
     any_greedy: bool
     any_truncated: bool
@@ -58,75 +72,85 @@ class Sampling:
         )
 
 
-def probabilities(logits: Tensor, sampling: Sampling, out: Tensor | None = None) -> Tensor:
-    """The distribution that is sampled from, [B, T, V]: temperature, then top-k, then top-p of what is left.
+def runs_fused(logits: Tensor) -> bool:
+    """Whether `decoder.verification.fused` serves these logits: float32 on a CPU.
 
-    Greedy sequences get all their mass on the first of the most likely tokens. Logits that are no numbers count as 0: any
-    proposal is verified exactly, as long as it is a distribution. `out` may be a part of a larger tensor.
+    Callers import that module only then: importing it loads numba, which GPUs do not need.
     """
-    logits = at_least_float32(logits)
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format) if out is None else out
-    if (fused := compiled(logits)) is not None and not sampling.any_truncated:
-        fused.probabilities(logits, sampling.divisor_B, sampling.greedy_B, out)
-        return out
-    logits = torch.nan_to_num(logits, nan=0.0, posinf=1e9, neginf=-torch.inf)
-    probs = (logits / _along_rows(sampling.divisor_B, logits)).softmax(-1)
-    if sampling.any_truncated:
-        probs = _truncate(probs, sampling)
-    if sampling.any_greedy:
-        greedy = torch.zeros_like(probs).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-        probs = torch.where(_along_rows(sampling.greedy_B, logits), greedy, probs)
-    return out.copy_(probs)
+    return logits.device.type == "cpu" and logits.dtype == torch.float32
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
-    """Logits for all that look at them: what is below is dearer to read on a CPU, and too coarse to add up."""
+    """Logits for everyone who reads them.
+
+    Lower precision is slower to read on a CPU, and too coarse for sums over the vocabulary.
+    """
     return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+
+
+def probabilities(logits: Tensor, sampling: Sampling, out: Tensor | None = None) -> Tensor:
+    """The distribution that is sampled from, [B, …, V]: temperature, then top-k, then top-p.
+
+    Greedy sequences get a one-hot distribution on the first of their most likely tokens. NaN counts
+    as 0, because verification is exact for any proposal that is a distribution. `out` may be a
+    part of a larger tensor.
+    """
+    logits = at_least_float32(logits)
+    if out is None:
+        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    if runs_fused(logits) and not sampling.any_truncated:
+        from decoder.verification import fused
+
+        fused.probabilities(logits, sampling.divisor_B, sampling.greedy_B, out)
+        return out
+    logits = torch.nan_to_num(logits, nan=0.0, posinf=1e9, neginf=-torch.inf)
+    probs = (logits / _over_rows(sampling.divisor_B, logits)).softmax(-1)
+    if sampling.any_truncated:
+        probs = _truncate(probs, sampling)
+    if sampling.any_greedy:
+        one_hot = torch.zeros_like(probs).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+        probs = torch.where(_over_rows(sampling.greedy_B, logits), one_hot, probs)
+    return out.copy_(probs)
 
 
 def most_likely(logits: Tensor) -> Tensor:
     """The first of the most likely tokens."""
     logits = at_least_float32(logits)
-    best: Tensor = (
-        logits.argmax(-1) if (fused := compiled(logits)) is None else fused.most_likely(logits)
-    )
-    return best
+    if runs_fused(logits):
+        from decoder.verification import fused
+
+        return fused.most_likely(logits)
+    return logits.argmax(-1)
 
 
 def sample(probs: Tensor, uniform: Tensor) -> Tensor:
-    """One token per distribution by the inverse of its cumulative sum. `probs` [B, …, V], `uniform` [B, …]."""
-    if (fused := compiled(probs)) is not None:
-        drawn: Tensor = fused.sample(probs, uniform)
-        return drawn
+    """One token per distribution, by the inverse of its cumulative sum.
+
+    `probs` [B, …, V] need not be normalised; `uniform` [B, …].
+    """
+    if runs_fused(probs):
+        from decoder.verification import fused
+
+        return fused.sample(probs, uniform)
     cumulative = probs.cumsum(-1, dtype=torch.float64)
     threshold = uniform.to(torch.float64)[..., None] * cumulative[..., -1:]
-    # The first token whose cumulative mass exceeds the threshold has mass of its own: never one of probability 0.
-    return (
-        torch.searchsorted(cumulative, threshold, right=True)
-        .squeeze(-1)
-        .clamp_(max=probs.shape[-1] - 1)
-    )
+    # The first token whose cumulative mass exceeds the threshold has mass of its own.
+    token = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+    return token.clamp_(max=probs.shape[-1] - 1)
 
 
 def _truncate(probs: Tensor, sampling: Sampling) -> Tensor:
+    """Top-k, then top-p of what is left."""
     ordered, index = probs.sort(stable=True, dim=-1, descending=True)
     rank = torch.arange(probs.shape[-1], device=probs.device)
-    ordered = torch.where(rank < _along_rows(sampling.top_k_B, probs), ordered, 0.0)
+    ordered = torch.where(rank < _over_rows(sampling.top_k_B, probs), ordered, 0.0)
     ordered = ordered / ordered.sum(-1, keepdim=True)
     before = ordered.cumsum(-1) - ordered
-    kept = (before < _along_rows(sampling.top_p_B, probs)) | (rank == 0)
-    ordered = torch.where(kept, ordered, 0.0)
+    inside = (before < _over_rows(sampling.top_p_B, probs)) | (rank == 0)
+    ordered = torch.where(inside, ordered, 0.0)
     return torch.zeros_like(probs).scatter_(-1, index, ordered / ordered.sum(-1, keepdim=True))
 
 
-def _along_rows(values_B: Tensor, like: Tensor) -> Tensor:
+def _over_rows(values_B: Tensor, like: Tensor) -> Tensor:
+    """One value per sequence, in a shape that broadcasts over `like`."""
     return values_B.view(-1, *[1] * (like.ndim - 1))
-
-
-def compiled(logits: Tensor) -> Any:
-    """`decoder.verification.fused` for the logits that it serves, else None: torch's operations serve any."""
-    if logits.device.type == "cpu" and logits.dtype == torch.float32:
-        from decoder.verification import fused as vocabulary
-
-        return vocabulary
-    return None

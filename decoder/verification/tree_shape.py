@@ -1,4 +1,4 @@
-"""The shapes of trees: whom each candidate follows, before anything is drafted.
+"""The shapes of trees, before anything is drafted: the parent of each candidate.
 
 Legend: N candidates, T = N + 1 nodes.
 """
@@ -10,25 +10,27 @@ from functools import cache, cached_property, lru_cache
 import torch
 from torch import Tensor
 
-SHAPES = 256  # kept: acceptance goes on to suggest others
+SHAPES = 256  # cached shapes; acceptance keeps suggesting new ones
 Span = slice | list[int]
 
 
 def span(members: Sequence[int]) -> Span:
-    """The same as a slice where the members are evenly spaced: that is a view of a tensor, and a list a copy."""
+    """The same indices, as a slice where they are evenly spaced: it yields a view, not a copy."""
     step = members[1] - members[0] if len(members) > 1 else 1
     evenly = list(range(members[0], members[-1] + 1, step)) if step > 0 else []
-    return slice(members[0], members[-1] + 1, step) if evenly == list(members) else list(members)
+    if evenly == list(members):
+        return slice(members[0], members[-1] + 1, step)
+    return list(members)
 
 
 @dataclass(frozen=True)
 class TreeLevel:
-    """Nodes of one depth that have candidates."""
+    """The nodes of one depth that have candidates."""
 
     depth: int
-    first: int  # how many there are on the levels before
+    first: int  # number of such nodes on the levels above
     nodes: tuple[int, ...]
-    candidates: tuple[tuple[int, ...], ...]  # of each
+    candidates: tuple[tuple[int, ...], ...]  # of each node
 
     @property
     def widest(self) -> int:
@@ -36,7 +38,7 @@ class TreeLevel:
 
     @cached_property
     def ranks(self) -> tuple[tuple[Span, Span], ...]:
-        """By rank: which of the nodes have a candidate of it, and these."""
+        """By rank k: the indices of the nodes that have a k-th candidate, and these candidates."""
         found = []
         for k in range(self.widest):
             having = [w for w, own in enumerate(self.candidates) if len(own) > k]
@@ -45,17 +47,34 @@ class TreeLevel:
 
 
 @dataclass(frozen=True)
-class TreeShape:
-    """Node 0 is a sequence's last token and node n + 1 its n-th candidate; `parents[n]` is the node that this one follows.
+class _Reached:
+    """A node of a tree under construction."""
 
-    Nodes are in the order of their depth, and siblings side by side: the first ones, however many, are a shape too.
+    probability: float  # of being accepted, with all its ancestors
+    depth: int
+    parent: int  # its index in the order of construction; -1: the root
+    rank: int  # among its siblings
+
+    def children(self, own: int, rates: Sequence[float]) -> "list[_Reached]":
+        """The possible children of this node, whose index is `own`."""
+        return [
+            _Reached(self.probability * rate, self.depth + 1, own, rank)
+            for rank, rate in enumerate(rates)
+        ]
+
+
+@dataclass(frozen=True)
+class TreeShape:
+    """Node 0 is the last token, node n + 1 is candidate n, `parents[n]` the node it follows.
+
+    Nodes are ordered by depth, siblings side by side. The first candidates are a shape as well.
     """
 
     parents: tuple[int, ...]
 
     @classmethod
     def of_widths(cls, widths: Sequence[int]) -> "TreeShape":
-        """`widths[d]` candidates behind every node of depth d (arXiv 2401.06706, section 3.1)."""
+        """`widths[d]` candidates for every node of depth d (arXiv 2401.06706, section 3.1)."""
         parents: list[int] = []
         level = [0]
         for width in widths:
@@ -66,41 +85,43 @@ class TreeShape:
 
     @classmethod
     def best(cls, rates: Sequence[float], candidates: int, depth: int) -> "TreeShape":
-        """The shape of so many candidates that emits most, where `rates[k]` is the share of nodes whose k-th candidate
-        is kept, whatever the node: so a node is reached with the product of the rates on its way, and the best tree has
-        those that are most likely reached (as in Sequoia, arXiv 2402.12374, section 3.1, without a bound to the width).
+        """The shape of at most `candidates` nodes that emits most tokens.
+
+        `rates[k]` is the share of nodes whose k-th candidate is accepted, for every node alike. A
+        node is reached with the product of the rates on its path, and the best tree consists of
+        the nodes most likely reached (Sequoia, arXiv 2402.12374, section 3.1, without its limit
+        on the width).
         """
-        reached: list[
-            tuple[float, int, int, int]
-        ] = []  # of every node taken: how likely, depth, parent's place, rank
-        edge = [(rate, 1, -1, rank) for rank, rate in enumerate(rates)]
-        while edge and len(reached) < candidates:
-            best = max(edge, key=lambda each: each[0])
+        root = _Reached(1.0, 0, -1, 0)
+        taken: list[_Reached] = []
+        edge = root.children(-1, rates)
+        while edge and len(taken) < candidates:
+            best = max(edge, key=lambda node: node.probability)
             edge.remove(best)
-            reached.append(best)
-            likely, at, place = best[0], best[1], len(reached) - 1
-            if at < depth:
-                edge += [(likely * rate, at + 1, place, rank) for rank, rate in enumerate(rates)]
-        return cls._in_order(reached)
+            taken.append(best)
+            if best.depth < depth:
+                edge += best.children(len(taken) - 1, rates)
+        return cls._in_order(taken)
 
     @classmethod
-    def _in_order(cls, taken: list[tuple[float, int, int, int]]) -> "TreeShape":
-        number = {-1: 0}  # of each node by its place
+    def _in_order(cls, taken: list[_Reached]) -> "TreeShape":
+        """Numbers the nodes by depth, then by parent, then by rank."""
+        numbers = {-1: 0}  # by the order of construction
         parents: list[int] = []
-        for depth in sorted({each[1] for each in taken}):
+        for depth in sorted({node.depth for node in taken}):
             level = [
-                (number[parent], rank, place)
-                for place, (_, at, parent, rank) in enumerate(taken)
-                if at == depth
+                (numbers[node.parent], node.rank, index)
+                for index, node in enumerate(taken)
+                if node.depth == depth
             ]
-            for parent, _, place in sorted(level):
+            for parent, _, index in sorted(level):
                 parents.append(parent)
-                number[place] = len(parents)
+                numbers[index] = len(parents)
         return cls(tuple(parents))
 
     @cached_property
     def depths(self) -> tuple[int, ...]:
-        """By node."""
+        """The depth of each node."""
         found = [0]
         for parent in self.parents:
             found.append(found[parent] + 1)
@@ -130,11 +151,12 @@ class TreeShape:
 
     @cached_property
     def expanded(self) -> tuple[int, ...]:
+        """The nodes that have candidates, in order."""
         return tuple(node for level in self.levels for node in level.nodes)
 
     @cached_property
     def visible(self) -> Tensor:
-        """Which nodes a node may look at, [T, T]: its ancestors and itself."""
+        """Which nodes a node attends to, [T, T]: its ancestors and itself."""
         seen = torch.eye(len(self.parents) + 1, dtype=torch.bool)
         for n, parent in enumerate(self.parents):
             seen[n + 1] |= seen[parent]
@@ -142,14 +164,17 @@ class TreeShape:
 
     @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:
-        """The candidates behind each node."""
+        """The candidates of each node."""
         found: list[list[int]] = [[] for _ in range(len(self.parents) + 1)]
         for n, parent in enumerate(self.parents):
             found[parent].append(n)
         return tuple(map(tuple, found))
 
     def met(self, path: Sequence[int]) -> list[tuple[int, int | None]]:
-        """Of the nodes on the way of these candidates: how many candidates each has, and the rank of the one kept."""
+        """For each node of an accepted path: its number of candidates, and the accepted rank.
+
+        The last node has none accepted.
+        """
         found: list[tuple[int, int | None]] = []
         node = 0
         for n in path:
@@ -158,6 +183,7 @@ class TreeShape:
         return [*found, (len(self.children[node]), None)]
 
     def first(self, candidates: int) -> "TreeShape":
+        """The shape of the first candidates."""
         return self if candidates >= len(self.parents) else _first(self, candidates)
 
 

@@ -25,9 +25,19 @@ from decoder.device.placement import device_of
 from decoder.models.base import LayeredModel
 from decoder.models.hidden import HiddenStates
 from decoder.models.loading import load_tokenizer
-from decoder.verification.verify import judge
+from decoder.verification.verify import verify
 from lab import rig
-from lab.enumeration import AHEAD, BEHIND, CHOSEN_WHOLE, SHAPES, WHOLE, Case, distance, on
+from lab.enumeration import distance, on
+from lab.enumeration_cases import (
+    CHOSEN_CHAIN,
+    DRAWN_CHAIN,
+    FIRST_CHOSEN,
+    LAST_CHOSEN,
+    SHAPES,
+    WITH_REPLACEMENT,
+    WITHOUT_REPLACEMENT,
+    Case,
+)
 from lab.replay import SHARED
 from lab.replay.config import Domain, preset
 from lab.replay.streams import Asked, Source, exam, prompts
@@ -51,19 +61,24 @@ CANDIDATES: dict[DrafterName, tuple[int, ...]] = {
 ENUMERATED: dict[
     DrafterName, tuple[tuple[str, str], ...]
 ] = {  # shapes, and how their candidates are drawn
-    "chain": (("chain", WHOLE),),
+    "chain": (("chain", DRAWN_CHAIN),),
     "tree": (
-        ("two, then two", "distinct"),
-        ("two, then two", "replaced"),
-        ("three at the root", "distinct"),
+        ("two, then two", WITHOUT_REPLACEMENT),
+        ("two, then two", WITH_REPLACEMENT),
+        ("three at the root", WITHOUT_REPLACEMENT),
     ),
-    "ngrams": (("chain", CHOSEN_WHOLE),),
-    "cascade": (("chain", WHOLE), ("chain", AHEAD), ("chain", BEHIND)),
-    "graph": (("two, then two", "distinct"),),
-    "parallel": (("chain", WHOLE),),
-    "parallel_cascade": (("chain", WHOLE), ("chain", AHEAD), ("chain", BEHIND)),
-    "exits": (("chain", WHOLE),),
-    "auto": (("chain", WHOLE), ("chain", CHOSEN_WHOLE), ("chain", AHEAD), ("chain", BEHIND)),
+    "ngrams": (("chain", CHOSEN_CHAIN),),
+    "cascade": (("chain", DRAWN_CHAIN), ("chain", FIRST_CHOSEN), ("chain", LAST_CHOSEN)),
+    "graph": (("two, then two", WITHOUT_REPLACEMENT),),
+    "parallel": (("chain", DRAWN_CHAIN),),
+    "parallel_cascade": (("chain", DRAWN_CHAIN), ("chain", FIRST_CHOSEN), ("chain", LAST_CHOSEN)),
+    "exits": (("chain", DRAWN_CHAIN),),
+    "auto": (
+        ("chain", DRAWN_CHAIN),
+        ("chain", CHOSEN_CHAIN),
+        ("chain", FIRST_CHOSEN),
+        ("chain", LAST_CHOSEN),
+    ),
 }
 SETTINGS = ((1.0, 0, 1.0), (1.3, 3, 0.8), (0.0, 0, 1.0))  # temperature, top-k, top-p
 PLAIN = "plain"
@@ -178,7 +193,7 @@ def exact_tv(drafter: DrafterName, device: torch.device) -> float:
         for shape, way in ENUMERATED[drafter]
         for setting in SETTINGS
     ]
-    return max(distance(on(device, judge), case) for case in cases)
+    return max(distance(on(device, verify), case) for case in cases)
 
 
 def main() -> None:

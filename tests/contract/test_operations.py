@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from decoder.models.kv_cache import KVCache, Slots, TreePositions
-from decoder.models.ops import Norms, Operations, Rotations, TorchOperations
+from decoder.models.ops import HeadNorms, Operations, Rotations, TorchOperations
 from decoder.models.ops_cpu import FusedOperations
 from decoder.verification.tree_shape import TreeShape
 
@@ -47,7 +47,7 @@ def test_norms_and_gates(dtype: torch.dtype, tokens: int) -> None:
     assert torch.equal(*streams), "the residual stream is float32 in both"
     agree(normed, dtype)
     agree([ops.add_norm(x, None, weight, 1e-6).clone() for ops in both(dtype)], dtype)
-    agree([ops.gate(gate_up).clone() for ops in both(dtype)], dtype)
+    agree([ops.swiglu(gate_up).clone() for ops in both(dtype)], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -66,16 +66,16 @@ def test_turned_heads_and_their_places(
     seen: list[list[torch.Tensor]] = []
     for ops in both(dtype):
         cache = KVCache(4, CAPACITY)
-        cache.grow(KV_HEADS, SIZE, dtype, torch.device("cpu"))
-        place = ops.place(rows, starts, tokens, CAPACITY)
-        q = ops.turn(qkv.clone(), HEADS, place, Norms(q_norm, k_norm, 1e-6), cache, 0).clone()
+        cache.add_layer(KV_HEADS, SIZE, dtype, torch.device("cpu"))
+        place = ops.positions(rows, starts, tokens, CAPACITY)
+        q = ops.rotate(qkv.clone(), HEADS, place, HeadNorms(q_norm, k_norm, 1e-6), cache, 0).clone()
         # What lies in a slot's last cell is nobody's, and may be any of the tokens that pointed past the end.
         seen.append([q, cache.keys[0][:, :-1], cache.values[0][:, :-1]])
         if (
             count * tokens > 1
         ):  # a lone one sees all of a context that ends with it, and needs to be told nothing
-            assert place.bias_B1QU is not None
-            seen[-1].append(place.bias_B1QU)
+            assert place.bias_B1AU is not None
+            seen[-1].append(place.bias_B1AU)
     for pair in zip(*seen, strict=True):
         agree(list(pair), dtype)
 
@@ -92,15 +92,17 @@ def test_places_of_the_nodes_of_trees(rows: Slots, first: int) -> None:
         5 - first,
     )  # the last one's nodes point past the end
     torch_ops, fused = both(torch.float32)
-    biases = [ops.place(rows, starts, tokens, 12, nodes).bias_B1QU for ops in (torch_ops, fused)]
+    biases = [
+        ops.positions(rows, starts, tokens, 12, nodes).bias_B1AU for ops in (torch_ops, fused)
+    ]
     assert torch.equal(*biases)
     qkv = torch.randn(3 * tokens, (HEADS + 2 * KV_HEADS) * SIZE)
     seen = []
     for ops in (torch_ops, fused):
         cache = KVCache(4, CAPACITY)
-        cache.grow(KV_HEADS, SIZE, torch.float32, torch.device("cpu"))
-        place = ops.place(rows, starts, tokens, 12, nodes)
-        q = ops.turn(qkv.clone(), HEADS, place, Norms(None, None, 1e-6), cache, 0).clone()
+        cache.add_layer(KV_HEADS, SIZE, torch.float32, torch.device("cpu"))
+        place = ops.positions(rows, starts, tokens, 12, nodes)
+        q = ops.rotate(qkv.clone(), HEADS, place, HeadNorms(None, None, 1e-6), cache, 0).clone()
         seen.append([q[:2], cache.keys[0][:, :-1], cache.values[0][:, :-1]])
     for pair in zip(*seen, strict=True):
         agree(list(pair), torch.float32)
@@ -111,7 +113,7 @@ def test_numbers_that_are_none_stay_none() -> None:
     for dtype in DTYPES:
         gate_up = torch.tensor([[math.nan, -math.inf, 200.0, -200.0, 1.0, 1.0, 1.0, 1.0]]).to(dtype)
         for ops in both(dtype):
-            nan, low, high, tiny = ops.gate(gate_up)[0].tolist()
+            nan, low, high, tiny = ops.swiglu(gate_up)[0].tolist()
             assert math.isnan(nan), "a broken model is not made to look whole"
             assert abs(tiny) < 1e-30, "what is far below zero is let through by next to nothing"
             assert high == pytest.approx(200, rel=1e-2)

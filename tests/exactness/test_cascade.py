@@ -19,12 +19,14 @@ from decoder.models.ragged import integers, ragged
 from decoder.policy.draft_cost import NO_COST, DraftCost
 from decoder.policy.token_acceptance import Evidence, TokenAcceptance, draft_token, ngram
 from decoder.sequence.ngram_index import NgramGuess
-from decoder.verification.proposal import CHOSEN, Proposal, Tree
+from decoder.verification.proposal import Proposal
 from decoder.verification.sampling import Sampling
+from decoder.verification.token_tree import CHOSEN, Tree
 from decoder.verification.tree_shape import chain_shape
 from decoder.verification.verify import verify
-from lab import enumeration
-from lab.enumeration import DRAFT, TARGET, Case, distance, of_all, told
+from lab import enumeration_cases
+from lab.enumeration import distance
+from lab.enumeration_cases import DRAFT, TARGET, Case, same_sampling, tree_logits
 from tests.exactness.test_exactness import LIMIT, SETTINGS, either
 from tests.tabular import TableModel
 
@@ -120,7 +122,7 @@ def test_right_guesses_save_forwards() -> None:
 
 class Draft(TableModel):
     def logits(self, context: Sequence[int]) -> np.ndarray:
-        return enumeration.logits(DRAFT, list(context[1:]), self._dtype).double().numpy()  # type: ignore[no-any-return]
+        return enumeration_cases.logits(DRAFT, list(context[1:]), self._dtype).double().numpy()  # type: ignore[no-any-return]
 
 
 def guess(drafted: list[int]) -> NgramGuess | None:
@@ -145,7 +147,7 @@ def known() -> TokenAcceptance:
 
 def step(
     uniforms: list[float],
-    setting: enumeration.Setting,
+    setting: enumeration_cases.Setting,
     dtype: torch.dtype,
     masks: int = 0,
     beside: Sequence[float] = (),
@@ -160,7 +162,7 @@ def step(
     drawn = [[*uniforms, 0.5, 0.5, 0.5][:3], [*beside, 0.5, 0.5, 0.5][:3]][:count]
     uniform_BN = torch.tensor(drawn, dtype=torch.float64)
     sampling, draft, price = (
-        of_all(setting, count),
+        same_sampling(setting, count),
         Draft(3, 0, count, dtype=dtype),
         each.scaled(count),
     )
@@ -175,7 +177,7 @@ def step(
     return chain_stop.drafted_chains(rows, logits_BQV, probs_BQV, group, 0).proposal
 
 
-def outcomes(setting: enumeration.Setting, dtype: torch.dtype, **more: Any) -> Case:
+def outcomes(setting: enumeration_cases.Setting, dtype: torch.dtype, **more: Any) -> Case:
     """Everything that a step may draft for its first sequence, and how probable it is."""
     pending: list[tuple[list[float], float]] = [([], 1.0)]
     ends: list[tuple[list[int], list[int], Tensor, float]] = []
@@ -224,7 +226,12 @@ def _case(
         [probability for _, _, _, probability in ends], dtype=torch.float64
     )
     return Case(
-        (0, 1, 2), rows, setting, told(TARGET, (0, 1, 2), rows, dtype), proposal, probability_B
+        (0, 1, 2),
+        rows,
+        setting,
+        tree_logits(TARGET, (0, 1, 2), rows, dtype),
+        proposal,
+        probability_B,
     )
 
 

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from decoder.drafters.model import propose as propose_tokens
+from decoder.verification.chain import Chains, verify_block
 from decoder.verification.proposal import Proposal
-from decoder.verification.sampling import Sampling, probabilities, sample
+from decoder.verification.result import Verification
+from decoder.verification.sampling import Sampling, Uniforms, probabilities, sample
 from decoder.verification.tree_shape import chain_shape
-from decoder.verification.verify import Verification, verify, verify_block
-from lab.enumeration import LEFT, boundary, outcome_masses
+from decoder.verification.verify import verify
+from lab.enumeration import NEGLIGIBLE, boundary, outcome_masses
 from tests.tabular import TableModel
 
 V, G, PROMPT = 4, 3, [1, 2]
@@ -88,7 +90,7 @@ def enumerate_drafts(
         uniform_CG[:, g] = masses.cumsum(1).gather(1, wanted).squeeze(1) - mass / 2
         probability *= mass
     proposal = propose(draft, sampling, uniform_CG, drafted)
-    possible = probability > LEFT
+    possible = probability > NEGLIGIBLE
     assert torch.equal(proposal.tokens_BN[possible], sequences[possible])
     return proposal, probability
 
@@ -164,7 +166,7 @@ def emitted_joint(
         accepted_C = run(accept_CG, anything_C).accepted_B.tolist()
         emit_CV = outcome_masses(lambda u, a=accept_CG: run(a, u).next_B, count, V)
         for c in range(count):
-            if mass_C[c] > LEFT:
+            if mass_C[c] > NEGLIGIBLE:
                 kept = proposal.tokens_BN[c, : accepted_C[c]].tolist()
                 for v in range(V):
                     _spread(joint, target, setting, [*kept, v], float(mass_C[c] * emit_CV[c, v]))
@@ -334,9 +336,8 @@ def test_draft_equal_to_the_target_is_always_accepted() -> None:
     """With p = q nothing is rejected, and an empty residual never decides a token."""
     probs = torch.tensor([[[0.5, 0.5, 0.0, 0.0]] * 2])
     almost_one = torch.tensor([[1 - 2.0**-53]], dtype=torch.float64)
-    verdict = verify_block(
-        probs, probs[:, :1], torch.tensor([[1]]), torch.tensor([1]), almost_one, almost_one[0]
-    )
+    chains = Chains(torch.tensor([[1]]), probs[:, :1], torch.tensor([1]))
+    verdict = verify_block(probs, chains, Uniforms(almost_one, almost_one[0]))
     assert verdict.accepted_B.tolist() == [1]
     assert verdict.overlap_B.tolist() == [1.0]
 

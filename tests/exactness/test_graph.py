@@ -12,10 +12,21 @@ from torch import Tensor
 
 from decoder.drafters import graph, hypotheses
 from decoder.drafters.base import Drafted, DraftGroup
-from decoder.verification.proposal import Proposal, Tree
+from decoder.verification.proposal import Proposal
 from decoder.verification.sampling import Sampling
+from decoder.verification.token_tree import Tree
 from decoder.verification.verify import verify
-from lab.enumeration import DRAFT, TARGET, Case, Setting, V, distance, logits, of_all, told
+from lab.enumeration import distance
+from lab.enumeration_cases import (
+    DRAFT,
+    TARGET,
+    Case,
+    Setting,
+    V,
+    logits,
+    same_sampling,
+    tree_logits,
+)
 from tests.exactness.test_exactness import LIMIT
 from tests.tabular import TableModel
 
@@ -59,7 +70,9 @@ def enumerated() -> tuple[Proposal, Tensor]:
     uniform_BN = torch.full((len(outcomes), CANDIDATES), 0.5, dtype=torch.float64)
     # The distribution behind a hypothesis is known once the hypotheses before it are drawn.
     for _ in range(DRAFTED_ON):
-        drafted = graph.GraphDrafter().propose(group(of_all(FREE, len(outcomes)), uniform_BN))
+        drafted = graph.GraphDrafter().propose(
+            group(same_sampling(FREE, len(outcomes)), uniform_BN)
+        )
         found = proposal_of(drafted)
         probability_B = torch.ones(len(outcomes), dtype=torch.float64)
         assert found.tree is not None
@@ -105,7 +118,7 @@ def cases(proposal: Proposal, probability_B: Tensor) -> list[Case]:
             proposal.drafted_B[members],
             own,
         )
-        target_BTV = told(TARGET, shape, rows, DTYPE)
+        target_BTV = tree_logits(TARGET, shape, rows, DTYPE)
         found.append(Case(shape, rows, FREE, target_BTV, part, probability_B[members]))
     return found
 

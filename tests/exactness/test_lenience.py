@@ -17,8 +17,9 @@ from torch import Tensor
 
 from decoder.verification.lenience import LenientAcceptance
 from decoder.verification.proposal import Proposal
+from decoder.verification.result import Verification
 from decoder.verification.sampling import Sampling, probabilities, sample
-from decoder.verification.verify import Verification, verify
+from decoder.verification.verify import verify
 from online.messages import Lenience
 from tests.exactness.test_exactness import (
     LIMIT,

@@ -10,7 +10,8 @@ import torch
 
 from decoder.models.llama import Llama
 from decoder.verification.verify import verify
-from lab.enumeration import CHAINS, SHAPES, WAYS, Case, distance, on
+from lab.enumeration import distance, on
+from lab.enumeration_cases import CHAIN_MODES, SHAPES, TREE_MODES, Case
 from tests.device import DEVICE
 from tests.engines import Bench, bench, query, target_alone
 from tests.tiny import TinyPair
@@ -24,7 +25,7 @@ PROMPTS = [(40, 50, 60), (70,), tuple(range(80, 120))]
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize(
     ("shape", "way"),
-    [*(("chain", way) for way in CHAINS), *(("two, then two", way) for way in WAYS)],
+    [*(("chain", way) for way in CHAIN_MODES), *(("two, then two", way) for way in TREE_MODES)],
 )
 def test_what_is_emitted_has_the_targets_distribution(
     shape: str, way: str, setting: tuple[float, int, float]

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from decoder.recording.observation import top_tokens
 from decoder.verification.lenience import LenientAcceptance
-from decoder.verification.proposal import CHOSEN, Proposal, Tree
+from decoder.verification.proposal import Proposal
 from decoder.verification.sampling import Sampling, most_likely, probabilities, sample
+from decoder.verification.token_tree import CHOSEN, Tree
 from decoder.verification.tree_shape import TreeShape, chain_shape
 from decoder.verification.verify import verify
 from online.messages import Lenience
