@@ -1,4 +1,7 @@
-"""A language model that is a table: logits for every context, drawn once. It passes the real ones' contract tests."""
+"""A language model that is a table: fixed random logits for every context.
+
+Passes the contract tests of the real models.
+"""
 
 import zlib
 from collections.abc import Sequence
@@ -41,16 +44,16 @@ class TableModel:
     ) -> Tensor:
         members = range(slots.start, slots.stop) if isinstance(slots, slice) else slots
         if tree is not None:
-            return self._grow(members, ids_BT, starts_B, tree)
+            return self._extend_trees(members, ids_BT, starts_B, tree)
         out = []
         for slot, ids, start in zip(members, ids_BT.tolist(), starts_B.tolist(), strict=True):
             context = self._contexts[slot][:start]
-            assert len(context) == start, "a row's context has a gap"
+            assert len(context) == start, "a sequence's context has a gap"
             self._contexts[slot] = [*context, *ids]
             out.append([self.logits([*context, *ids[: t + 1]]) for t in range(len(ids))])
         return torch.from_numpy(np.array(out)).to(self._dtype)
 
-    def _grow(
+    def _extend_trees(
         self, slots: Sequence[int], ids_BT: Tensor, starts_B: Tensor, tree: TreePositions
     ) -> Tensor:
         out = []
@@ -58,7 +61,7 @@ class TableModel:
             zip(slots, ids_BT.tolist(), starts_B.tolist(), strict=True)
         ):
             self._contexts[slot] = held = [*self._contexts[slot][: start + tree.first], *ids]
-            assert len(held) == start + tree.first + len(ids), "a row's tree has a gap"
+            assert len(held) == start + tree.first + len(ids), "a sequence's tree has a gap"
             out.append([])
             for t, among in enumerate(tree.visible_BTC[b].tolist()):
                 ancestors = [held[start + c] for c, seen in enumerate(among) if seen]

@@ -144,7 +144,7 @@ def load(number: Any) -> Any:
 
 
 def store(number: Any, like: Any) -> Any:
-    """A float32 in the type of `like`, rounded to nearest even as torch does. Compiled code only."""
+    """A float32 in the type of `like`, rounded to nearest even. Compiled code only."""
     raise NotImplementedError
 
 

@@ -69,7 +69,7 @@ class LayeredModel(LanguageModel, Protocol):
         ...
 
     def exit_logits(self, hidden: HiddenStates) -> Tensor:
-        """Applies the final norm and the head, whatever layer the tokens have reached: [B, T, V]."""
+        """The final norm and the head, whatever layer the tokens have reached: [B, T, V]."""
         ...
 
 
@@ -77,11 +77,11 @@ class ServedModel(LanguageModel, Protocol):
     """A language model whose weights can be read, and replaced between two steps."""
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights in use by Hugging Face names, tied ones once, as a safetensors file has them."""
+        """The weights in use by Hugging Face names, tied ones once."""
         ...
 
     def prepare(self, weights: Mapping[str, Tensor]) -> Any:
-        """Lays out new weights on the device, beside the live ones. Any thread may call it."""
+        """Lays out new weights beside the live ones. Any thread may call it."""
         ...
 
     def install(self, staged: Any) -> bool:

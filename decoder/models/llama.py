@@ -1,7 +1,7 @@
 """The Llama family's forward over slot caches: Llama, Mistral, Qwen2, Qwen3.
 
-Computes the same numbers as `transformers`, and nothing twice. The residual stream is float32. Products
-are `Linear`, everything between them is `Operations`.
+Computes the same numbers as `transformers`, and nothing twice. The residual stream is float32.
+Products are `Linear`, everything between them is `Operations`.
 
 Legend: B sequences, T new tokens of a sequence, M tokens of one forward, flattened with padding;
 E hidden size, V vocabulary.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Below this temperature logits of 1e9 would overflow float32; distributions are one-hot long before.
+# Colder logits of 1e9 would overflow float32; the distribution is one-hot long before.
 COLDEST = 1e-6
 
 

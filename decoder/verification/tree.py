@@ -1,4 +1,4 @@
-"""Verification of token trees, in torch's operations: the reference of the compiled one, and CUDA's.
+"""Verification of token trees in torch's operations: the compiled one's reference, and CUDA's.
 
 Recursive rejection (Multi-Candidate Speculative Decoding, arXiv 2401.06706) tries the candidates
 of a node in order. It accepts candidate x, drawn from q, with probability min(1, p(x) / q(x)).

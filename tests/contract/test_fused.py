@@ -1,4 +1,4 @@
-"""What a step does over the vocabulary: torch's operations, in float64, are the reference of the compiled ones."""
+"""The compiled vocabulary operations, against torch's operations in float64."""
 
 from dataclasses import fields, replace
 from typing import Any
@@ -56,8 +56,8 @@ def test_probabilities_and_samples(size: int) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("top_k", [0, 2])
 @pytest.mark.parametrize("lenient", [None, LENIENT], ids=["exact", "lenient"])
-def test_verdicts(size: int, top_k: int, lenient: LenientAcceptance | None) -> None:
-    """Of rows that draft nothing, something and all, greedy and not, with drafts near the target and far from it."""
+def test_verification(size: int, top_k: int, lenient: LenientAcceptance | None) -> None:
+    """Sequences draft nothing, some or all tokens, with drafts near the target or far."""
     reached = set()
     for _ in range(20):
         logits_BTV = 2 * torch.randn(B, G + 1, size)
@@ -67,15 +67,17 @@ def test_verdicts(size: int, top_k: int, lenient: LenientAcceptance | None) -> N
         tokens_BG = sample(q_BGV, torch.rand(B, G, dtype=torch.float64))
         proposal = Proposal(tokens_BG, q_BGV.float(), [], torch.tensor([3, 3, 2, 1, 3, 0]))
         drawn = torch.rand(B, G, dtype=torch.float64), torch.rand(B, dtype=torch.float64)
-        reached |= judged_alike(logits_BTV, proposal, own, *drawn, lenient)
+        reached |= verified_alike(logits_BTV, proposal, own, *drawn, lenient)
     assert reached == set(range(G + 1))
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("distinct", [False, True], ids=["with replacement", "without"])
 @pytest.mark.parametrize("lenient", [None, LENIENT], ids=["exact", "lenient"])
-def test_verdicts_on_trees(size: int, distinct: bool, lenient: LenientAcceptance | None) -> None:
-    """Of candidates that were drawn, and of some that were chosen."""
+def test_verification_of_trees(
+    size: int, distinct: bool, lenient: LenientAcceptance | None
+) -> None:
+    """Candidates were drawn, and some were chosen."""
     shape, reached = TreeShape((0, 0, 0, 1, 1, 2, 4)), set()
     for _ in range(20):
         logits_BTV = 2 * torch.randn(B, 8, size)
@@ -98,16 +100,16 @@ def test_verdicts_on_trees(size: int, distinct: bool, lenient: LenientAcceptance
             replace(tree, sources_BN=torch.where(chosen_BN, CHOSEN, tree.sources_BN)),
         )
         drawn = torch.rand(B, 7, dtype=torch.float64), torch.rand(B, dtype=torch.float64)
-        reached |= judged_alike(logits_BTV, proposal, own, *drawn, lenient)
+        reached |= verified_alike(logits_BTV, proposal, own, *drawn, lenient)
     assert reached == set(range(shape.depth + 1))
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("lenient", [None, LENIENT], ids=["exact", "lenient"])
-def test_verdicts_on_chains_of_drawn_and_chosen(
+def test_verification_of_chains_of_drawn_and_chosen_tokens(
     size: int, lenient: LenientAcceptance | None
 ) -> None:
-    """Distributions are there of drawn ones only, and some rows are trees."""
+    """Only drawn tokens have distributions, and some sequences are trees."""
     reached, drawn_of = (
         set(),
         torch.tensor([[0, 1, CHOSEN, 2], [CHOSEN, 0, 1, CHOSEN], [CHOSEN] * 4] * (B // 3)),
@@ -130,32 +132,32 @@ def test_verdicts_on_chains_of_drawn_and_chosen(
         )
         proposal = Proposal(tokens_BN, q_BQV.float(), [], torch.tensor([4, 3, 4, 4, 4, 4]), tree)
         drawn = torch.rand(B, 4, dtype=torch.float64), torch.rand(B, dtype=torch.float64)
-        reached |= judged_alike(logits_BTV, proposal, sampling(size), *drawn, lenient)
+        reached |= verified_alike(logits_BTV, proposal, sampling(size), *drawn, lenient)
     assert reached == set(range(5))
 
 
-def judged_alike(logits_BTV: Tensor, proposal: Proposal, *more: Any) -> set[int]:
-    """How many candidates were kept."""
+def verified_alike(logits_BTV: Tensor, proposal: Proposal, *more: Any) -> set[int]:
+    """Returns the numbers of accepted candidates that occurred."""
     compiled, reference = (
         verify(logits_BTV, proposal, *more),
         verify(logits_BTV.double(), proposal, *more),
     )
-    walked_BN = (
+    accepted_BN = (
         torch.arange(proposal.candidates) < compiled.accepted_B[:, None]
-    )  # behind it a path is padding
+    )  # the rest of a path is padding
     for field in fields(compiled):
         found, expected = (
             getattr(compiled, field.name).double(),
             getattr(reference, field.name).double(),
         )
         if field.name == "path_BN":
-            found, expected = found * walked_BN, expected * walked_BN
+            found, expected = found * accepted_BN, expected * accepted_BN
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, msg=field.name)
     return set(compiled.accepted_B.tolist())
 
 
 @pytest.mark.parametrize(("size", "k"), [(3, 3), (64, 32), (1000, 32), (4099, 5)])
-def test_observations(size: int, k: int) -> None:
+def test_top_tokens(size: int, k: int) -> None:
     """The recorded top-k tokens and their log-probabilities agree."""
     logits_BTV = 3 * torch.randn(B, G + 1, size)
     logits_BTV[2, 1, k - 1 :] = -torch.inf  # fewer possible tokens than are reported
@@ -169,8 +171,8 @@ def test_observations(size: int, k: int) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_logits_that_are_no_numbers_end_nowhere_else() -> None:
-    """A broken model gives some token of the vocabulary, and is observed without a fault."""
+def test_logits_that_are_no_numbers_stay_within_the_vocabulary() -> None:
+    """A broken model emits some token of the vocabulary, and recording it is safe."""
     for broken in (torch.nan, torch.inf, -torch.inf):
         logits_BTV, own = torch.full((B, G + 1, 100), broken), sampling(100)
         proposal = Proposal.empty(B, G, 100, "cpu", greedy=False)

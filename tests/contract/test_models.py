@@ -1,6 +1,8 @@
-"""What the engine asks of a model: the same of the tabular one and of every family that `transformers` runs.
+"""The contract between the engine and a model.
 
-Families are tiny random configurations: rotary, learned and ALiBi positions, grouped and full attention, tied or not.
+The same tests run over the tabular model and tiny random models of many families that
+`transformers` runs: rotary, learned and ALiBi positions, grouped and full attention, tied
+embeddings or not.
 """
 
 import copy
@@ -81,7 +83,7 @@ def served_model(
 
 
 def captured_model() -> tuple[ServedModel, Callable[[list[int]], torch.Tensor]]:
-    """As on CUDA, but what a graph would replay runs anew; float64 has torch's operations, as CUDA has."""
+    """As on CUDA, but replays run the forward; float64 runs torch's operations, as CUDA does."""
     served, whole = module("llama"), served_model("llama")[1]
     model = over_slots([served.double()], SLOTS, CAPACITY, V)[0]
     assert isinstance(model, Llama)
@@ -123,17 +125,17 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def feed(
-    model: LanguageModel, rows: object, ids: list[list[int]], starts: list[int]
+    model: LanguageModel, slots: object, ids: list[list[int]], starts: list[int]
 ) -> torch.Tensor:
     """As the engine calls it: padded, with the longest context that anyone reads."""
     longest = max(map(len, ids))
     padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in ids])
     upto = max(start + len(row) for start, row in zip(starts, ids, strict=True))
-    return model.forward(rows, padded, torch.tensor(starts), upto)  # type: ignore[arg-type]
+    return model.forward(slots, padded, torch.tensor(starts), upto)  # type: ignore[arg-type]
 
 
-def test_rows_of_mixed_lengths_are_each_as_if_alone(make: Make) -> None:
-    """Prefill, then steps of several tokens from different positions: nobody sees another's context or padding."""
+def test_sequences_of_mixed_lengths_are_each_as_if_alone(make: Make) -> None:
+    """Prefill, then steps from different positions: no sequence sees another, or padding."""
     model, whole = make()
     contexts = [[5, 6, 7, 8, 9], [11], [21, 22, 23]]
     feed(model, slice(0, 3), contexts, [0, 0, 0])
@@ -143,8 +145,8 @@ def test_rows_of_mixed_lengths_are_each_as_if_alone(make: Make) -> None:
         assert close(logits[b], whole([*contexts[b], *steps[b]])[-3:])
 
 
-def test_what_was_rejected_is_written_over(make: Make) -> None:
-    """A step back to an earlier position leaves nothing of the tokens behind it."""
+def test_rejected_tokens_are_overwritten(make: Make) -> None:
+    """A step back to an earlier position leaves nothing of the tokens after it."""
     model, whole = make()
     feed(model, slice(0, 1), [[5, 6]], [0])
     feed(model, slice(0, 1), [[31, 32, 33, 34]], [2])
@@ -152,8 +154,8 @@ def test_what_was_rejected_is_written_over(make: Make) -> None:
     assert close(logits[0], whole([5, 6, 31, 41, 42])[-2:])
 
 
-def test_a_lone_row_goes_on_token_by_token(make: Make) -> None:
-    """What lies behind its end, of rejected drafts, is out of its sight."""
+def test_a_lone_sequence_goes_on_token_by_token(make: Make) -> None:
+    """It does not see rejected drafts after its end."""
     model, whole = make()
     context = [5, 6, 7]
     feed(model, slice(0, 1), [[*context, 31, 32, 33]], [0])
@@ -163,21 +165,21 @@ def test_a_lone_row_goes_on_token_by_token(make: Make) -> None:
         assert close(logits[0, -1], whole(context)[-1])
 
 
-@pytest.mark.parametrize("rows", [slice(0, 2), [0, 2]], ids=["neighbours", "by index"])
-def test_a_row_at_its_end_drafts_along(make: Make, rows: object) -> None:
-    """Its tokens beyond the end are nobody's; the other rows see what is theirs."""
+@pytest.mark.parametrize("slots", [slice(0, 2), [0, 2]], ids=["neighbours", "by index"])
+def test_a_sequence_at_its_end_drafts_along(make: Make, slots: object) -> None:
+    """Its tokens beyond the end are dropped; other sequences are not affected."""
     model, whole = make()
     full, short = [5 + i % 20 for i in range(CAPACITY - 1)], [7, 8]
-    feed(model, rows, [full, short], [0, 0])
+    feed(model, slots, [full, short], [0, 0])
     for step, token in enumerate([21, 22]):
         starts = [len(full) + step, len(short)]
-        logits = feed(model, rows, [[token], [token]], starts)
+        logits = feed(model, slots, [[token], [token]], starts)
         short.append(token)
         assert close(logits[1, -1], whole(short)[-1])
 
 
-def test_some_rows_by_index_leave_the_others_alone(make: Make) -> None:
-    """A route's draft feeds its own rows, wherever they are."""
+def test_some_slots_by_index_leave_the_others_alone(make: Make) -> None:
+    """A route's draft feeds its own sequences, wherever they are."""
     model, whole = make()
     contexts = [[5, 6], [7, 8], [9, 10], [11, 12]]
     feed(model, slice(0, 4), contexts, [0] * 4)
@@ -189,8 +191,8 @@ def test_some_rows_by_index_leave_the_others_alone(make: Make) -> None:
         assert close(logits[b], whole(context)[-1:])
 
 
-def test_a_moved_row_goes_on_where_it_was(make: Make) -> None:
-    """The last row fills the hole of a finished one."""
+def test_a_moved_sequence_goes_on_where_it_was(make: Make) -> None:
+    """The last sequence fills the hole of a finished one."""
     model, whole = make()
     feed(model, slice(0, 3), [[5, 6], [7], [9, 10, 11]], [0] * 3)
     model.copy(2, 0, 3)
@@ -228,9 +230,9 @@ def nodes_of(parents: list[tuple[int, ...]], first: int) -> TreePositions:
 
 @pytest.mark.parametrize("cut", [None, 1, 3], ids=["at once", "root first", "in two parts"])
 def test_nodes_of_a_tree_see_their_own_ancestors_only(make: Make, cut: int | None) -> None:
-    """Trees of other shapes side by side, grown at once or forward by forward; then one path is the context."""
+    """Trees of different shapes, built at once or in parts; then one path becomes the context."""
     model, whole = make()
-    contexts, rows = [[5, 6, 7, 8], [9, 10], []], slice(0, 3)
+    contexts, slots = [[5, 6, 7, 8], [9, 10], []], slice(0, 3)
     trees = [TREES["a bush"], TREES["twigs first"], TREES["a bush"]]
     feed(model, slice(0, 2), contexts[:2], [0, 0])
     tokens = torch.tensor(
@@ -244,7 +246,7 @@ def test_nodes_of_a_tree_see_their_own_ancestors_only(make: Make, cut: int | Non
         part = TreePositions(
             every.depth_BT[:, : end - begin], every.visible_BTC[:, : end - begin, :end]
         )
-        logits.append(model.forward(rows, tokens[:, begin:end], starts, 4 + end, part))
+        logits.append(model.forward(slots, tokens[:, begin:end], starts, 4 + end, part))
     found = torch.cat(logits, 1)
     for b, tree in enumerate(trees):
         for node in range(size):
@@ -327,8 +329,8 @@ def test_models_that_forget_are_refused_beyond_their_window(tmp_path: object) ->
         refuse_windows(str(tmp_path), 64)
 
 
-def test_captured_shapes_are_padded_and_nobody_notices() -> None:
-    """The ladder of CUDA graphs with a capture that runs anew: rounded rows and contexts change no logits, no slot."""
+def test_padded_shapes_of_captured_graphs_change_nothing() -> None:
+    """Rounded numbers of sequences and contexts change no logits and no other slot."""
     model, whole = served_model("llama")
     assert isinstance(model, Llama)
     replays: list[Callable[[], torch.Tensor]] = []

@@ -1,4 +1,4 @@
-"""What lies between the products of a Llama layer: torch's operations are the reference of the compiled ones."""
+"""The compiled operations of a Llama layer, against torch's operations."""
 
 import math
 
@@ -31,7 +31,7 @@ def agree(found: list[torch.Tensor], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 5, 80])
-def test_norms_and_gates(dtype: torch.dtype, tokens: int) -> None:
+def test_norms_and_swiglu(dtype: torch.dtype, tokens: int) -> None:
     """Fused and torch operations agree, and leave the same residual stream."""
     x, y, weight = (
         torch.randn(tokens, 48),
@@ -53,7 +53,7 @@ def test_norms_and_gates(dtype: torch.dtype, tokens: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normed", [False, True], ids=["bare", "head norms"])
 @pytest.mark.parametrize(("rows", "tokens"), [(slice(0, 1), 1), (slice(1, 4), 3), ([0, 2, 3], 2)])
-def test_turned_heads_and_their_places(
+def test_rotated_heads_and_their_positions(
     dtype: torch.dtype, normed: bool, rows: Slots, tokens: int
 ) -> None:
     """Rotated queries agree, and so do the keys and values that both write into the cache."""
@@ -67,23 +67,25 @@ def test_turned_heads_and_their_places(
     for ops in both(dtype):
         cache = KVCache(4, CAPACITY)
         cache.add_layer(KV_HEADS, SIZE, dtype, torch.device("cpu"))
-        place = ops.positions(rows, starts, tokens, CAPACITY)
-        q = ops.rotate(qkv.clone(), HEADS, place, HeadNorms(q_norm, k_norm, 1e-6), cache, 0).clone()
-        # What lies in a slot's last cell is nobody's, and may be any of the tokens that pointed past the end.
+        positions = ops.positions(rows, starts, tokens, CAPACITY)
+        q = ops.rotate(
+            qkv.clone(), HEADS, positions, HeadNorms(q_norm, k_norm, 1e-6), cache, 0
+        ).clone()
+        # The last cell of a slot holds any of the tokens that pointed past the end.
         seen.append([q, cache.keys[0][:, :-1], cache.values[0][:, :-1]])
         if (
             count * tokens > 1
         ):  # a lone one sees all of a context that ends with it, and needs to be told nothing
-            assert place.bias_B1AU is not None
-            seen[-1].append(place.bias_B1AU)
+            assert positions.bias_B1AU is not None
+            seen[-1].append(positions.bias_B1AU)
     for pair in zip(*seen, strict=True):
         agree(list(pair), dtype)
 
 
 @pytest.mark.parametrize("rows", [slice(1, 4), [0, 2, 3]], ids=["a view", "a copy"])
 @pytest.mark.parametrize("first", [0, 2])
-def test_places_of_the_nodes_of_trees(rows: Slots, first: int) -> None:
-    """Positions by depth, cells one behind another, and sight of the context and the node's own ancestors."""
+def test_positions_of_tree_nodes(rows: Slots, first: int) -> None:
+    """Positions follow the depth, cells the order; nodes see the context and their ancestors."""
     shapes = [TreeShape((0, 0, 1, 1)), TreeShape((0, 1, 2, 0)), TreeShape((0, 0, 0, 3))]
     visible_BTC = torch.stack([shape.visible for shape in shapes])[:, first:]
     nodes = TreePositions(visible_BTC.sum(-1) - 1, visible_BTC)
@@ -101,20 +103,20 @@ def test_places_of_the_nodes_of_trees(rows: Slots, first: int) -> None:
     for ops in (torch_ops, fused):
         cache = KVCache(4, CAPACITY)
         cache.add_layer(KV_HEADS, SIZE, torch.float32, torch.device("cpu"))
-        place = ops.positions(rows, starts, tokens, 12, nodes)
-        q = ops.rotate(qkv.clone(), HEADS, place, HeadNorms(None, None, 1e-6), cache, 0).clone()
+        positions = ops.positions(rows, starts, tokens, 12, nodes)
+        q = ops.rotate(qkv.clone(), HEADS, positions, HeadNorms(None, None, 1e-6), cache, 0).clone()
         seen.append([q[:2], cache.keys[0][:, :-1], cache.values[0][:, :-1]])
     for pair in zip(*seen, strict=True):
         agree(list(pair), torch.float32)
 
 
-def test_numbers_that_are_none_stay_none() -> None:
+def test_nan_and_infinity_pass_through_swiglu() -> None:
     """A NaN stays NaN; large gate values saturate without overflow."""
     for dtype in DTYPES:
         gate_up = torch.tensor([[math.nan, -math.inf, 200.0, -200.0, 1.0, 1.0, 1.0, 1.0]]).to(dtype)
         for ops in both(dtype):
             nan, low, high, tiny = ops.swiglu(gate_up)[0].tolist()
-            assert math.isnan(nan), "a broken model is not made to look whole"
-            assert abs(tiny) < 1e-30, "what is far below zero is let through by next to nothing"
+            assert math.isnan(nan), "a broken model must not look sound"
+            assert abs(tiny) < 1e-30, "far below zero the gate is almost closed"
             assert high == pytest.approx(200, rel=1e-2)
             assert not low > 0

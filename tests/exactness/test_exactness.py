@@ -1,7 +1,8 @@
-"""Exactness by enumeration: the serving functions' output distribution is the target's, to 1e-6 in total variation.
+"""Exactness by enumeration: what is emitted has the target's distribution.
 
-Nothing is sampled. The serving functions take their randomness as uniforms; the lengths of the intervals of uniforms
-that lead to each outcome are found by bisection, so the functions are measured as black boxes, as they serve.
+The limit is 1e-6 in total variation, and nothing is sampled. The serving functions take
+their randomness as uniforms. Bisection finds the measure of the uniforms that lead to each
+outcome, so the functions are measured as black boxes, as they serve.
 
 Legend: V vocabulary, G drafted tokens, C = V^G draft sequences, all in one batch.
 """
@@ -35,9 +36,9 @@ SETTINGS = {
     "all three": (1.3, 3, 0.8),
     "greedy": (0.0, 0, 1.0),
 }
-# Logits of float64 go through torch's operations, as a GPU's do; those of float32 on a CPU through compiled ones.
+# Float64 logits run through torch's operations, as on a GPU; float32 on a CPU is compiled.
 either = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["torch", "compiled"])
-Judge = Callable[[Tensor, Proposal, Sampling, Tensor, Tensor], Verification]
+Verifier = Callable[[Tensor, Proposal, Sampling, Tensor, Tensor], Verification]
 
 
 def reference_distribution(
@@ -49,13 +50,13 @@ def reference_distribution(
     weights = np.exp((logits - logits.max()) / temperature)
     order = sorted(range(V), key=lambda v: -weights[v])[: top_k or V]
     total = sum(weights[v] for v in order)
-    kept, before = [], 0.0
+    inside, before = [], 0.0
     for v in order:
         if before < top_p:
-            kept.append(v)
+            inside.append(v)
         before += weights[v] / total
     out = np.zeros(V)
-    out[kept] = weights[kept] / weights[kept].sum()
+    out[inside] = weights[inside] / weights[inside].sum()
     return out
 
 
@@ -74,12 +75,15 @@ def target_joint(target: TableModel, setting: tuple[float, int, float], length: 
 def enumerate_drafts(
     draft: TableModel, sampling: Sampling, drafted: int
 ) -> tuple[Proposal, Tensor]:
-    """Every draft sequence as one row of a real proposal, and its probability [C] measured through `sample`."""
+    """Every possible draft as one sequence of a real proposal, and its probability [C].
+
+    The probability is measured through `sample`.
+    """
     sequences = torch.tensor(list(itertools.product(range(V), repeat=G)))
     count = len(sequences)
     probability = torch.ones(count, dtype=torch.float64)
     uniform_CG = torch.zeros(count, G, dtype=torch.float64)
-    if sampling.all_greedy:  # nothing is drawn: one sequence, whatever the uniforms
+    if sampling.all_greedy:  # nothing is drawn: one draft, whatever the uniforms
         proposal = propose(draft, sampling, uniform_CG, drafted)
         return proposal, (proposal.tokens_BN == sequences).all(1).to(torch.float64)
     for g in range(G):
@@ -127,7 +131,7 @@ def target_logits(target: TableModel, tokens_BG: Tensor) -> Tensor:
 
 
 def emitted_joint(
-    judged: Judge,
+    verifier: Verifier,
     target: TableModel,
     draft: TableModel,
     setting: tuple[float, int, float],
@@ -135,7 +139,8 @@ def emitted_joint(
 ) -> np.ndarray:
     """The distribution over the first `drafted` + 1 tokens that drafting and verifying emit.
 
-    A step that emits fewer is continued by the target's own distribution, as the next steps would if they were exact.
+    A step that emits fewer tokens is continued by the target's own distribution, as the
+    next steps would continue it if they were exact.
     """
     count = V**G
     temperature, top_k, top_p = setting
@@ -144,14 +149,14 @@ def emitted_joint(
     logits_BTV = target_logits(target, proposal.tokens_BN)
 
     def run(accept_CG: Tensor, emit_C: Tensor) -> Verification:
-        return judged(logits_BTV, proposal, sampling, accept_CG, emit_C)
+        return verifier(logits_BTV, proposal, sampling, accept_CG, emit_C)
 
     anything_C, never = torch.full((count,), 0.5, dtype=torch.float64), 1 - 2.0**-53
     pass_CG = torch.zeros(count, drafted, dtype=torch.float64)
     for at in range(drafted):
 
         def passes(u: Tensor, at: int = at) -> Tensor:
-            """Where all before it pass, and none behind it."""
+            """Where all tokens before it pass, and none after it."""
             trial_CG = torch.zeros(count, G, dtype=torch.float64)
             trial_CG[:, at], trial_CG[:, at + 1 :] = u, never
             return run(trial_CG, anything_C).accepted_B > at
@@ -167,9 +172,11 @@ def emitted_joint(
         emit_CV = outcome_masses(lambda u, a=accept_CG: run(a, u).next_B, count, V)
         for c in range(count):
             if mass_C[c] > NEGLIGIBLE:
-                kept = proposal.tokens_BN[c, : accepted_C[c]].tolist()
+                accepted = proposal.tokens_BN[c, : accepted_C[c]].tolist()
                 for v in range(V):
-                    _spread(joint, target, setting, [*kept, v], float(mass_C[c] * emit_CV[c, v]))
+                    _spread(
+                        joint, target, setting, [*accepted, v], float(mass_C[c] * emit_CV[c, v])
+                    )
     return joint
 
 
@@ -191,20 +198,21 @@ def _spread(
 
 
 def total_variation(
-    judged: Judge,
+    verifier: Verifier,
     setting: tuple[float, int, float],
     drafted: int,
     dtype: torch.dtype = torch.float64,
 ) -> float:
-    target, draft = (TableModel(V, seed, V**G, dtype=dtype) for seed in (0, 100))
-    emitted = emitted_joint(judged, target, draft, setting, drafted)
+    target = TableModel(V, 0, V**G, dtype=dtype)
+    draft = TableModel(V, 100, V**G, dtype=dtype)
+    emitted = emitted_joint(verifier, target, draft, setting, drafted)
     return float(np.abs(emitted - target_joint(target, setting, drafted + 1)).sum() / 2)
 
 
 def always_accepts(
     logits_BTV: Tensor, proposal: Proposal, sampling: Sampling, u: Tensor, e: Tensor
 ) -> Verification:
-    """A mutant: keeps every drafted token."""
+    """A mutant: accepts every drafted token."""
     return verify(logits_BTV, proposal, sampling, u * 0 - 1, e)
 
 
@@ -232,17 +240,17 @@ def greedily_accepts(
 def test_emitted_distribution_is_the_targets(
     setting: tuple[float, int, float], dtype: torch.dtype
 ) -> None:
-    """Draft, verify and emit together give exactly the target's distribution over the next γ + 1 tokens."""
+    """Draft, verify and emit give the target's distribution over the next γ + 1 tokens."""
     assert total_variation(verify, setting, G, dtype) <= LIMIT
 
 
 @either
 @pytest.mark.parametrize("setting", ["plain", "all three", "greedy"])
 @pytest.mark.parametrize("drafted", [0, 1, 2])
-def test_rows_that_draft_less_than_their_batch_are_exact(
+def test_sequences_that_draft_less_than_their_batch_are_exact(
     drafted: int, setting: str, dtype: torch.dtype
 ) -> None:
-    """Padding behind a row's own draft changes nothing."""
+    """Padding after a sequence's own draft changes nothing."""
     assert total_variation(verify, SETTINGS[setting], drafted, dtype) <= LIMIT
 
 
@@ -251,7 +259,10 @@ def test_rows_that_draft_less_than_their_batch_are_exact(
 def test_a_plain_step_draws_from_the_target(
     setting: tuple[float, int, float], dtype: torch.dtype
 ) -> None:
-    """Without a draft, a proposal of no columns, the next token has the target's distribution, and its probability."""
+    """Without a draft the next token has the target's distribution and its probability.
+
+    The proposal then has no columns.
+    """
     target = TableModel(V, 0, dtype=dtype)
     sampling = Sampling.of(*([value] for value in setting), V)  # type: ignore[arg-type]
     proposal = Proposal.empty(1, 0, V, "cpu", sampling.all_greedy)
@@ -265,9 +276,9 @@ def test_a_plain_step_draws_from_the_target(
         <= LIMIT
     )
     for uniform in np.linspace(0, 1, 50, endpoint=False):
-        verdict = run(torch.tensor([uniform], dtype=torch.float64))
-        assert verdict.next_p_B.item() == pytest.approx(expected[verdict.next_B.item()], abs=LIMIT)
-        assert (verdict.accepted_B.item(), verdict.overlap_B.item()) == (0, 0)
+        result = run(torch.tensor([uniform], dtype=torch.float64))
+        assert result.next_p_B.item() == pytest.approx(expected[result.next_B.item()], abs=LIMIT)
+        assert (result.accepted_B.item(), result.overlap_B.item()) == (0, 0)
 
 
 @either
@@ -275,14 +286,14 @@ def test_a_plain_step_draws_from_the_target(
     ("mutant", "setting"),
     [(always_accepts, "plain"), (skips_residual, "plain"), (greedily_accepts, "greedy")],
 )
-def test_enumeration_catches_mutants(mutant: Judge, setting: str, dtype: torch.dtype) -> None:
+def test_enumeration_catches_mutants(mutant: Verifier, setting: str, dtype: torch.dtype) -> None:
     """A verifier that always accepts, or skips the residual, is far outside the limit."""
     assert total_variation(mutant, SETTINGS[setting], G, dtype) > 1e-2
 
 
 @either
 def test_greedy_emits_the_targets_tokens_whatever_is_drafted(dtype: torch.dtype) -> None:
-    """Every draft of every length: what is kept and what follows are the target's own most likely tokens."""
+    """Every draft of every length: all emitted tokens are the target's most likely ones."""
     target = TableModel(V, 5, V**G, dtype=dtype)
     tokens_BG = torch.tensor(list(itertools.product(range(V), repeat=G)))
     best: list[int] = []
@@ -290,9 +301,9 @@ def test_greedy_emits_the_targets_tokens_whatever_is_drafted(dtype: torch.dtype)
         best.append(int(target.logits([*PROMPT, *best]).argmax()))
     logits_BTV = target_logits(target, tokens_BG)
     for drafted in range(G + 1):
-        verdict = verify(logits_BTV, *_greedy(tokens_BG, drafted))
+        result = verify(logits_BTV, *_greedy(tokens_BG, drafted))
         for tokens, accepted, following in zip(
-            tokens_BG.tolist(), verdict.accepted_B, verdict.next_B, strict=True
+            tokens_BG.tolist(), result.accepted_B, result.next_B, strict=True
         ):
             agreed = [i for i in range(drafted) if tokens[: i + 1] == best[: i + 1]]
             assert accepted == len(agreed)
@@ -300,8 +311,10 @@ def test_greedy_emits_the_targets_tokens_whatever_is_drafted(dtype: torch.dtype)
 
 
 @either
-def test_greedy_rows_are_judged_alike_in_greedy_and_in_mixed_batches(dtype: torch.dtype) -> None:
-    """The short way of a batch that is greedy throughout gives the verdict of the long one."""
+def test_greedy_sequences_are_verified_alike_in_greedy_and_mixed_batches(
+    dtype: torch.dtype,
+) -> None:
+    """The shortcut for a batch that is all greedy gives the result of the general path."""
     tokens_BG = torch.tensor([*itertools.product(range(V), repeat=G), [0] * G])
     logits_BTV = target_logits(TableModel(V, 5, V**G + 1, dtype=dtype), tokens_BG)
     proposal, sampling, accept_BG, emit_B = _greedy(tokens_BG, G)
@@ -316,7 +329,7 @@ def test_greedy_rows_are_judged_alike_in_greedy_and_in_mixed_batches(dtype: torc
 
 
 def _greedy(tokens_BG: Tensor, drafted: int) -> tuple[Proposal, Sampling, Tensor, Tensor]:
-    """A batch of greedy rows that draft `tokens_BG`, as `verify` takes it."""
+    """A batch of greedy sequences that draft `tokens_BG`, as arguments of `verify`."""
     count = len(tokens_BG)
     proposal = replace(
         Proposal.empty(count, G, V, "cpu", greedy=True),
@@ -337,9 +350,9 @@ def test_draft_equal_to_the_target_is_always_accepted() -> None:
     probs = torch.tensor([[[0.5, 0.5, 0.0, 0.0]] * 2])
     almost_one = torch.tensor([[1 - 2.0**-53]], dtype=torch.float64)
     chains = Chains(torch.tensor([[1]]), probs[:, :1], torch.tensor([1]))
-    verdict = verify_block(probs, chains, Uniforms(almost_one, almost_one[0]))
-    assert verdict.accepted_B.tolist() == [1]
-    assert verdict.overlap_B.tolist() == [1.0]
+    result = verify_block(probs, chains, Uniforms(almost_one, almost_one[0]))
+    assert result.accepted_B.tolist() == [1]
+    assert result.overlap_B.tolist() == [1.0]
 
 
 @either
@@ -355,10 +368,8 @@ def test_samples_agree_with_the_target_by_chi_square(dtype: torch.dtype) -> None
     q_BGV = q.expand(count, 1, V)
     proposal = Proposal(tokens[:, None], q_BGV, [q_BGV.log()], torch.ones(count, dtype=torch.long))
     sampling = Sampling.of([1.0] * count, [0] * count, [1.0] * count, V)
-    verdict = verify(
-        p.log().expand(count, 2, V), proposal, sampling, uniform[:, 1:2], uniform[:, 2]
-    )
-    first = torch.where(verdict.accepted_B > 0, tokens, verdict.next_B)
+    result = verify(p.log().expand(count, 2, V), proposal, sampling, uniform[:, 1:2], uniform[:, 2])
+    first = torch.where(result.accepted_B > 0, tokens, result.next_B)
     observed = np.bincount(first.numpy(), minlength=V)
     expected = count * p.double().numpy()
     assert (
@@ -367,8 +378,8 @@ def test_samples_agree_with_the_target_by_chi_square(dtype: torch.dtype) -> None
 
 
 @either
-def test_a_draft_of_no_numbers_stays_exact(dtype: torch.dtype) -> None:
-    """NaN logits of a broken draft become some distribution, and verification corrects any distribution."""
+def test_a_draft_of_nan_logits_stays_exact(dtype: torch.dtype) -> None:
+    """NaN logits become some distribution, and verification corrects any distribution."""
 
     class Broken(TableModel):
         def logits(self, context: list[int]) -> np.ndarray:  # type: ignore[override]

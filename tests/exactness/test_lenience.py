@@ -1,8 +1,9 @@
-"""Lossy decoding by enumeration: a lenient row emits its closed form, an exact one the target's distribution.
+"""Lossy decoding by enumeration: lenient sequences emit their closed form.
 
-As in `test_exactness.py` nothing is sampled, and both ways of the serving functions are measured as black boxes.
+Exact sequences of the same batch emit the target's distribution. As in `test_exactness.py`,
+nothing is sampled, and both implementations are measured as black boxes.
 
-Legend: B rows, V vocabulary, G drafted tokens, C = V^G draft sequences, all in one batch.
+Legend: B sequences, V vocabulary, G drafted tokens, C = V^G draft sequences, all in one batch.
 """
 
 import itertools
@@ -26,8 +27,8 @@ from tests.exactness.test_exactness import (
     PROMPT,
     SETTINGS,
     G,
-    Judge,
     V,
+    Verifier,
     either,
     emitted_joint,
     reference_distribution,
@@ -45,7 +46,10 @@ Setting = tuple[float, int, float]
 def closed_form(
     target: TableModel, draft: TableModel, setting: Setting, lenience: Lenience
 ) -> np.ndarray:
-    """What a step of G drafted tokens emits, continued by the target where it emits fewer than G + 1: [V] * (G + 1)."""
+    """The joint distribution that a step of G drafted tokens emits, [V] * (G + 1).
+
+    Where it emits fewer tokens, the target continues.
+    """
     joint = np.zeros((V,) * (G + 1))
     for tokens in itertools.product(range(V), repeat=G + 1):
         contexts = [[*PROMPT, *tokens[:i]] for i in range(G + 1)]
@@ -65,13 +69,13 @@ def closed_form(
 
 
 def due(p: np.ndarray, lenience: Lenience) -> np.ndarray:
-    """The functions as the paper has them."""
+    """The paper's functions."""
     epsilon = lenience.epsilon
     return {"lin": p / epsilon, "sq": p / epsilon**2, "exp": p**epsilon}[lenience.function]
 
 
-def leniently(*lenience: Lenience | None) -> Judge:
-    """`verify` for rows that ask for `lenience`, in turns."""
+def leniently(*lenience: Lenience | None) -> Verifier:
+    """`verify` for sequences that ask for each `lenience` in turn."""
     return partial(verify, lenient=LenientAcceptance.of(list(lenience) * (V**G // len(lenience))))
 
 
@@ -84,11 +88,11 @@ def apart(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one - other).sum() / 2)
 
 
-def off(judged: Judge, setting: Setting, lenience: Lenience, dtype: torch.dtype) -> float:
-    """How far what is emitted is from the closed form."""
+def off(verifier: Verifier, setting: Setting, lenience: Lenience, dtype: torch.dtype) -> float:
+    """The distance between what is emitted and the closed form."""
     target, draft = models(dtype)
     return apart(
-        emitted_joint(judged, target, draft, setting, G),
+        emitted_joint(verifier, target, draft, setting, G),
         closed_form(target, draft, setting, lenience),
     )
 
@@ -99,10 +103,10 @@ def off(judged: Judge, setting: Setting, lenience: Lenience, dtype: torch.dtype)
 @either
 @each_function
 @pytest.mark.parametrize("setting", ["plain", "cold", "all three"])
-def test_a_lenient_row_emits_the_closed_form(
+def test_a_lenient_sequence_emits_the_closed_form(
     setting: str, lenience: Lenience, dtype: torch.dtype
 ) -> None:
-    """min(q, f(p)) and the rejected mass times the residual, at every position: no longer the target's."""
+    """min(q, f(p)) plus the rejected mass times the residual, at every position."""
     target, draft = models(dtype)
     emitted = emitted_joint(leniently(lenience), target, draft, SETTINGS[setting], G)
     assert apart(emitted, closed_form(target, draft, SETTINGS[setting], lenience)) <= LIMIT
@@ -111,10 +115,10 @@ def test_a_lenient_row_emits_the_closed_form(
 
 @either
 @each_function
-def test_what_is_kept_in_addition_is_the_distance_from_the_target(
+def test_the_additional_acceptance_is_the_distance_from_the_target(
     lenience: Lenience, dtype: torch.dtype
 ) -> None:
-    """Of the first token: ½ Σ |e − p| = Σ min(q, f(p)) − Σ min(q, p)."""
+    """For the first token: ½ Σ |e − p| = Σ min(q, f(p)) − Σ min(q, p)."""
     target, draft = models(dtype)
     p, q = (
         reference_distribution(model.logits(PROMPT), *SETTINGS["plain"])
@@ -129,7 +133,7 @@ def test_what_is_kept_in_addition_is_the_distance_from_the_target(
 @either
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
 def test_epsilon_1_is_exact(setting: Setting, dtype: torch.dtype) -> None:
-    """Whatever the function; also where a batch's other rows are the reason for a look at ε."""
+    """For every function, and where other sequences of the batch are lenient."""
     assert LenientAcceptance.of([None, *(Lenience(one.function, 1.0) for one in LENIENCES)]) is None
     ones_C = torch.ones(V**G, dtype=torch.float64)
     target, draft = models(dtype)
@@ -151,7 +155,7 @@ def beside(
     accept_uniform_BG: Tensor,
     emit_uniform_B: Tensor,
 ) -> Verification:
-    """`verify` of rows that ask for `own` in a batch where each is followed by a copy of it that asks for `other`."""
+    """`verify` of sequences that ask for `own`, each next to a copy that asks for `other`."""
     twice = lambda tensor: tensor.repeat_interleave(2, 0)
     doubled = Proposal(
         twice(proposal.tokens_BN), twice(proposal.probs_BQV), [], twice(proposal.drafted_B)
@@ -159,17 +163,17 @@ def beside(
     members = [i for i in range(len(logits_BTV)) for _ in range(2)]
     drawn = twice(accept_uniform_BG), twice(emit_uniform_B)
     lenient = LenientAcceptance.of([own, other] * len(logits_BTV))
-    verdict = verify(twice(logits_BTV), doubled, sampling.select(members), *drawn, lenient)
-    return Verification(*(getattr(verdict, field.name)[::2] for field in fields(verdict)))
+    result = verify(twice(logits_BTV), doubled, sampling.select(members), *drawn, lenient)
+    return Verification(*(getattr(result, field.name)[::2] for field in fields(result)))
 
 
 @either
 @each_function
 @pytest.mark.parametrize("setting", ["plain", "all three"])
-def test_exact_and_lenient_rows_share_a_batch(
+def test_exact_and_lenient_sequences_share_a_batch(
     setting: str, lenience: Lenience, dtype: torch.dtype
 ) -> None:
-    """Each row emits what it asked for: the target's distribution, or the closed form."""
+    """Each sequence emits the target's distribution, or its closed form."""
     target, draft = models(dtype)
     exact = emitted_joint(partial(beside, None, lenience), target, draft, SETTINGS[setting], G)
     assert apart(exact, target_joint(target, SETTINGS[setting], G + 1)) <= LIMIT
@@ -178,10 +182,10 @@ def test_exact_and_lenient_rows_share_a_batch(
 
 @either
 @pytest.mark.parametrize("top_k", [0, 3])
-def test_exact_rows_are_judged_to_the_last_bit_as_without_lenient_ones(
+def test_lenient_neighbours_change_no_bit_of_exact_sequences(
     dtype: torch.dtype, top_k: int
 ) -> None:
-    """Also greedy ones."""
+    """Greedy sequences included."""
     torch.manual_seed(0)
     count, size = 64, 50
     logits_BTV = 2 * torch.randn(count, G + 1, size, dtype=dtype)
@@ -205,7 +209,7 @@ def test_exact_rows_are_judged_to_the_last_bit_as_without_lenient_ones(
 def always_accepts(
     logits_BTV: Tensor, proposal: Proposal, sampling: Sampling, u: Tensor, e: Tensor
 ) -> Verification:
-    """Keeps every drafted token."""
+    """Accepts every drafted token."""
     return leniently(LENIENCES[0])(logits_BTV, proposal, sampling, u * 0 - 1, e)
 
 
@@ -229,16 +233,16 @@ def skips_residual(
         leniently(Lenience("exp", 0.6)),
         leniently(LENIENCES[0], None),
     ],
-    ids=["accepts", "no residual", "exact", "squared", "raised", "every other row"],
+    ids=["accepts", "no residual", "exact", "squared", "raised", "every other sequence"],
 )
-def test_enumeration_catches_mutants(mutant: Judge, dtype: torch.dtype) -> None:
-    """What is not p / ε in every row, with the residual after rejections, is far from the closed form."""
+def test_enumeration_catches_mutants(mutant: Verifier, dtype: torch.dtype) -> None:
+    """Anything but p / ε in every sequence, or no residual, is far from the closed form."""
     assert off(mutant, SETTINGS["plain"], LENIENCES[0], dtype) > 1e-2
 
 
 @either
 def test_enumeration_catches_a_neighbours_lenience(dtype: torch.dtype) -> None:
-    """Rows that are judged by what the next one asked for are not exact."""
+    """Sequences that are verified with their neighbour's lenience are not exact."""
     target, draft = models(dtype)
     emitted = emitted_joint(
         partial(beside, LENIENCES[0], None), target, draft, SETTINGS["plain"], G
@@ -252,7 +256,7 @@ def test_enumeration_catches_a_neighbours_lenience(dtype: torch.dtype) -> None:
 def first(
     p: Sequence[float], q: Sequence[float], token: int, lenience: Lenience, dtype: torch.dtype
 ) -> Verification:
-    """The verdict on one drafted token, of the largest uniforms."""
+    """The result for one drafted token, under the largest uniforms."""
     last = torch.tensor([[1 - 2.0**-53]], dtype=torch.float64)
     logits_BTV = torch.tensor([[p, p]], dtype=dtype).log()
     proposal = Proposal(
@@ -274,23 +278,23 @@ def first(
 def test_what_the_target_rules_out_stays_out(
     lenience: Lenience, epsilon: float, dtype: torch.dtype
 ) -> None:
-    """f(0) = 0, however small ε is, and what follows is possible."""
-    verdict = first(
+    """f(0) = 0, however small ε is, and the emitted token is possible."""
+    result = first(
         [0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5], 2, replace(lenience, epsilon=epsilon), dtype
     )
-    assert verdict.accepted_B.tolist() == [0]
-    assert verdict.next_B.item() in (0, 1)
+    assert result.accepted_B.tolist() == [0]
+    assert result.next_B.item() in (0, 1)
 
 
 @either
 @pytest.mark.parametrize("epsilon", [1e-3, 1e-200, 5e-324])
 @each_function
-def test_with_a_tiny_epsilon_the_draft_speaks(
+def test_with_a_tiny_epsilon_the_draft_is_always_accepted(
     lenience: Lenience, epsilon: float, dtype: torch.dtype
 ) -> None:
     """Where f(p) ≥ q everywhere nothing is rejected."""
-    verdict = first([0.01, 0.99], [0.99, 0.01], 0, replace(lenience, epsilon=epsilon), dtype)
-    assert verdict.accepted_B.tolist() == [1]
+    result = first([0.01, 0.99], [0.99, 0.01], 0, replace(lenience, epsilon=epsilon), dtype)
+    assert result.accepted_B.tolist() == [1]
 
 
 @either
@@ -299,5 +303,5 @@ def test_a_draft_equal_to_the_target_is_always_accepted(
     lenience: Lenience, dtype: torch.dtype
 ) -> None:
     """An empty residual never decides a token."""
-    verdict = first([0.5, 0.5], [0.5, 0.5], 1, lenience, dtype)
-    assert (verdict.accepted_B.tolist(), verdict.overlap_B.tolist()) == ([1], [pytest.approx(1)])
+    result = first([0.5, 0.5], [0.5, 0.5], 1, lenience, dtype)
+    assert (result.accepted_B.tolist(), result.overlap_B.tolist()) == ([1], [pytest.approx(1)])

@@ -64,7 +64,7 @@ def test_rows_keep_their_own_parameters() -> None:
 
 
 def test_numbers_of_several_tensors_travel_as_one() -> None:
-    """What a GPU sends to the host in one transfer arrives as it was, whatever its type and shape."""
+    """One transfer to the host preserves tensors of every type and shape."""
     tensors = (
         torch.tensor([2**40 + 1, 3]),
         torch.tensor([0.1, 0.2]),

@@ -1,4 +1,4 @@
-"""Trees verified exactly, by enumeration."""
+"""Trees and mixed chains are verified exactly, by enumeration."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,72 +28,63 @@ CASES = [(shape, "plain") for shape in SHAPES] + [
 
 
 @either
-@pytest.mark.parametrize("way_", TREE_MODES)
+@pytest.mark.parametrize("mode", TREE_MODES)
 @pytest.mark.parametrize(("shape", "setting"), CASES)
 def test_emitted_distribution_is_the_targets(
-    shape: str, way_: str, setting: str, dtype: torch.dtype
+    shape: str, mode: str, setting: str, dtype: torch.dtype
 ) -> None:
     """Every tree shape emits the target's distribution, however its candidates are made."""
-    case = Case.of(SHAPES[shape], way_, SETTINGS[setting], dtype)
+    case = Case.of(SHAPES[shape], mode, SETTINGS[setting], dtype)
     assert case.probability_B.sum().item() == pytest.approx(1)
     assert distance(verify, case) <= LIMIT
 
 
 @either
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("way_", CHAIN_MODES)
-def test_chains_verified_as_a_whole_emit_the_targets(
-    way_: str, setting: str, dtype: torch.dtype
+@pytest.mark.parametrize("mode", CHAIN_MODES)
+def test_block_verification_emits_the_targets_distribution(
+    mode: str, setting: str, dtype: torch.dtype
 ) -> None:
-    """By the longest prefix that passes."""
-    case = Case.of(SHAPES["chain"], way_, SETTINGS[setting], dtype)
+    """Also where tokens are chosen, and where the chain's length varies."""
+    case = Case.of(SHAPES["chain"], mode, SETTINGS[setting], dtype)
     assert case.probability_B.sum().item() == pytest.approx(1)
     assert distance(verify, case) <= LIMIT
 
 
 @either
 def test_enumeration_catches_mutants(dtype: torch.dtype) -> None:
-    """Siblings drawn without replacement taken for ones with it, and chosen ones for drawn ones, are far outside."""
+    """Mistaking how siblings were drawn, or chosen ones for drawn ones, is far outside."""
     distinct = Case.of(SHAPES["two, then two"], WITHOUT_REPLACEMENT, SETTINGS["plain"], dtype)
     mutant = replace(
         distinct.proposal.tree, distinct_B=torch.zeros_like(distinct.proposal.tree.distinct_B)
     )
-    assert distance(judging(mutant), distinct) > 1e-2
+    assert distance(with_tree(mutant), distinct) > 1e-2
     chosen = Case.of(SHAPES["three at the root"], CHOSEN_TREE, SETTINGS["plain"], dtype)
     mutant = replace(
         chosen.proposal.tree, sources_BN=torch.zeros_like(chosen.proposal.tree.sources_BN)
     )
-    assert distance(judging(mutant), chosen) > 1e-2
+    assert distance(with_tree(mutant), chosen) > 1e-2
 
 
 @either
-def test_a_chain_may_not_choose_its_rule_by_what_was_drawn(dtype: torch.dtype) -> None:
-    """As a whole where it goes on, and one by one where it ends early: each is exact, and the two are not."""
+def test_the_rule_may_not_depend_on_what_was_drawn(dtype: torch.dtype) -> None:
+    """Block verification of full chains and the tree rule for short ones: not exact together."""
     case = Case.of(SHAPES["chain"], LAST_CHOSEN, SETTINGS["plain"], dtype)
     tree, drafted = case.proposal.tree, case.proposal.drafted_B.tolist()
-    assert distance(judging(replace(tree, chains=[count == 3 for count in drafted])), case) > 1e-3
+    assert distance(with_tree(replace(tree, chains=[count == 3 for count in drafted])), case) > 1e-3
 
 
 @either
 def test_what_was_drawn_may_count_as_chosen(dtype: torch.dtype) -> None:
-    """Exact, if wasteful: kept with p(x) alone, whatever q was."""
+    """Exact but wasteful: accepted with probability p(x), whatever q was."""
     case = Case.of(SHAPES["three at the root"], WITHOUT_REPLACEMENT, SETTINGS["plain"], dtype)
-    assert (
-        distance(
-            judging(
-                replace(
-                    case.proposal.tree,
-                    sources_BN=torch.full_like(case.proposal.tree.sources_BN, CHOSEN),
-                )
-            ),
-            case,
-        )
-        <= LIMIT
-    )
+    tree = case.proposal.tree
+    all_chosen = replace(tree, sources_BN=torch.full_like(tree.sources_BN, CHOSEN))
+    assert distance(with_tree(all_chosen), case) <= LIMIT
 
 
-def judging(tree: Tree) -> Callable[..., Verification]:
-    """What takes the proposal for another tree's."""
+def with_tree(tree: Tree) -> Callable[..., Verification]:
+    """A verifier that replaces the proposal's tree."""
     return lambda logits_BTV, proposal, *more: verify(
         logits_BTV, replace(proposal, tree=tree), *more
     )

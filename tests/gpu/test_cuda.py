@@ -1,4 +1,4 @@
-"""What only a GPU has: captured graphs that outlive swaps, and the enumeration through its own operations.
+"""What only a GPU has: captured graphs that outlive swaps, and its own operations.
 
 `make gpu` runs these, and the tests of models, engine and drafters, on the machine's GPU.
 """
@@ -24,15 +24,15 @@ PROMPTS = [(40, 50, 60), (70,), tuple(range(80, 120))]
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize(
-    ("shape", "way"),
-    [*(("chain", way) for way in CHAIN_MODES), *(("two, then two", way) for way in TREE_MODES)],
+    ("shape", "mode"),
+    [*(("chain", mode) for mode in CHAIN_MODES), *(("two, then two", mode) for mode in TREE_MODES)],
 )
 def test_what_is_emitted_has_the_targets_distribution(
-    shape: str, way: str, setting: tuple[float, int, float]
+    shape: str, mode: str, setting: tuple[float, int, float]
 ) -> None:
     """Verification of chains and trees on the GPU is exact by enumeration."""
     assert (
-        distance(on(DEVICE, verify), Case.of(SHAPES[shape], way, setting, torch.float32)) <= LIMIT
+        distance(on(DEVICE, verify), Case.of(SHAPES[shape], mode, setting, torch.float32)) <= LIMIT
     )
 
 
@@ -44,7 +44,7 @@ def tiny(pair: TinyPair) -> Iterator[Bench]:
 
 @pytest.mark.parametrize("drafter", ["chain", "tree", "parallel"])
 def test_a_swap_needs_no_new_capture(pair: TinyPair, tiny: Bench, drafter: str) -> None:
-    """What was captured goes on with the new weights: the draft is kept less, the answers are the target's."""
+    """Captured graphs use the new weights: fewer drafts are accepted, answers stay the same."""
     draft = tiny.engine.batch.drafts["default"]
     asked = [
         query(prompt, f"q{i}", drafter=drafter, max_tokens=60) for i, prompt in enumerate(PROMPTS)
