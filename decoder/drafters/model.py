@@ -26,7 +26,8 @@ from decoder.verification.sampling import (
     sample,
 )
 from decoder.verification.token_tree import Tree
-from decoder.verification.tree_shape import TreeLevel, TreeShape, best_shape, shape_of_widths, span
+from decoder.verification.tree_level import TreeLevel, span
+from decoder.verification.tree_shape import TreeShape, best_shape, shape_of_widths
 from online.messages import MAX_CANDIDATES, MAX_GAMMA
 
 
