@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from sqlalchemy import Engine as DatabaseEngine
 
 from decoder.device.placement import device_of, prefill_tokens, stay_on_one_core
+from decoder.drafters.registry import check_settings, descriptions, teaching_by_route
 from decoder.engine.engine import Engine, EngineLimits
 from decoder.models.base import ServedModel
 from decoder.models.fingerprint import fingerprint
@@ -57,6 +58,7 @@ def build(settings: Settings) -> FastAPI:
     # every operation, and one that has to queue for its core stalls them all.
     threads = settings.threads or max(1, torch.get_num_threads() - 1)
     stay_on_one_core()
+    check_settings(settings)
     files, device = ModelFiles.of(settings), device_of(settings.device)
     metrics = ServiceMetrics(files.name)
     max_context = min(settings.max_context, context_limit(files.target), context_limit(files.draft))
@@ -119,6 +121,7 @@ def build(settings: Settings) -> FastAPI:
         artifacts=ArtifactStore(settings.artifacts_path),
         celery=celery_app(settings),
         metrics=metrics,
+        drafters=descriptions(),
         clusters=clusters,
     )
     return create_app(parts, lifespan)
@@ -161,7 +164,15 @@ def follower(
     canaries = CanaryController(drafts, installer, registry, CanaryLedger(database), rules, metrics)
     guard = RolloutGuard(settings.guard_requests)
     swapper = Swapper(
-        drafts, installer, registry, first_draft, guard, canaries, metrics, settings.poll_s
+        drafts,
+        installer,
+        registry,
+        first_draft,
+        guard,
+        canaries,
+        metrics,
+        settings.poll_s,
+        teaching_by_route(settings),
     )
     engine.on_finished = swapper.finished
     return swapper

@@ -9,11 +9,7 @@ MAX_CANDIDATES = 64  # maximum of drafted tokens per step, as in a tree
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 LenienceFunction = Literal["lin", "sq", "exp"]
-MASKS = 3  # tokens that a parallel draft predicts in one forward, after the first
-# docs/drafters.md describes them.
-DrafterName = Literal[
-    "chain", "tree", "graph", "ngrams", "cascade", "parallel", "parallel_cascade", "exits", "auto"
-]
+DrafterName = str  # of a drafter in decoder/drafters, or "auto" (docs/drafters.md)
 
 
 @dataclass(frozen=True, slots=True)

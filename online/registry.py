@@ -1,5 +1,6 @@
 """The registry: routes, immutable versions, and which version is active, since when and why."""
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
@@ -19,6 +20,7 @@ from online.activations import (
 from online.audit import record
 from online.canaries import supersede_canary
 from online.database import transaction
+from online.drafters import Teaching
 from online.errors import Conflict, NotFound
 from online.tables import Activation, Audit, Cycle, Route, Version
 from online.versions import Candidate, add_version, require_version
@@ -55,6 +57,13 @@ class Registry:
             route.frozen = frozen
             record(session, actor, "freeze" if frozen else "unfreeze", name, reason)
             return route
+
+    def set_teaching(self, teaching: Mapping[str, Teaching]) -> None:
+        """Stores by route what its drafts must learn. Creates routes that do not exist yet."""
+        self.ensure_routes(tuple(teaching))
+        with transaction(self._engine, writes=True) as session:
+            for name, fields in teaching.items():
+                require_route(session, name).teaching = dict(fields)
 
     # ── versions ──
 

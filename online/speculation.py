@@ -1,10 +1,12 @@
 """How tokens are drafted: a request's options, and a route's defaults for requests without any."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from online.drafters import DEFAULT, DrafterDescription
+from online.errors import InvalidRequest
 from online.messages import MAX_CANDIDATES, MAX_GAMMA, DrafterName
 
 Width = Annotated[int, Field(ge=1)]
@@ -39,13 +41,25 @@ class DraftingOptions(BaseModel):
                 raise ValueError(f'{name} is for the drafter "tree"')
         if self.widths is not None and self.gamma is not None:
             raise ValueError("gamma and widths both say how much to draft: give one of them")
-        if self.drafter not in ("tree", "graph") and (self.gamma or 0) > MAX_GAMMA:
-            raise ValueError(
-                f"gamma may be {MAX_GAMMA} at most, and more only for a tree or a graph"
-            )
         if (size := candidates(self.widths or ())) > MAX_CANDIDATES:
             raise ValueError(f"widths make a tree of {size} tokens, {MAX_CANDIDATES} are allowed")
         return self
+
+    def check(self, drafters: Mapping[str, DrafterDescription]) -> None:
+        """Checks what depends on the drafters of this decoder.
+
+        Raises:
+            InvalidRequest: there is no such drafter, or it can't draft that many tokens.
+        """
+        name = self.drafter or DEFAULT
+        if name not in drafters:
+            *others, last = map(repr, drafters)
+            message = f"speculation.drafter: Input should be {', '.join(others)} or {last}"
+            raise InvalidRequest(message, param="speculation")
+        limit = drafters[name].max_candidates
+        if (self.gamma or 0) > limit:
+            message = f"speculation: gamma may be {limit} at most for the drafter {name!r}"
+            raise InvalidRequest(message, param="speculation")
 
     def over(self, route: "DraftingOptions") -> "DraftingOptions":
         """These options, completed by the route's defaults.

@@ -37,6 +37,8 @@ class Route(Base):
     name: Mapped[str] = mapped_column(primary_key=True)
     frozen: Mapped[bool] = mapped_column(default=False)  # no automatic promotion or rollback
     created_at: Mapped[datetime] = mapped_column(default=now)
+    # What drafts must learn for the route's drafter, written by the decoder: fields of a recipe.
+    teaching: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default="{}")
 
 
 class Version(Base):

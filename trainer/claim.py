@@ -80,7 +80,8 @@ def claim_window(context: CycleContext, lease: Lease) -> Claim | str:
     vocab_size = module.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     new = _readable(window, vocab_size)
     old = _readable(replay_order(context.buffer.kept(route), window), vocab_size)
-    recipe = configured_recipe(context.settings, route, lease.cycle_id)
+    teaching = context.registry.route(route).teaching
+    recipe = configured_recipe(context.settings, teaching, lease.cycle_id)
     return Claim(lease, route, parent, module, window, new, old, recipe)
 
 

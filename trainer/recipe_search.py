@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from online.messages import MASKS, DrafterName
+from online.drafters import Teaching
 from online.settings import Settings
 from online.signals import Signal
 from online.tables import Version
@@ -65,22 +65,13 @@ class Search:
     earlier_draft: nn.Module | None = None
 
 
-def configured_recipe(settings: Settings, route: str, seed: int) -> Recipe:
+def configured_recipe(settings: Settings, teaching: Teaching, seed: int) -> Recipe:
     """The default recipe, with the needs of the route's drafter, then the configured fields.
 
     Raises:
         ValueError: names a field that recipes do not have, or an invalid value.
     """
-    drafting = settings.drafting(route)
-    gamma = settings.gamma if drafting.gamma is None else drafting.gamma
-    needs: dict[DrafterName, dict[str, int]] = {
-        "parallel": {"masks": max(0, gamma - 1)},
-        "parallel_cascade": {"masks": MASKS},
-        "auto": {"masks": MASKS},
-        "exits": {"exit_weight": 1},
-    }
-    needed = needs.get(drafting.drafter or "chain", {})
-    return Recipe.of({**needed, **settings.recipe, "seed": seed})
+    return Recipe.of({**teaching, **settings.recipe, "seed": seed})
 
 
 def choose_recipe(search: Search, base: Recipe, parent: Version) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from types import MappingProxyType
 import decoder.drafters as package
 from decoder.drafters.base import Drafter
 from online.drafters import AUTO, DEFAULT, DrafterDescription, Teaching
+from online.errors import InvalidRequest
 from online.messages import MAX_GAMMA
+from online.settings import Settings
 
 
 @cache
@@ -37,6 +39,26 @@ def descriptions() -> Mapping[str, DrafterDescription]:
     found = [DrafterDescription(d.name, d.max_candidates, d.teaching) for d in nameable]
     found.append(DrafterDescription(AUTO, MAX_GAMMA, _teaching_for_auto))
     return {description.name: description for description in found}
+
+
+def check_settings(settings: Settings) -> None:
+    """Raises ValueError: a route's default drafting is not possible."""
+    for route, options in settings.drafters.items():
+        try:
+            options.check(descriptions())
+        except InvalidRequest as error:
+            raise ValueError(f"drafters: {route}: {error.message}") from error
+
+
+def teaching_by_route(settings: Settings) -> dict[str, Teaching]:
+    """What drafts must learn for the default drafters of their routes."""
+    known = descriptions()
+    needed = {}
+    for route in settings.served_routes:
+        options = settings.drafting(route)
+        gamma = settings.gamma if options.gamma is None else options.gamma
+        needed[route] = known[options.drafter or DEFAULT].teaching(gamma)
+    return needed
 
 
 def _teaching_for_auto(gamma: int) -> Teaching:

@@ -14,6 +14,7 @@ from decoder.device.placement import stay_on_one_core
 from decoder.rollout.canary import CanaryController
 from decoder.rollout.installer import Installer
 from decoder.rollout.live import LiveDraft
+from online.drafters import Teaching
 from online.errors import ArtifactError, Conflict, SlipstreamError
 from online.messages import Loaded, SpeculationStats
 from online.metrics import ServiceMetrics
@@ -38,10 +39,12 @@ class Swapper:
         canaries: CanaryController,
         metrics: ServiceMetrics,
         poll_s: float,
+        teaching: Mapping[str, Teaching],
     ) -> None:
         self._drafts, self._installer, self._registry = drafts, installer, registry
         self._first_draft, self._guard, self._canaries = first_draft, guard, canaries
         self._metrics, self._poll_s = metrics, poll_s
+        self._unannounced: Mapping[str, Teaching] = teaching  # empty once the registry has it
         self._finished: queue.SimpleQueue[tuple[str, SpeculationStats, float]] = queue.SimpleQueue()
         self._errors: dict[
             str, tuple[int, str, float]
@@ -108,6 +111,9 @@ class Swapper:
                 draft.follows = False
             elif not self._failed_lately(route, version.id):
                 self._swap(draft, version)
+        if self._unannounced:
+            self._registry.set_teaching(self._unannounced)
+            self._unannounced = {}
 
     def _register_first(self, draft: LiveDraft) -> Version:
         self._registry.ensure_routes((draft.route,))

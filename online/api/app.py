@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -13,8 +14,19 @@ from online.api.parts import ApiParts
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
+class SlipstreamApi(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """The schema, with the names of the decoder's drafters."""
+        schema = super().openapi()
+        speculation = schema["components"]["schemas"]["Speculation"]
+        name, _null = speculation["properties"]["drafter"]["anyOf"]
+        name["enum"] = list(self.state.parts.drafters)
+        return schema
+
+
 def create_app(parts: ApiParts, lifespan: Lifespan | None = None) -> FastAPI:
-    app = FastAPI(title="Slipstream", version=service.package_version(), lifespan=lifespan)
+    version = service.package_version()
+    app = SlipstreamApi(title="Slipstream", version=version, lifespan=lifespan)
     app.state.parts = parts
     app.include_router(generate.router)
     app.include_router(admin_views.router)

@@ -1,5 +1,6 @@
 """The parts of the service that the endpoints use, and how an endpoint gets them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -10,6 +11,7 @@ from online.artifacts import ArtifactStore
 from online.buffer import SignalBuffer
 from online.canaries import CanaryLedger
 from online.cycles import CycleLedger
+from online.drafters import DrafterDescription
 from online.messages import EngineClient, TextCodec
 from online.metrics import ServiceMetrics
 from online.prompt_routes import PromptClusters
@@ -29,6 +31,7 @@ class ApiParts:
     artifacts: ArtifactStore
     celery: Celery
     metrics: ServiceMetrics
+    drafters: Mapping[str, DrafterDescription]  # of the decoder
     clusters: PromptClusters | None = None  # None: prompts are not clustered
 
 

@@ -10,6 +10,7 @@ from online.api.generation import Asked, Generation, check_lengths
 from online.api.openai_format import ChoiceFormat, Envelope
 from online.api.parts import ApiParts
 from online.api.schemas import ChatBody, CompletionBody, GenerationBody
+from online.drafters import DEFAULT
 from online.errors import InvalidRequest, NotFound
 from online.messages import Lenience, Query
 from online.speculation import DraftingOptions, candidates
@@ -98,8 +99,9 @@ class QueryBuilder:
     ) -> Query:
         """The query of one prompt, without id and seed."""
         settings = self.parts.settings
-        default = settings.drafting(route)
-        drafting = (body.speculation or DraftingOptions()).over(default)
+        options = body.speculation or DraftingOptions()
+        options.check(self.parts.drafters)
+        drafting = options.over(settings.drafting(route))
         return Query(
             id="",
             route=route,
@@ -109,7 +111,7 @@ class QueryBuilder:
             top_p=body.top_p or 1.0,
             top_k=max(0, body.top_k or 0),
             gamma=drafting.gamma,
-            drafter=drafting.drafter or "chain",
+            drafter=drafting.drafter or DEFAULT,
             widths=tuple(drafting.widths or ()),
             replacement=bool(drafting.replacement),
             stop=body.stops,

@@ -180,3 +180,14 @@ def test_a_version_has_what_was_registered(registry: Registry) -> None:
         "c0ffee",
         None,
     )
+
+
+def test_a_route_says_what_its_drafts_must_learn(registry: Registry) -> None:
+    """The decoder writes it and the trainer reads it; a route that did not exist is created."""
+    assert registry.route("default").teaching == {}
+    registry.set_teaching({"default": {"masks": 3}, "new": {"exit_weight": 1}})
+    assert registry.route("default").teaching == {"masks": 3}
+    assert registry.route("new").teaching == {"exit_weight": 1}
+    registry.set_teaching({"default": {}})
+    assert registry.route("default").teaching == {}
+    assert registry.route("new").teaching == {"exit_weight": 1}

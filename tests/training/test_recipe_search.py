@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from online.messages import MASKS
+from decoder.drafters.cascade import MASKS
+from decoder.drafters.registry import teaching_by_route
 from online.settings import Settings
 from online.signals import Signal
 from online.tables import Version
@@ -52,15 +53,13 @@ def test_a_route_learns_what_its_drafter_needs(
 ) -> None:
     """And other routes do not; what is set by hand comes first."""
     told = {"routes": "own,other", "drafters": {"own": drafting}, "gamma": 6}
-    own, other = (
-        configured_recipe(Settings.model_validate(told), route, 7) for route in ("own", "other")
-    )
-    assert own == replace(Recipe(seed=7), **learnt)
-    assert other == Recipe(seed=7)
-    told["recipe"] = {"masks": 1, "exit_weight": 0.5}
-    assert configured_recipe(Settings.model_validate(told), "own", 7) == Recipe(
-        masks=1, exit_weight=0.5, seed=7
-    )
+    settings = Settings.model_validate(told)
+    teaching = teaching_by_route(settings)
+    assert configured_recipe(settings, teaching["own"], 7) == replace(Recipe(seed=7), **learnt)
+    assert configured_recipe(settings, teaching["other"], 7) == Recipe(seed=7)
+    by_hand = Settings.model_validate({**told, "recipe": {"masks": 1, "exit_weight": 0.5}})
+    expected = Recipe(masks=1, exit_weight=0.5, seed=7)
+    assert configured_recipe(by_hand, teaching["own"], 7) == expected
 
 
 def test_the_worse_half_is_dropped_until_one_is_left(
