@@ -25,14 +25,21 @@ class TableModel:
         self.vocab_size, self.mask_id, self._dtype = vocab_size, 0, dtype
         self._seed, self._scale = seed, scale
         self._contexts: list[list[int]] = [[] for _ in range(slots)]
+        self._drawn: dict[tuple[int, ...], np.ndarray] = {}
 
     def logits(self, context: Sequence[int]) -> np.ndarray:
         """[V], float64, of the table's precision; the same for the same context, always."""
-        key = zlib.crc32(repr((self._seed, list(context))).encode())
+        tokens = tuple(context)
+        if tokens not in self._drawn:
+            self._drawn[tokens] = self._draw(tokens)
+        return self._drawn[tokens].copy()
+
+    def _draw(self, tokens: tuple[int, ...]) -> np.ndarray:
+        key = zlib.crc32(repr((self._seed, list(tokens))).encode())
         drawn = np.random.default_rng(key).normal(0, self._scale, self.vocab_size)
-        return (
-            drawn.astype(np.float32).astype(np.float64) if self._dtype == torch.float32 else drawn
-        )
+        if self._dtype == torch.float32:
+            return drawn.astype(np.float32).astype(np.float64)
+        return drawn
 
     def forward(
         self,
