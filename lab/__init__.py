@@ -1,1 +1,1 @@
-"""Replays real queries against a configuration and measures it. `python -m lab --help` lists the commands."""
+"""Demo, replays, benchmarks and studies; `python -m lab --help` lists the commands."""

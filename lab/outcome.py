@@ -1,4 +1,4 @@
-"""What the demo gained: the same queries under the first and the learnt draft, as figures and as a table."""
+"""The demo's result: the same queries under the first and the learnt draft."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,13 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from lab.statistics import Ratio, paired_ratio
+from lab.output import table
+from lab.statistics import Estimate, paired_ratio
 from lab.traffic import Served
+
+KINDS = {"": "all", "sampled_": "sampled", "greedy_": "greedy"}  # prefix of figures → kind
 
 
 @dataclass(frozen=True)
-class Examined:
-    """The held-out queries' answers under one draft: every query once sampled and once greedy."""
+class HeldOut:
+    """Answers to the held-out queries under one draft, each query sampled and greedy."""
 
     sampled: dict[int, Served]
     greedy: dict[int, Served]
@@ -21,6 +24,10 @@ class Examined:
     def all(self) -> dict[tuple[str, int], Served]:
         sides = {"sampled": self.sampled, "greedy": self.greedy}
         return {(name, i): answer for name, side in sides.items() for i, answer in side.items()}
+
+    def of(self, kind: str) -> Mapping[Any, Served]:
+        found: Mapping[Any, Served] = getattr(self, kind)
+        return found
 
 
 def tokens_per_step(served: Sequence[Served]) -> float:
@@ -31,25 +38,23 @@ def mean_overlap(served: Sequence[Served]) -> float:
     return float(np.mean([a.overlap for a in served if a.overlap is not None]))
 
 
-def tau_ratio(before: Mapping[Any, Served], after: Mapping[Any, Served]) -> Ratio:
-    """τ after ÷ before over the queries that both answered."""
-    pairs = sorted(before.keys() & after.keys())
-    sides = [
-        tuple(
-            np.array([getattr(side[i], name) for i in pairs], float) for name in ("tokens", "steps")
-        )
-        for side in (before, after)
-    ]
-    return paired_ratio(sides[0], sides[1])  # type: ignore[arg-type]
+def gained(before: HeldOut, after: HeldOut) -> dict[str, Any]:
+    """τ, acceptance and the paired ratio of τ by kind of query; how many greedy answers agree."""
+    figures: dict[str, Any] = {}
+    for prefix, kind in KINDS.items():
+        found = _compare(before.of(kind), after.of(kind))
+        figures |= {prefix + name: value for name, value in found.items()}
+    pairs = before.greedy.keys() & after.greedy.keys()
+    same = sum(before.greedy[i].text == after.greedy[i].text for i in pairs)
+    return {**figures, "greedy_same": same, "greedy_compared": len(pairs)}
 
 
-def compare(
-    name: str, before: Mapping[Any, Served], after: Mapping[Any, Served]
-) -> dict[str, float]:
-    """τ, acceptance and the paired ratio of one kind of queries, as `{name}tau_before` and so on."""
-    ratio = tau_ratio(before, after)
+def _compare(before: Mapping[Any, Served], after: Mapping[Any, Served]) -> dict[str, float]:
+    pairs = sorted(before.keys() & after.keys())  # queries that both drafts answered
+    sides = [_tokens_and_steps([side[i] for i in pairs]) for side in (before, after)]
+    ratio = paired_ratio(*sides)
     old, new = list(before.values()), list(after.values())
-    found = {
+    return {
         "tau_before": tokens_per_step(old),
         "tau_after": tokens_per_step(new),
         "tau_ratio": ratio.value,
@@ -58,46 +63,43 @@ def compare(
         "acceptance_before": mean_overlap(old),
         "acceptance_after": mean_overlap(new),
     }
-    return {name + key: value for key, value in found.items()}
 
 
-def gained(before: Examined, after: Examined) -> dict[str, Any]:
-    pairs = before.greedy.keys() & after.greedy.keys()
-    return {
-        **compare("", before.all, after.all),
-        **compare("sampled_", before.sampled, after.sampled),
-        **compare("greedy_", before.greedy, after.greedy),
-        "greedy_same": sum(before.greedy[i].text == after.greedy[i].text for i in pairs),
-        "greedy_compared": len(pairs),
-    }
+def _tokens_and_steps(served: Sequence[Served]) -> list[np.ndarray]:
+    return [np.array([getattr(a, name) for a in served], float) for name in ("tokens", "steps")]
 
 
-def report(
-    figures: Mapping[str, Any],
-    activations: Sequence[Mapping[str, Any]],
-    versions: Mapping[int, Mapping[str, Any]],
+def show_versions(
+    activations: Sequence[Mapping[str, Any]], versions: Mapping[int, Mapping[str, Any]]
 ) -> None:
-    print("\nversions that served")
+    rows = []
     for activation in activations:
-        window = versions[activation["to_version"]]["window"]
+        number = activation["to_version"]
+        window = versions[number]["window"]
         learnt = f"{window['trained_on']} signals" if window else "-"
-        line = f"  {activation['to_version']:3d}  {activation['kind']:13} learnt from {learnt:12}"
-        print(f"{line} {activation['reason']}")
-    print(f"\nheld-out queries of {figures['package']}, {figures['greedy_compared']} of each kind")
-    print(f"  {'':42}{'first draft':>12}{'learnt':>9}   ratio (95 %)")
-    for name, kind in (("", "all"), ("sampled_", "sampled"), ("greedy_", "greedy")):
-        low, high = figures[f"{name}tau_ratio_low"], figures[f"{name}tau_ratio_high"]
-        ratio = f"{figures[f'{name}tau_ratio']:.2f} ({low:.2f} to {high:.2f})"
-        _row(f"tokens per target forward τ, {kind}", figures, f"{name}tau", 2, ratio)
-    for name, kind in (("", "all"), ("sampled_", "sampled"), ("greedy_", "greedy")):
-        _row(f"acceptance rate Σ min(p, q), {kind}", figures, f"{name}acceptance", 3)
+        rows.append([number, activation["kind"], learnt, activation["reason"]])
+    table(["version", "activation", "learnt from", "reason"], rows, "versions that served")
+
+
+def show_gain(figures: Mapping[str, Any]) -> None:
+    rows = []
+    for prefix, kind in KINDS.items():
+        ratio = [figures[f"{prefix}tau_ratio{end}"] for end in ("", "_low", "_high")]
+        row = _row(f"tokens per target forward τ, {kind}", figures, f"{prefix}tau", 2)
+        rows.append([*row, Estimate(*ratio)])
+    for prefix, kind in KINDS.items():
+        name = f"acceptance rate Σ min(p, q), {kind}"
+        rows.append([*_row(name, figures, f"{prefix}acceptance", 3), ""])
+    same, compared = figures["greedy_same"], figures["greedy_compared"]
+    title = f"held-out queries of {figures['package']}, {compared} of each kind"
+    table(["", "first draft", "learnt", "ratio (95 %)"], rows, title)
+    print(f"greedy answers the same before and after: {same} of {compared}")
     print(
-        f"  greedy answers the same before and after: {figures['greedy_same']} of {figures['greedy_compared']}\n"
-        f"\n{figures['requests']} requests, {figures['failed_requests']} failed, {figures['swaps']} swaps, "
-        f"{figures['train_s']:.0f} s of training, {figures['seconds']:.0f} s in all\nchart: {figures['chart']}"
+        f"{figures['requests']} requests, {figures['failed_requests']} failed,"
+        f" {figures['swaps']} swaps, {figures['train_s']:.0f} s of training"
     )
+    print(f"chart: {figures['chart']}")
 
 
-def _row(title: str, figures: Mapping[str, Any], key: str, digits: int, ratio: str = "") -> None:
-    before, after = figures[f"{key}_before"], figures[f"{key}_after"]
-    print(f"  {title:42}{before:12.{digits}f}{after:9.{digits}f}   {ratio}".rstrip())
+def _row(title: str, figures: Mapping[str, Any], key: str, digits: int) -> list[str]:
+    return [title, *(f"{figures[f'{key}_{when}']:.{digits}f}" for when in ("before", "after"))]

@@ -19,7 +19,7 @@ from decoder.models.loading import ModelFiles, end_ids, load_models, load_tokeni
 from decoder.recording.observation import RecordLimits
 from decoder.recording.recorder import Recorder
 from decoder.rollout.live import LiveDraft
-from lab import traffic
+from lab import corpus
 from online.buffer import BufferLimits, SignalBuffer
 from online.memory_buffer import MemoryBuffer
 from online.messages import Delta, Query, SpeculationStats
@@ -94,7 +94,7 @@ def pair_of(args: argparse.Namespace) -> Pair:
 def read_prompts(path: Path | None, count: int) -> list[str]:
     """Raises ValueError, naming the line, where the file does not hold prompts."""
     if path is None:
-        return traffic.package_prompts(traffic.shifted_package(), count, held_out=True, seed=1)
+        return corpus.package_prompts(corpus.held_out_packages()[0], count, held_out=True, seed=1)
     found = prompts_in(path)
     return found[:: max(1, len(found) // count)][
         :count

@@ -1,57 +1,68 @@
-"""Paired comparisons with bootstrap intervals, shares, and how figures are rounded."""
+"""Estimates with 95 % intervals: paired ratios and shares."""
 
-import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 Floats = NDArray[np.float64]
 RESAMPLES = 4000
 
 
 @dataclass(frozen=True, slots=True)
-class Ratio:
-    """A paired ratio with its 95 % percentile interval."""
+class Estimate:
+    """A value and its 95 % interval."""
 
     value: float
     low: float
     high: float
 
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
 
-def paired_ratio(
-    before: tuple[Floats, Floats], after: tuple[Floats, Floats], seed: int = 0
-) -> Ratio:
-    """(Σ a / Σ b) after ÷ before, where each side is (a, b) per pair: tokens and steps, say. Pairs are resampled."""
-    stacked = np.stack([*before, *after])
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(0, stacked.shape[1], (RESAMPLES, stacked.shape[1]))
-    b_tokens, b_steps, a_tokens, a_steps = stacked[:, picks].sum(-1)
-    low, high = np.percentile((a_tokens / a_steps) / (b_tokens / b_steps), [2.5, 97.5])
-    totals = stacked.sum(-1)
-    return Ratio(float(totals[2] / totals[3] / (totals[0] / totals[1])), float(low), float(high))
+    @property
+    def figures(self) -> list[float]:
+        return [self.value, self.low, self.high]
 
 
-def median_ratio(ratios: Floats, seed: int = 0) -> Ratio:
+def paired_ratio(before: Sequence[Floats], after: Sequence[Floats]) -> Estimate:
+    """(Σ a / Σ b) after, divided by the same before, where a side is (a, b) per pair.
+
+    With a the tokens and b the steps of each query it is the ratio of two τ. Pairs are resampled.
+    """
+
+    def ratio(*sides: Floats, axis: int) -> Floats:
+        old_a, old_b, new_a, new_b = (side.sum(axis) for side in sides)
+        return (new_a / new_b) / (old_a / old_b)
+
+    return _bootstrap([*before, *after], ratio)
+
+
+def median_ratio(ratios: Sequence[float] | Floats) -> Estimate:
     """The median of paired ratios, each of one repetition."""
-    picks = np.random.default_rng(seed).integers(0, len(ratios), (RESAMPLES, len(ratios)))
-    low, high = np.percentile(np.median(ratios[picks], axis=1), [2.5, 97.5])
-    return Ratio(float(np.median(ratios)), float(low), float(high))
+    return _bootstrap([np.asarray(ratios, float)], np.median)
 
 
-def proportion(hits: int, of: int) -> Ratio:
-    """A share with Wilson's 95 % interval, which is one at 0 and 1 too."""
-    z, share = 1.96, hits / of
-    middle = (share + z * z / (2 * of)) / (1 + z * z / of)
-    half = z / (1 + z * z / of) * math.sqrt(share * (1 - share) / of + (z / (2 * of)) ** 2)
-    return Ratio(share, max(0.0, middle - half), min(1.0, middle + half))
+def proportion(hits: int, of: int) -> Estimate:
+    """A share with Wilson's interval, which has a width at 0 and 1 too."""
+    interval = stats.binomtest(hits, of).proportion_ci(method="wilson")
+    return Estimate(hits / of, float(interval.low), float(interval.high))
 
 
-def rounded(told: Any) -> Any:
-    """The same with four decimals, which is more than anything here is known to."""
-    if isinstance(told, dict):
-        return {key: rounded(each) for key, each in told.items()}
-    if isinstance(told, list | tuple):
-        return [rounded(each) for each in told]
-    return round(told, 4) if isinstance(told, float) else told
+def _bootstrap(samples: Sequence[Floats], statistic: Callable[..., Floats]) -> Estimate:
+    """Percentile bootstrap over paired observations; of a single one there is no interval."""
+    value = float(statistic(*samples, axis=-1))
+    if len(samples[0]) < 2:
+        return Estimate(value, value, value)
+    low, high = stats.bootstrap(
+        samples,
+        statistic,
+        n_resamples=RESAMPLES,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return Estimate(value, float(low), float(high))

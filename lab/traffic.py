@@ -1,18 +1,13 @@
-"""Traffic through the REST API: real prompts, a fixed number of clients, and what each answer said of itself."""
+"""Traffic through the REST API from a fixed number of clients, and what each answer reports."""
 
 import math
-import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
-
-from lab import corpus
-
-HELD_OUT_FILES = 5  # of a package's files, one in so many gives held-out prompts and never traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,69 +22,33 @@ class Served:
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """How requests are sent."""
-
+class RequestOptions:
     max_tokens: int = 64
     temperature: float = 1.0
     store: bool = True
-    route: str | None = None
-    clients: int = 8
     gamma: int | None = None  # None: the service's choice
 
 
-def package_prompts(
-    package: str, count: int, *, held_out: bool, seed: int, prompt_chars: int = 400
-) -> list[str]:
-    """`count` prompts cut at random out of a package's files; held-out prompts come from files of their own.
-
-    Raises:
-        ValueError: the package has no source files on that side.
-    """
-    files = [
-        file
-        for file in corpus.installed_files()
-        if file.package == package
-        and (corpus.bucket("query:" + file.key, HELD_OUT_FILES) == 0) == held_out
-    ]
-    if not files:
-        raise ValueError(f"no source files of package {package!r} are installed")
-    rng = random.Random(seed)
-    texts = [file.text() for file in files]
-    # Long files hold more code: they are cut more often.
-    chosen = rng.choices(texts, weights=[len(text) for text in texts], k=count)
-    return [corpus.cut_prompt(text, rng, prompt_chars) for text in chosen]
-
-
-def shifted_package() -> str:
-    """The largest installed package that neither embedded model was trained on."""
-    sizes: dict[str, int] = {}
-    for file in corpus.installed_files():
-        if corpus.is_held_out_package(file.package):
-            sizes[file.package] = sizes.get(file.package, 0) + file.path.stat().st_size
-    return max(sizes, key=lambda package: sizes[package])
-
-
 class Client:
-    """The service as its users reach it."""
+    """The service as its users reach it; failed requests end in `failures`."""
 
-    def __init__(self, url: str, key: str = "", admin_key: str = "") -> None:
+    def __init__(self, url: str, key: str = "", admin_key: str = "", workers: int = 8) -> None:
         self._http = httpx.Client(base_url=url, timeout=120, headers=_bearer(key))
         self._admin_headers = _bearer(admin_key or key)
+        self._workers = workers
+        self.requests = 0
         self.failures: list[str] = []
 
-    def complete(self, prompt: str, shape: Shape, seed: int) -> Served:
+    def complete(self, prompt: str, options: RequestOptions, seed: int) -> Served:
         body: dict[str, Any] = {
             "prompt": prompt,
-            "max_tokens": shape.max_tokens,
-            "temperature": shape.temperature,
+            "max_tokens": options.max_tokens,
+            "temperature": options.temperature,
             "seed": seed,
-            "store": shape.store,
+            "store": options.store,
         }
-        if shape.gamma is not None:
-            body["speculation"] = {"gamma": shape.gamma}
-        if shape.route:
-            body["metadata"] = {"route": shape.route}
+        if options.gamma is not None:
+            body["speculation"] = {"gamma": options.gamma}
         answer = self._http.post("/v1/completions", json=body)
         answer.raise_for_status()
         return _served(answer.json())
@@ -101,54 +60,41 @@ class Client:
         return found
 
     def change(self, path: str, reason: str) -> bool:
-        """An admin call; False where somebody else's change came first."""
-        answer = self._http.post(
-            f"/admin/{path}", json={"reason": reason}, headers=self._admin_headers
-        )
+        """An admin call; False where another change came first."""
+        body, headers = {"reason": reason}, self._admin_headers
+        answer = self._http.post(f"/admin/{path}", json=body, headers=headers)
         if answer.status_code not in (404, 409):
             answer.raise_for_status()
         return answer.is_success
 
-    def replay(
-        self, prompts: Sequence[str], shapes: Sequence[Shape], seed: int, rate: float = math.inf
+    def send(
+        self,
+        prompts: Sequence[str],
+        options: Sequence[RequestOptions],
+        seed: int,
+        rate: float = math.inf,
     ) -> Iterator[tuple[int, Served]]:
-        """(index of the prompt, answer) as answers come; prompts take the shapes in turn.
+        """(index of the prompt, answer) as answers come; prompts take the options in turn.
 
-        `rate` requests a second are sent at most. A failed request is kept in `failures`, and has no answer.
+        At most `rate` requests a second are sent.
         """
         started = time.monotonic()
 
         def send(i: int, prompt: str) -> Served:
             time.sleep(max(0.0, started + i / rate - time.monotonic()))
-            return self.complete(prompt, shapes[i % len(shapes)], seed + i)
+            return self.complete(prompt, options[i % len(options)], seed + i)
 
-        with ThreadPoolExecutor(shapes[0].clients) as pool:
+        with ThreadPoolExecutor(self._workers) as pool:
             sent = {pool.submit(send, i, prompt): i for i, prompt in enumerate(prompts)}
             try:
                 for future in as_completed(sent):
+                    self.requests += 1
                     try:
-                        served = future.result()
+                        yield sent[future], future.result()
                     except httpx.HTTPError as error:
                         self.failures.append(f"{type(error).__name__}: {error}")
-                    else:
-                        yield sent[future], served
             finally:
                 pool.shutdown(cancel_futures=True)
-
-
-def answers(
-    client: Client,
-    prompts: Sequence[str],
-    shape: Shape,
-    seed: int,
-    each: Callable[[], None] = lambda: None,
-) -> dict[int, Served]:
-    """Every answer by its prompt's index, so that two replays pair up."""
-    found = {}
-    for index, served in client.replay(prompts, [shape], seed):
-        found[index] = served
-        each()
-    return found
 
 
 def _served(answer: dict[str, Any]) -> Served:

@@ -1,214 +1,158 @@
-"""`python -m lab bench decode`: this engine beside `transformers`, on one pair, in one run.
+"""`python -m lab bench decode`: this engine and `transformers` on one pair, in one run.
 
-All contestants answer the same prompts up to their natural end. What is compared takes turns, in random order. Printed
-are medians over repetitions; ratios are medians of the repetitions' own ratios, with 95 % bootstrap intervals.
-`transformers` gets the same draft, and assists at the γ that is best for it.
+All systems answer the same prompts up to their natural end. Cases that are compared run in
+interleaved rounds, in random order. The table has medians over repetitions; ratios are medians of
+the repetitions' own ratios, with 95 % bootstrap intervals. `transformers` gets the same draft, and
+its assisted generation the γ that is best for it.
 """
 
-import argparse
-import json
 import random
 import tempfile
-import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from lab import rig
-from lab.bench.contestants import Case, Contestant, Continuous, Generate, Ours, Outcome
-from lab.statistics import median_ratio
+from lab.bench.cases import ASSISTED_GAMMAS, BATCHES, CONCURRENCIES, Block, blocks, kind
+from lab.bench.system_process import SystemProcess
+from lab.bench.systems import Case, Continuous, Generate, Ours, Outcome
+from lab.interleaved import queries_of
+from lab.options import PairOptions, option, parse
+from lab.output import finish, say, table
+from lab.statistics import Estimate, median_ratio
 
-CONCURRENCIES = (1, 8, 32, 64)
-BATCHES = (8, 32)
-PEERS = (("generate", "batched"), ("continuous", "continuous"))
-TOGETHER = 32  # prompts of a turn, at least, where several are answered at once
-ASSISTED_GAMMAS = (1, 2, 3, 4, 6)
+TOGETHER = 32  # prompts of a round, at least, where several are answered at once
+Results = dict[str, list[Outcome]]  # case → one outcome for each repetition
 
 
-def blocks() -> list[list[tuple[str, Case]]]:
-    """Who does what; what is compared with each other stands in one block, and runs at about the same time."""
-    alone = [
-        [
-            ("generate", Case(f"generate, {_way(sampled)}", sampled=sampled)),
-            *(
-                (
-                    "generate",
-                    Case(
-                        f"assisted γ={gamma}, {_way(sampled)}",
-                        sampled=sampled,
-                        gamma=gamma,
-                        drafts=True,
-                    ),
-                )
-                for gamma in ASSISTED_GAMMAS
-            ),
-            ("ours", Case(f"plain, 1{' sampled' * sampled}", sampled=sampled)),
-            ("ours", Case(f"speculative, 1{' sampled' * sampled}", sampled=sampled, drafts=True)),
-        ]
-        for sampled in (False, True)
-    ]
-    together = [
-        [
-            *((who, Case(f"{name}, {n}", at_once=n)) for who, name in PEERS if n in BATCHES),
-            ("ours", Case(f"plain, {n}", at_once=n)),
-            ("ours", Case(f"speculative, {n}", at_once=n, drafts=True)),
-        ]
-        for n in CONCURRENCIES[1:]
-    ]
-    useless = [
-        [
-            ("random", Case(f"plain beside it, {n}", at_once=n)),
-            ("random", Case(f"random draft, {n}", at_once=n, drafts=True)),
-        ]
-        for n in CONCURRENCIES
-    ]
-    return [*alone, *together, *useless]
+@dataclass(frozen=True, kw_only=True)
+class Options(PairOptions):
+    repetitions: int = option(9, "of every case")
+    max_tokens: int = option(128, "of an answer that does not end before")
+    alone: int = option(24, "prompts of a repetition, answered one after another")
+    rounds: int = option(2, f"of a repetition; {TOGETHER} prompts each with several at once")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m lab bench decode", description=__doc__)
-    rig.add_arguments(parser)
-    parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument(
-        "--max-tokens", type=int, default=128, help="of an answer that does not end before"
-    )
-    parser.add_argument(
-        "--alone", type=int, default=24, help="prompts of a repetition, one after another"
-    )
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        default=2,
-        help=f"turns of a repetition; {TOGETHER} prompts each with several at once",
-    )
-    args = parser.parse_args()
-    started = time.monotonic()
+    options = parse(Options, "bench decode", __doc__)
     with tempfile.TemporaryDirectory() as folder:
-        results = _measure(args, rig.random_draft(rig.pair_of(args).files, Path(folder)))
-    table(results)
-    figures = ratios(results)
-    figures["repetitions"], figures["seconds"] = args.repetitions, round(time.monotonic() - started)
-    print(json.dumps(figures))
+        pair = rig.pair_of(options)
+        results = _measure(options, pair, rig.random_draft(pair.files, Path(folder)))
+    _table(results)
+    finish({**ratios(results), "repetitions": options.repetitions})
 
 
-def _measure(args: argparse.Namespace, random_draft: str) -> dict[str, list[Outcome]]:
-    pair, slots = rig.pair_of(args), max(CONCURRENCIES)
-    contestants = {
-        "generate": Contestant(Generate, pair, args.max_tokens),
-        "continuous": Contestant(Continuous, pair, args.max_tokens),
-        "ours": Contestant(Ours, pair, args.max_tokens, pair.files.draft, slots),
-        "random": Contestant(Ours, pair, args.max_tokens, random_draft, slots),
+def _measure(options: Options, pair: rig.Pair, random_draft: str) -> Results:
+    slots, tokens = max(CONCURRENCIES), options.max_tokens
+    systems = {
+        "generate": SystemProcess(Generate, pair, tokens),
+        "continuous": SystemProcess(Continuous, pair, tokens),
+        "ours": SystemProcess(Ours, pair, tokens, pair.files.draft, slots),
+        "random": SystemProcess(Ours, pair, tokens, random_draft, slots),
     }
     rng = random.Random(0)
-    results: dict[str, list[Outcome]] = {case.name: [] for block in blocks() for _, case in block}
+    results: Results = {case.name: [] for block in blocks() for _, case in block}
     try:
-        for repetition in range(-1, args.repetitions):  # the first one warms everyone up
+        for repetition in range(-1, options.repetitions):  # the first one warms everything up
+            at = (repetition + 1) * options.alone % len(pair.prompts)
+            prompts = pair.prompts[at:] + pair.prompts[:at]
             for block in rng.sample(blocks(), len(blocks())):
-                at = (repetition + 1) * args.alone % len(pair.prompts)
-                for name, outcome in _take_turns(
-                    contestants, block, pair.prompts[at:] + pair.prompts[:at], args, rng
-                ):
-                    if repetition >= 0:
-                        results[name].append(outcome)
-            print(f"repetition {repetition + 1} of {args.repetitions}", flush=True)
+                outcomes = _run(systems, block, prompts, options, rng)
+                for name, outcome in outcomes.items() if repetition >= 0 else ():
+                    results[name].append(outcome)
+            say(f"repetition {repetition + 1} of {options.repetitions}")
     finally:
-        for contestant in contestants.values():
-            contestant.close()
+        for system in systems.values():
+            system.close()
     return results
 
 
-def _take_turns(
-    contestants: dict[str, Contestant],
-    block: list[tuple[str, Case]],
+def _run(
+    systems: dict[str, SystemProcess],
+    block: Block,
     prompts: list[list[int]],
-    args: argparse.Namespace,
+    options: Options,
     rng: random.Random,
-) -> list[tuple[str, Outcome]]:
-    """One repetition of a block in several rounds, so that a slow spell of the machine meets everyone."""
-    outcomes: dict[str, Outcome] = {}
-    for turn in range(args.rounds):
+) -> dict[str, Outcome]:
+    """One repetition of a block, in rounds, so that a slow minute of the machine meets all."""
+    outcomes = {case.name: Outcome(0, 0.0) for _, case in block}
+    for number in range(options.rounds):
         for who, case in rng.sample(block, len(block)):
-            count = (
-                max(1, args.alone // args.rounds)
-                if case.at_once == 1
-                else max(case.at_once, TOGETHER)
-            )
-            outcome = contestants[who].run(
-                case, rig.dealt(prompts, count, turn), seed=rng.randrange(2**30)
-            )
-            outcomes[case.name] = outcomes.get(case.name, Outcome(0, 0.0)) + outcome
-    return list(outcomes.items())
+            several = max(case.at_once, TOGETHER)
+            count = several if case.at_once > 1 else max(1, options.alone // options.rounds)
+            asked = queries_of(prompts, count, number)
+            outcomes[case.name] += systems[who].run(case, asked, seed=rng.randrange(2**30))
+    return outcomes
 
 
-def table(results: dict[str, list[Outcome]]) -> None:
-    print(f"\n{'':28} {'tokens/s':>9} {'range':>13} {'ms/token':>9} {'τ':>5} {'outside':>8}")
-    for block in blocks():
-        for _, case in block:
-            speeds, outcomes = _speeds(results[case.name]), results[case.name]
-            median = float(np.median(speeds))
-            steps = sum(outcome.steps for outcome in outcomes)
-            tau = f"{sum(o.tokens for o in outcomes) / steps:.2f}" if steps else ""
-            outside = f"{np.median([o.outside for o in outcomes]):.0%}" if steps else ""
-            spread = f"{min(speeds):.0f}–{max(speeds):.0f}"
-            print(
-                f"{case.name:28} {median:9.0f} {spread:>13} {1000 * case.at_once / median:9.2f} {tau:>5} {outside:>8}"
-            )
+def _table(results: Results) -> None:
+    cases = [case for block in blocks() for _, case in block]
+    head = ["", "tokens/s", "range", "ms/token", "τ", "outside forwards"]
+    table(head, [_row(case, results[case.name]) for case in cases])
 
 
-def ratios(results: dict[str, list[Outcome]]) -> dict[str, object]:
-    """The figures that are asked for, and under `intervals` each ratio's 95 %."""
-    speed = {name: _speeds(outcomes) for name, outcomes in results.items()}
-    best = lambda names: max(names, key=lambda name: np.median(speed[name]))
+def _row(case: Case, outcomes: Sequence[Outcome]) -> list[str]:
+    speeds = [outcome.speed for outcome in outcomes]
+    median, steps = float(np.median(speeds)), sum(outcome.steps for outcome in outcomes)
+    tokens = sum(outcome.tokens for outcome in outcomes)
+    return [
+        case.name,
+        f"{median:.0f}",
+        f"{min(speeds):.0f}–{max(speeds):.0f}",
+        f"{1000 * case.at_once / median:.2f}",
+        f"{tokens / steps:.2f}" if steps else "",
+        f"{_outside(outcomes):.0%}" if steps else "",
+    ]
+
+
+def ratios(results: Results) -> dict[str, object]:
+    """The figures, and under `intervals` the 95 % of each ratio."""
+    speeds = {name: np.array([o.speed for o in found]) for name, found in results.items()}
+
+    def over(ours: str, theirs: str) -> Estimate:
+        return median_ratio(speeds[ours] / speeds[theirs])
+
+    def best(*names: str) -> str:
+        return max(names, key=lambda name: float(np.median(speeds[name])))
+
     assisted = {
-        way: best([f"assisted γ={gamma}, {way}" for gamma in ASSISTED_GAMMAS])
-        for way in (_way(False), _way(True))
+        name: best(*(f"assisted γ={gamma}, {name}" for gamma in ASSISTED_GAMMAS))
+        for name in (kind(False), kind(True))
     }
-    pairs: dict[str, tuple[str, str]] = {
-        "plain_vs_generate": ("plain, 1", "generate, greedy"),
-        "spec_vs_generate": ("speculative, 1", "generate, greedy"),
-        "spec_vs_assisted_greedy": ("speculative, 1", assisted["greedy"]),
-        "spec_vs_assisted_sampled": ("speculative, 1 sampled", assisted["sampled"]),
-        "spec_vs_plain_sampled": ("speculative, 1 sampled", "plain, 1 sampled"),
-        **{
-            f"engine_vs_transformers_{n}": (
-                f"speculative, {n}",
-                best([f"batched, {n}", f"continuous, {n}"]),
-            )
-            for n in BATCHES
-        },
+    found = {
+        "plain_vs_generate": over("plain, 1", "generate, greedy"),
+        "spec_vs_generate": over("speculative, 1", "generate, greedy"),
+        "spec_vs_assisted_greedy": over("speculative, 1", assisted["greedy"]),
+        "spec_vs_assisted_sampled": over("speculative, 1 sampled", assisted["sampled"]),
+        "spec_vs_plain_sampled": over("speculative, 1 sampled", "plain, 1 sampled"),
     }
-    by_concurrency = {
-        "spec_vs_plain": [(f"speculative, {n}", f"plain, {n}") for n in CONCURRENCIES],
+    for n in BATCHES:
+        peer = best(f"batched, {n}", f"continuous, {n}")
+        found[f"engine_vs_transformers_{n}"] = over(f"speculative, {n}", peer)
+    grouped = {
+        "spec_vs_plain": [over(f"speculative, {n}", f"plain, {n}") for n in CONCURRENCIES],
         "random_draft_vs_plain": [
-            (f"random draft, {n}", f"plain beside it, {n}") for n in CONCURRENCIES
+            over(f"random draft, {n}", f"plain beside it, {n}") for n in CONCURRENCIES
         ],
     }
-    intervals: dict[str, object] = {}
-    figures: dict[str, object] = {}
-    for key, (ours, theirs) in pairs.items():
-        figures[key], intervals[key] = _ratio(speed[ours], speed[theirs])
-    for key, compared in by_concurrency.items():
-        found = [_ratio(speed[ours], speed[theirs]) for ours, theirs in compared]
-        figures[key] = {str(n): value for n, (value, _) in zip(CONCURRENCIES, found, strict=True)}
-        intervals[key] = {
-            str(n): spread for n, (_, spread) in zip(CONCURRENCIES, found, strict=True)
-        }
-    figures["outside_forward_share"] = {
-        name: round(float(np.median([outcome.outside for outcome in results[name]])), 3)
-        for name in ("plain, 1", "speculative, 1", "speculative, 1 sampled")
+    outside = ("plain, 1", "speculative, 1", "speculative, 1 sampled")
+    return {
+        **{key: ratio.value for key, ratio in found.items()},
+        **{key: _by_concurrency([r.value for r in each]) for key, each in grouped.items()},
+        "outside_forward_share": {name: _outside(results[name]) for name in outside},
+        "peers": assisted,
+        "intervals": {
+            **{key: ratio.figures[1:] for key, ratio in found.items()},
+            **{key: _by_concurrency([r.figures[1:] for r in e]) for key, e in grouped.items()},
+        },
     }
-    return {**figures, "peers": {**assisted}, "intervals": intervals}
 
 
-def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, list[float]]:
-    ratio = median_ratio(np.array(ours) / np.array(theirs))
-    return round(ratio.value, 3), [round(ratio.low, 3), round(ratio.high, 3)]
+def _by_concurrency(values: Sequence[object]) -> dict[str, object]:
+    return dict(zip(map(str, CONCURRENCIES), values, strict=True))
 
 
-def _speeds(outcomes: Sequence[Outcome]) -> list[float]:
-    return [outcome.tokens / outcome.seconds for outcome in outcomes]
-
-
-def _way(sampled: bool) -> str:
-    return "sampled" if sampled else "greedy"
+def _outside(outcomes: Sequence[Outcome]) -> float:
+    return float(np.median([outcome.outside for outcome in outcomes]))

@@ -1,17 +1,17 @@
-"""`python -m lab bench gpu`: how near to the device's limits plain decoding, a speculative step and a swap come.
+"""`python -m lab bench gpu`: how near decoding comes to the device's limits.
 
-A random Llama-shaped pair (or --target and --draft): plain decoding of one sequence against the time it takes to read
-the target's weights once, a step with γ drafted tokens against one target forward and γ draft forwards, and a swap's
-pause. Runs on a CPU too, where it is a smoke test.
+A random Llama-shaped pair, or --target and --draft. Compared are plain decoding of one sequence
+with one reading of the target's weights, and a step of γ drafted tokens with one target forward and
+γ draft forwards; a swap's pause is timed. On a CPU it is a smoke test.
 """
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -19,111 +19,99 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from decoder.device.placement import device_of
 from decoder.models.base import LanguageModel
 from lab import rig
-from lab.rig import Pair
+from lab.options import PairOptions, option, parse
+from lab.output import finish, table
 from online.messages import Query
 
-COPIED_BYTES = 1 << 30  # a copy long enough that the device's bandwidth shows
-TARGET_SHAPE = {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
+COPIED_BYTES = 1 << 30  # long enough a copy to show the device's bandwidth
+CPU_COPIED_BYTES = COPIED_BYTES // 16
+FORWARDS, COPIES, SWAPS = 20, 5, 5
+CONTEXT = 64  # tokens in the cache of a timed forward
+SHAPES = {  # hidden size, intermediate size, layers, heads
+    "target": (2048, 8192, 16, 32),
+    "draft": (768, 3072, 12, 12),
+    "small": (64, 128, 2, 4),
 }
-DRAFT_SHAPE = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-}
-SMALL_SHAPE = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(PairOptions):
+    gamma: int = option(4, "drafted tokens of a step")
+    tokens: int = option(200, "decoded for each figure")
+    small: bool = option(False, "a tiny random pair, to see that everything runs")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m lab bench gpu", description=__doc__)
-    rig.add_arguments(parser)
-    parser.add_argument("--gamma", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=200, help="decoded for each figure")
-    parser.add_argument(
-        "--small", action="store_true", help="a tiny random pair, to see that everything runs"
-    )
-    args = parser.parse_args()
-    device = device_of(args.device)
+    options = parse(Options, "bench gpu", __doc__)
     with tempfile.TemporaryDirectory() as folder:
-        if not args.target:
-            args.target, args.draft = _random_pair(Path(folder), args.small, rig.pair_of(args))
-        figures = _measure(rig.pair_of(args), args.gamma, args.tokens, device)
-    for name, value in figures.items():
-        print(f"{name:24} {value}")
-    print(json.dumps(figures))
+        if not options.target:
+            options = _with_random_pair(options, Path(folder))
+        figures = _measure(rig.pair_of(options), options)
+    table(["", ""], list(figures.items()))
+    finish(figures)
 
 
-def _random_pair(folder: Path, small: bool, embedded: Pair) -> tuple[str, str]:
+def _with_random_pair(options: Options, folder: Path) -> Options:
     """Weights at random: time does not depend on them. The tokenizer is the embedded pair's."""
-    for name, shape in (
-        ("target", SMALL_SHAPE if small else TARGET_SHAPE),
-        ("draft", SMALL_SHAPE if small else DRAFT_SHAPE),
-    ):
+    tokenizer = rig.pair_of(options).tokenizer
+    for name in ("target", "draft"):
+        hidden, intermediate, layers, heads = SHAPES["small" if options.small else name]
         config = LlamaConfig(
-            vocab_size=len(embedded.tokenizer),
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
             num_key_value_heads=4,
             max_position_embeddings=4096,
-            **shape,
         )
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / name)
-        embedded.tokenizer.save_pretrained(folder / name)
-    return str(folder / "target"), str(folder / "draft")
+        tokenizer.save_pretrained(folder / name)
+    return replace(options, target=str(folder / "target"), draft=str(folder / "draft"))
 
 
-def _measure(pair: Pair, gamma: int, tokens: int, device: torch.device) -> dict[str, object]:
-    with rig.rig(
-        pair, pair.files.draft, 1, gamma=gamma, max_tokens=tokens, kept_contexts=0
-    ) as serving:
+def _measure(pair: rig.Pair, options: Options) -> dict[str, Any]:
+    gamma, tokens, device = options.gamma, options.tokens, device_of(pair.device)
+    own = {"gamma": gamma, "max_tokens": tokens, "kept_contexts": 0}
+    with rig.rig(pair, pair.files.draft, 1, **own) as serving:
         batch = serving.engine.batch
         target, draft = batch.target, batch.drafts[rig.ROUTE]
         weights = target.weights().values()  # type: ignore[attr-defined]
-        target_bytes = sum(tensor.numel() * tensor.element_size() for tensor in weights)
-        floor_s = target_bytes / _bandwidth(device)
-        plain_s, spec_s = (_step_s(serving, pair, tokens, g) for g in (0, gamma))
-        outcome: list[float] = []
+        plain_s, step_s = (_step_s(serving, pair, tokens, g) for g in (0, gamma))
         live = {name: tensor.clone() for name, tensor in draft.model.weights().items()}
 
-        def swap() -> None:
+        def pause_s() -> float:
             staged = draft.model.prepare(live)
-            outcome.append(_synchronised_s(lambda: draft.install(staged, 1), device))
+            return _synchronised_s(lambda: draft.install(staged, 1), device)
 
-        def forwards() -> None:
-            outcome.append(_forward_s(target, gamma + 1, device))
-            outcome.append(_forward_s(draft.model, 1, device))
-
-        for work in (*[swap] * 5, forwards):
-            serving.engine.between_steps(work).result()
-        *pauses, verify_s, draft_s = outcome
+        between = serving.engine.between_steps
+        pauses_s = [between(pause_s).result() for _ in range(SWAPS)]
+        verify_s = between(lambda: _forward_s(target, gamma + 1, device)).result()
+        draft_s = between(lambda: _forward_s(draft.model, 1, device)).result()
+    weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in weights)
+    floor_s = weight_bytes / _bandwidth(device)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "target_parameters": sum(tensor.numel() for tensor in weights),
         "plain_ms_per_token": round(1000 * plain_s, 3),
         "weights_read_ms": round(1000 * floor_s, 3),
         "floor_vs_plain": round(floor_s / plain_s, 3),
-        "speculative_step_ms": round(1000 * spec_s, 3),
+        "speculative_step_ms": round(1000 * step_s, 3),
         "target_forward_ms": round(1000 * verify_s, 3),
         "draft_forward_ms": round(1000 * draft_s, 3),
-        "step_vs_forwards": round(spec_s / (verify_s + gamma * draft_s), 3),
-        "swap_pause_ms": round(1000 * statistics.median(pauses), 3),
+        "step_vs_forwards": round(step_s / (verify_s + gamma * draft_s), 3),
+        "swap_pause_ms": round(1000 * statistics.median(pauses_s), 3),
     }
 
 
-def _step_s(serving: rig.Rig, pair: Pair, tokens: int, gamma: int) -> float:
+def _step_s(serving: rig.Rig, pair: rig.Pair, tokens: int, gamma: int) -> float:
+    """Mean time between two steps of one sequence, after a first run to warm up."""
     query = Query(
-        "step",
-        rig.ROUTE,
-        tuple(pair.prompts[0]),
-        tokens,
-        0.0,
+        id="step",
+        route=rig.ROUTE,
+        prompt_ids=tuple(pair.prompts[0]),
+        max_tokens=tokens,
+        temperature=0.0,
         gamma=gamma,
         ignore_eos=True,
         store=False,
@@ -134,33 +122,27 @@ def _step_s(serving: rig.Rig, pair: Pair, tokens: int, gamma: int) -> float:
 
 
 def _forward_s(model: LanguageModel, new: int, device: torch.device) -> float:
-    ids, starts = (
-        torch.ones((1, new), dtype=torch.long, device=device),
-        torch.full((1,), 64, device=device),
-    )
-    work = lambda: model.forward(slice(0, 1), ids, starts, 64 + new)
-    work()
-    return statistics.median(_synchronised_s(work, device) for _ in range(20))
+    ids = torch.ones((1, new), dtype=torch.long, device=device)
+    starts = torch.full((1,), CONTEXT, device=device)
+    forward = lambda: model.forward(slice(0, 1), ids, starts, CONTEXT + new)
+    forward()
+    return statistics.median(_synchronised_s(forward, device) for _ in range(FORWARDS))
 
 
 def _bandwidth(device: torch.device) -> float:
-    """Bytes a second that can be read, by a copy within the device (which reads and writes)."""
-    source = torch.ones(
-        COPIED_BYTES // (1 if device.type == "cuda" else 16), dtype=torch.uint8, device=device
-    )
+    """Bytes a second, by a copy within the device, which reads and writes."""
+    size = COPIED_BYTES if device.type == "cuda" else CPU_COPIED_BYTES
+    source = torch.ones(size, dtype=torch.uint8, device=device)
     there = torch.empty_like(source)
     there.copy_(source)
-    return (
-        2
-        * len(source)
-        / min(_synchronised_s(lambda: there.copy_(source), device) for _ in range(5))
-    )
+    fastest_s = min(_synchronised_s(lambda: there.copy_(source), device) for _ in range(COPIES))
+    return 2 * size / fastest_s
 
 
 def _synchronised_s(work: Callable[[], object], device: torch.device) -> float:
-    settle = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    settle()
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
     started = time.perf_counter()
     work()
-    settle()
+    wait()
     return time.perf_counter() - started

@@ -1,122 +1,184 @@
-"""Load for an engine in this process: a steady number of queries in flight, and drafts swapped beneath them."""
+"""`python -m lab bench load`: a mixed load, with drafts swapped and requests cancelled under way.
+
+Short prompts, prompts up to the context's limit, prompts with shared beginnings; greedy and
+sampled; γ chosen, fixed and none; some cancelled while they wait or run. The load is steady, or
+with --rate arrives as a Poisson process. A second thread stages the pair's own draft and a random
+one in turn, and the engine's thread installs them between two steps.
+
+Afterwards everyone must be answered and nothing leaked. Signals go to a buffer that is soon full,
+so memory that grows is the engine's. `draft_faults` counts failures of a draft, invisible to
+clients: their sequences continue without it. In float32 greedy answers are compared with those of
+γ = 0. In lower precision a product's last bits depend on the batch, and with them a near-tie.
+
+A gap is the time between the ends of two steps. On a CPU oneDNN keeps compiled products of every
+shape, some hundred MiB; ONEDNN_PRIMITIVE_CACHE_CAPACITY=0 LRU_CACHE_CAPACITY=1 takes them out of
+`memory_growth`, and costs speed.
+"""
 
 import queue
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoModelForCausalLM
+import numpy as np
 
-from decoder.engine.engine import Engine
-from decoder.models.loading import ModelFiles
+from decoder.device.placement import stay_on_one_core
+from decoder.models.loading import context_limit
 from lab import rig
-from online.errors import SlipstreamError
-from online.messages import Delta, Query, SpeculationStats
+from lab.bench.leaks import leaked_slots, rss_mib
+from lab.bench.mix import Mix
+from lab.bench.streams import Load, Stream
+from lab.bench.swaps import StepClock, Swap, draft_folders, gaps, swap
+from lab.options import PairOptions, option, parse
+from lab.output import finish, say, table
+from online.buffer import BufferLimits
+from online.settings import Settings
 
-SILENCE_S = 60.0  # after so long without a delta, what is in flight counts as never answered
-INSTALL_LIMIT_S = 60.0
-
-
-@dataclass
-class Stream:
-    """One query's answer as it grows."""
-
-    query: Query
-    ids: list[int] = field(default_factory=list)
-    deltas: int = 0
-    reason: str = ""  # empty: it has not ended
-    stats: SpeculationStats = field(default_factory=SpeculationStats)
-
-    def take(self, delta: Delta) -> None:
-        self.ids += delta.token_ids
-        self.deltas += 1
-        self.reason = delta.finish_reason or ""
-        self.stats = delta.stats or self.stats
+PERCENTILES = (50, 95, 99)
 
 
-def keep_busy(
-    engine: Engine,
-    queries: Iterator[Query],
-    at_once: int,
-    seen: Callable[[Stream], None] = lambda stream: None,
-) -> Iterator[Stream]:
-    """Streams as they end; as one ends the next query is sent, `at_once` of them in flight.
-
-    Those that never end come last and without a reason. `seen` is called after a query is sent and after every delta.
-    """
-    inbox: queue.SimpleQueue[tuple[Stream, Delta]] = queue.SimpleQueue()
-    in_flight: dict[str, Stream] = {}
-
-    def send() -> None:
-        query = next(queries, None)
-        if query is None:
-            return
-        stream = in_flight[query.id] = Stream(query)
-        try:
-            engine.submit(query, lambda delta: inbox.put((stream, delta)))
-        except SlipstreamError as error:
-            inbox.put((stream, Delta("", (), finish_reason="error", error=error.message)))
-        seen(stream)
-
-    for _ in range(at_once):
-        send()
-    while in_flight:
-        try:
-            stream, delta = inbox.get(timeout=SILENCE_S)
-        except queue.Empty:
-            break
-        stream.take(delta)
-        if stream.reason:
-            del in_flight[stream.query.id]
-            send()
-        seen(stream)
-        if stream.reason:
-            yield stream
-    yield from in_flight.values()
+@dataclass(frozen=True, kw_only=True)
+class Options(PairOptions):
+    requests: int = option(2000, "requests in all")
+    rate: float = option(0.0, "Poisson arrivals a second; 0: half as many again as slots in flight")
+    slots: int = option(16, "sequences at once")
+    max_tokens: int = option(64, "of the longest answers")
+    max_context: int = option(0, "tokens (default: the service's or the model's)")
+    swap_every: int = option(100, "requests between two swaps; 0: no swaps")
+    seed: int = option(0, "of queries and cancellations")
 
 
-def draft_folders(files: ModelFiles, folder: Path) -> tuple[Path, Path]:
-    """A draft that knows nothing and the pair's own, each as the one safetensors file that `LiveDraft.stage` reads."""
-    own = folder / "own"
-    AutoModelForCausalLM.from_pretrained(files.draft, dtype="auto").save_pretrained(
-        own, max_shard_size="1TB"
-    )
-    return Path(rig.random_draft(files, folder / "random")), own
+class Exercise:
+    """The load on one engine, with swaps beneath it."""
 
-
-@dataclass(frozen=True)
-class Swap:
-    """When a swap staged its weights, and when the engine's thread was busy installing them."""
-
-    staging_s: float
-    began_s: float
-    ended_s: float
+    def __init__(self, options: Options, serving: rig.Rig, mix: Mix) -> None:
+        self._options, self._serving, self._mix = options, serving, mix
+        self._due: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._cancel_after: dict[str, int | None] = {}
+        self._clock = StepClock(serving.engine.batch)
+        self.streams: list[Stream] = []
+        self.swaps: list[Swap] = []
+        self.rss_mib: list[float] = []
+        self.seconds = 0.0
 
     @property
-    def pause_s(self) -> float:
-        return self.ended_s - self.began_s
+    def spans(self) -> list[tuple[float, float]]:
+        return self._clock.spans
+
+    def run(self, folders: Sequence[Path]) -> None:
+        options, started = self._options, time.perf_counter()
+        at_once = options.slots + options.slots // 2
+        load = Load(self._serving, at_once, options.rate, self._cancel)
+        with ThreadPoolExecutor(1, initializer=stay_on_one_core) as pool:
+            swapping = pool.submit(self._swap, folders)
+            try:
+                for stream in load.run(self._mix.queries(options.requests)):
+                    self._ended(stream)
+            finally:
+                self.seconds = time.perf_counter() - started
+                self._due.put(False)
+            swapping.result()
+
+    def _swap(self, folders: Sequence[Path]) -> None:
+        while self._due.get():
+            made = len(self.swaps)
+            self.swaps.append(swap(self._serving, folders[made % len(folders)], made + 1))
+
+    def _cancel(self, stream: Stream) -> None:
+        if stream.deltas == 0:
+            self._cancel_after[stream.query.id] = self._mix.cancel_after()
+        if stream.deltas == self._cancel_after[stream.query.id] and not stream.reason:
+            self._serving.engine.cancel(stream.query.id)
+
+    def _ended(self, stream: Stream) -> None:
+        options = self._options
+        self.streams.append(stream)
+        self.rss_mib.append(rss_mib())
+        ended = len(self.streams)
+        if options.swap_every and ended % options.swap_every == 0:
+            self._due.put(True)
+        if ended % max(1, options.requests // 20) == 0:
+            say(f"{ended} of {options.requests} requests, {self.rss_mib[-1]:.0f} MiB")
+
+    def compare(self) -> tuple[int, int]:
+        """Greedy answers that differ from those of γ = 0, and how many were compared."""
+        greedy = [s for s in self.streams if s.answered and s.query.temperature == 0]
+        queries = [replace(s.query, gamma=0, store=False) for s in greedy]
+        answers = self._serving.complete(queries, self._options.slots)
+        pairs = zip(greedy, answers, strict=True)
+        return sum(stream.ids != answer.ids for stream, answer in pairs), len(greedy)
 
 
-def swaps(engine: Engine, folders: Sequence[Path], due: Callable[[int], bool]) -> list[Swap]:
-    """Swaps the folders in by turns, on a thread of its own that stays on one core.
+def main() -> None:
+    options = parse(Options, "bench load", __doc__)
+    pair = rig.pair_of(options)
+    limit = min(options.max_context or Settings().max_context, context_limit(pair.files.target))
+    room = limit - options.max_tokens
+    mix = Mix(pair.prompts, room, options.max_tokens, options.seed)
+    sized = replace(pair, prompts=[mix.concatenated(room)])  # the engine's contexts fit its longest
+    serve = rig.rig(sized, pair.files.draft, options.slots, max_tokens=options.max_tokens)
+    with tempfile.TemporaryDirectory() as folder, serve as serving:
+        serving.buffer.limits = BufferLimits(max(8, options.requests // 20), 2**26, 7 * 86400)
+        exercise = Exercise(options, serving, mix)
+        exercise.run(draft_folders(pair.files, Path(folder)))
+        figures = _figures(exercise) | _swap_figures(exercise)
+        figures["draft_faults"] = _draft_faults(serving)
+        different, compared = exercise.compare() if pair.dtype == "float32" else (0, 0)
+        figures |= {"different_answers": different, "compared_answers": compared}
+        figures["slots_leaked"] = leaked_slots(serving, pair.prompts[0])
+    table(["", ""], [[name, f"{value:g}"] for name, value in figures.items()])
+    finish(figures)
 
-    `due` is given the number of swaps made; it returns when the next one is due, and False after the last.
-    """
-    made: list[Swap] = []
-    while due(len(made)):
-        made.append(swap(engine, folders[len(made) % len(folders)], len(made) + 1))
-    return made
+
+def _figures(exercise: Exercise) -> dict[str, Any]:
+    streams, rss_mib = exercise.streams, exercise.rss_mib
+    reasons = Counter(stream.reason for stream in streams)
+    answered = [stream for stream in streams if stream.answered]
+    quarter = max(1, len(rss_mib) // 4)
+    second, last = rss_mib[quarter : 2 * quarter], rss_mib[-quarter:]
+    tokens = sum(len(stream.ids) for stream in streams)
+    return {
+        "requests": len(streams),
+        "answered": len(answered),
+        "cancelled": reasons["cancelled"],
+        "errors": reasons["error"],
+        "unanswered": reasons[""],
+        "tokens": tokens,
+        "tokens_per_s": tokens / exercise.seconds,
+        **_percentiles("ttft_ms", [stream.first_s for stream in answered]),
+        **_percentiles("itl_ms", [gap for stream in answered for gap in stream.gaps_s]),
+        "memory_growth": float(np.median(last) / np.median(second or last)),
+        "rss_mib": float(np.median(last)),
+    }
 
 
-def swap(engine: Engine, folder: Path, version: int) -> Swap:
-    """As the installer does it: staged on this thread, installed by the engine between two steps."""
-    draft, started = engine.batch.drafts[rig.ROUTE], time.perf_counter()
-    staged = draft.stage(folder)
+def _swap_figures(exercise: Exercise) -> dict[str, Any]:
+    swaps, spans_S2 = exercise.swaps, np.array(exercise.spans)
+    step_s = float(np.median(spans_S2[:, 1] - spans_S2[:, 0]))
+    across, others = gaps(spans_S2[:, 1], swaps)
+    pauses = [each.pause_s for each in swaps]
+    versions = [len(stream.stats.versions) for stream in exercise.streams]
+    return {
+        "swaps": len(swaps),
+        "requests_across_swaps": sum(count > 1 for count in versions),
+        **_percentiles("pause_ms", pauses),
+        "median_step_ms": 1000 * step_s,
+        "longest_pause_steps": max(pauses, default=0.0) / step_s,
+        "longest_gap_steps": max(across, default=0.0) / step_s,
+        "longest_gap_steps_without_swap": max(others, default=0.0) / step_s,
+    }
 
-    def change() -> Swap:
-        began = time.perf_counter()
-        draft.install(staged, version)
-        return Swap(started, began, time.perf_counter())
 
-    return engine.between_steps(change).result(INSTALL_LIMIT_S)
+def _percentiles(name: str, seconds: Sequence[float]) -> dict[str, float]:
+    values = 1000 * np.percentile(seconds or [0.0], PERCENTILES)
+    return {f"{name}_p{p}": float(ms) for p, ms in zip(PERCENTILES, values, strict=True)}
+
+
+def _draft_faults(serving: rig.Rig) -> int:
+    name, labels = "slipstream_engine_faults_total", {"part": "draft"}
+    return int(serving.metrics.registry.get_sample_value(name, labels) or 0)

@@ -1,23 +1,23 @@
-"""What is asked, in which order: domains of prompts, and the segments in which they follow one another."""
+"""The queries of a replay: prompts of its domains, in the order of its segments."""
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lab import traffic
-from lab.replay.config import Domain, Segment
+from lab.corpus import package_prompts
+from lab.replay.config import Replay
 from lab.rig import prompts_in, tokenize
 
 POOL = 20_000  # prompts of a domain that a stream draws from, at most
+PACKAGE_PROMPTS = 2000
+SEEDS = 1_000_003  # between the queries' seeds of one stream's seed and those of the next
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """One query of a stream, before it is one of the engine's."""
-
+class StreamQuery:
     name: str
     domain: str
     prompt_ids: tuple[int, ...]
@@ -26,14 +26,15 @@ class Asked:
 
 
 def prompts(source: str, *, held_out: bool) -> list[str]:
-    """The prompts of `package:NAME`, `hub:DATASET[:SPLIT[:FIELD]]` or a JSON-lines file with a "prompt" each.
+    """The prompts of `package:NAME`, `hub:DATASET[:SPLIT[:FIELD]]` or a JSON-lines file.
 
     Raises:
-        ValueError: the source can't be read, or holds no prompts; it is named.
+        ValueError: the source can't be read or holds no prompts; it is named.
     """
     kind, _, rest = source.partition(":")
     if kind == "package":
-        return traffic.package_prompts(rest, 2000, held_out=held_out, seed=1 if held_out else 2)
+        seed = 1 if held_out else 2
+        return package_prompts(rest, PACKAGE_PROMPTS, held_out=held_out, seed=seed)
     if kind == "hub":
         return _hub_prompts(*rest.split(":"))
     return prompts_in(Path(source))
@@ -43,19 +44,17 @@ def _hub_prompts(name: str, split: str = "train", field: str = "prompt") -> list
     try:
         import datasets
     except ImportError as error:
-        raise ValueError(
-            f"hub:{name} needs the `datasets` package: pip install datasets"
-        ) from error
+        missing = f"hub:{name} needs the `datasets` package: pip install datasets"
+        raise ValueError(missing) from error
     rows = datasets.load_dataset(name, split=split)
     if field not in rows.column_names:
-        raise ValueError(
-            f"hub:{name}:{split} has no field {field!r}; it has {', '.join(rows.column_names)}"
-        )
+        fields = ", ".join(rows.column_names)
+        raise ValueError(f"hub:{name}:{split} has no field {field!r}; it has {fields}")
     return [str(text) for text in rows[field]]
 
 
-class Source:
-    """One domain's prompts as token ids, in an order of the seed's own, begun anew when all are used."""
+class PromptSource:
+    """One domain's prompts as token ids, shuffled by the seed, from the start again at the end."""
 
     def __init__(
         self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, longest: int, seed: int
@@ -66,76 +65,49 @@ class Source:
         self._next = 0
 
     def take(self) -> tuple[int, ...]:
-        """The next prompt; of a very long one the end, which is what an answer follows."""
+        """The next prompt; a very long one keeps its end, which the answer continues."""
         text = self._texts[self._next % len(self._texts)]
         self._next += 1
         return tuple(tokenize(self._tokenizer, text)[-self._longest :])
 
 
-class Stream:
+def stream(config: Replay, tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[StreamQuery]:
     """The queries of all segments, the same for every arm of a seed."""
-
-    def __init__(
-        self,
-        domains: Mapping[str, Domain],
-        segments: Sequence[Segment],
-        tokenizer: PreTrainedTokenizerBase,
-        longest: int,
-        greedy_share: float,
-        seed: int,
-    ) -> None:
-        self._domains, self._segments = domains, segments
-        self._tokenizer, self._longest, self._greedy_share, self._seed = (
-            tokenizer,
-            longest,
-            greedy_share,
-            seed,
+    sources = {
+        name: PromptSource(
+            prompts(domain.traffic, held_out=False), tokenizer, config.longest_prompt, seed
         )
-
-    def __iter__(self) -> Iterator[Asked]:
-        rng, sources, before, number = random.Random(self._seed), self._sources(), None, 0
-        for segment in self._segments:
-            for i in range(segment.queries):
-                weights = segment.weights(i, before)
-                domain = rng.choices(list(weights), list(weights.values()))[0]
-                temperature = 0.0 if rng.random() < self._greedy_share else 1.0
-                seed = self._seed * 1_000_003 + number
-                yield Asked(
-                    f"{domain}-{self._seed}-{number}",
-                    domain,
-                    sources[domain].take(),
-                    temperature,
-                    seed,
-                )
-                number += 1
-            before = segment
-
-    def _sources(self) -> dict[str, Source]:
-        return {
-            name: Source(
-                prompts(domain.traffic, held_out=False), self._tokenizer, self._longest, self._seed
-            )
-            for name, domain in self._domains.items()
-        }
+        for name, domain in config.domains.items()
+    }
+    rng, before, number = random.Random(seed), None, 0
+    for segment in config.segments:
+        for i in range(segment.queries):
+            weights = segment.weights(i, before)
+            domain = rng.choices(list(weights), list(weights.values()))[0]
+            temperature = 0.0 if rng.random() < config.greedy_share else 1.0
+            name, prompt_ids = f"{domain}-{seed}-{number}", sources[domain].take()
+            yield StreamQuery(name, domain, prompt_ids, temperature, seed * SEEDS + number)
+            number += 1
+        before = segment
 
 
-def exam(
+def held_out_queries(
     domain: str,
     source: str,
     tokenizer: PreTrainedTokenizerBase,
     longest: int,
     count: int,
     seed: int,
-) -> list[Asked]:
-    """Held-out queries of a domain, each once sampled and once greedy."""
+) -> list[StreamQuery]:
+    """Held-out queries of a domain: all sampled, then the same ones greedy."""
     texts = prompts(source, held_out=True)
     if len(texts) < count:
         raise ValueError(f"held_out: {count} queries are asked for, but {source} has {len(texts)}")
-    held_out = Source(texts, tokenizer, longest, 0)
+    held_out = PromptSource(texts, tokenizer, longest, 0)
     ids = [held_out.take() for _ in range(count)]
     kinds = (("sampled", 1.0), ("greedy", 0.0))
     return [
-        Asked(f"exam-{domain}-{kind}-{i}", domain, prompt, temperature, seed * 1_000_003 + i)
-        for kind, temperature in kinds
+        StreamQuery(f"held-out-{domain}-{kind}-{i}", domain, prompt, heat, seed * SEEDS + i)
+        for kind, heat in kinds
         for i, prompt in enumerate(ids)
     ]

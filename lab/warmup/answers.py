@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lab import rig, traffic
+from lab import corpus, rig
 from lab.stored import stored
 from lab.warmup.options import say
 from online.messages import Query
@@ -31,8 +31,8 @@ def training_and_held_out(
     if args.prompts is None and not getattr(args, "unprompted", False):
         # Cuts of one file share much of their text: train on cuts of other files.
         others = others or prompts[: args.held_out_count]
-        package = traffic.shifted_package()
-        texts = traffic.package_prompts(package, len(prompts), held_out=False, seed=2)
+        package = corpus.held_out_packages()[0]
+        texts = corpus.package_prompts(package, len(prompts), held_out=False, seed=2)
         prompts = [rig.tokenize(pair.tokenizer, text) for text in texts]
     signals = answers(pair, prompts + others, args.max_tokens, temperatures=temperatures)
     if others:

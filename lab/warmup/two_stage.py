@@ -24,7 +24,8 @@ from transformers import AutoConfig
 
 from decoder.models.loading import ModelFiles
 from lab import rig
-from lab.bench.contestants import Case, Contestant, Ours, Outcome
+from lab.bench.system_process import SystemProcess
+from lab.bench.systems import Case, Ours, Outcome
 from lab.statistics import median_ratio
 from lab.warmup.answers import answers, training_and_held_out
 from lab.warmup.models import load_model, model_from_target, save_model, train
@@ -147,10 +148,10 @@ def _drafts(out: Path, held_out: dict[str, list[Signal]]) -> dict[str, dict[str,
 def _speeds(
     args: argparse.Namespace, teacher: rig.Pair, smaller: rig.Pair, prompts: list[list[int]]
 ) -> Speeds:
-    """Contestants take turns in random order; the first repetition warms up."""
+    """Systems run in random order; the first repetition warms up."""
     pairs = {"teacher": teacher, "smaller": smaller}
-    contestants = {
-        who: Contestant(Ours, pair, args.max_tokens, str(args.out / OWN_DRAFTS[who]), 1)
+    systems = {
+        who: SystemProcess(Ours, pair, args.max_tokens, str(args.out / OWN_DRAFTS[who]), 1)
         for who, pair in pairs.items()
     }
     rng = random.Random(0)
@@ -160,13 +161,13 @@ def _speeds(
             at = (repetition + 1) * args.alone
             dealt = [prompts[(at + i) % len(prompts)] for i in range(args.alone)]
             for who, case in rng.sample(CONTESTANTS, len(CONTESTANTS)):
-                outcome = contestants[who].run(case, dealt, seed=at)
+                outcome = systems[who].run(case, dealt, seed=at)
                 if repetition >= 0:
                     found[who, case.name].append(outcome)
             say(f"repetition {repetition + 1} of {args.repetitions}")
     finally:
-        for contestant in contestants.values():
-            contestant.close()
+        for system in systems.values():
+            system.close()
     return found
 
 

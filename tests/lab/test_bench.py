@@ -1,4 +1,4 @@
-"""The benchmarks of one process at their smallest: they end, and say what they promise. No test asserts a time."""
+"""The benchmarks of one process at their smallest. No test asserts a time."""
 
 import json
 import sys
@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from lab.bench import gpu, soak, swap, tap
-from lab.bench.load import Swap
+from lab.bench import gpu, load, tap
+from lab.bench.streams import Stream
+from lab.bench.swaps import Swap, gaps
+from online.messages import Delta, Query
 from tests.tiny import TinyPair
 
 Bench = Callable[..., dict[str, Any]]
@@ -52,7 +54,7 @@ def bench(
 
 
 def test_tap_compares_recording_with_none(bench: Bench) -> None:
-    """A ratio for each number of queries in flight, and a record for every request of the recorded side."""
+    """A ratio for each number of queries in flight; every recorded request is written."""
     figures = bench(
         tap.main,
         "--repetitions",
@@ -72,60 +74,46 @@ def test_tap_compares_recording_with_none(bench: Bench) -> None:
     assert (figures["signals"], figures["signals_lost"]) == ((2 + 1) * (2 + 4), 0)
 
 
-def test_swaps_drop_nobody_and_change_no_greedy_answer(bench: Bench) -> None:
-    """All the swaps happen, under requests that see more than one draft."""
-    figures = bench(
-        swap.main, "--swaps", "6", "--streams", "3", "--max-tokens", "24", "--steps-between", "2"
-    )
-    assert figures["swaps"] == 6
-    assert figures["dropped"] == figures["different_answers"] == 0
-    assert figures["compared_answers"] > 0
-    assert figures["requests_across_swaps"] > 0
-    for key in (
-        "pause_ms_p50",
-        "pause_ms_p99",
-        "median_step_ms",
-        "longest_pause_steps",
-        "longest_gap_steps",
-    ):
-        assert figures[key] > 0
+LOAD = ("--slots", "3", "--max-tokens", "12", "--max-context", "96", "--swap-every", "10")
+DELAYS = ("ttft_ms_p99", "itl_ms_p99", "pause_ms_p50", "pause_ms_p99", "longest_gap_steps")
 
 
-def test_soak_answers_everyone_and_leaks_no_slot(bench: Bench) -> None:
-    """Every request ends one way, none with an error; prompts reach the context's limit."""
-    figures = bench(
-        soak.main,
-        "--requests",
-        "120",
-        "--slots",
-        "4",
-        "--max-tokens",
-        "12",
-        "--max-context",
-        "96",
-        "--swap-every",
-        "30",
-    )
-    assert figures["requests"] == 120 == figures["answered"] + figures["cancelled"]
+def test_a_steady_load_is_answered_and_leaks_nothing(bench: Bench) -> None:
+    """Every request ends, none with an error, swaps change no greedy answer, slots stay usable."""
+    figures = bench(load.main, "--requests", "60", *LOAD)
+    assert figures["requests"] == 60 == figures["answered"] + figures["cancelled"]
     assert figures["cancelled"] > 0
-    assert (
-        figures["errors"]
-        == figures["unanswered"]
-        == figures["draft_faults"]
-        == figures["slots_leaked"]
-        == 0
-    )
-    assert figures["swaps"] == 4
-    assert figures["memory_growth"] > 0
-    assert figures["rss_mib"] > 0
-    assert figures["tokens"] > 0
+    assert figures["swaps"] == 6
+    assert figures["requests_across_swaps"] > 0
+    assert figures["compared_answers"] > 0
+    for none in ("errors", "unanswered", "draft_faults", "slots_leaked", "different_answers"):
+        assert figures[none] == 0, none
+    for some in (*DELAYS, "tokens", "memory_growth", "rss_mib"):
+        assert figures[some] > 0, some
+
+
+def test_a_poisson_load_sends_every_request(bench: Bench) -> None:
+    """Arrivals wait for nobody's end, and swaps can be left out."""
+    figures = bench(load.main, "--requests", "20", *LOAD[:-1], "0", "--rate", "200")
+    assert figures["requests"] == 20 == figures["answered"] + figures["cancelled"]
+    assert figures["swaps"] == figures["requests_across_swaps"] == 0
+    assert figures["slots_leaked"] == 0
 
 
 def test_a_gap_with_a_swap_ends_with_the_step_after_it() -> None:
     """A swap after the last step is in no gap."""
     ends = np.array([1.0, 2.0, 5.0, 6.0])
-    around, others = swap.gaps(ends, [Swap(0.0, 2.5, 3.0), Swap(6.0, 6.5, 7.0)])
-    assert (around, others) == ([3.0], [1.0, 1.0])
+    across, others = gaps(ends, [Swap(2.5, 3.0), Swap(6.5, 7.0)])
+    assert (across, others) == ([3.0], [1.0, 1.0])
+
+
+def test_a_delta_of_several_tokens_is_as_many_gaps() -> None:
+    """The first delta gives the time to the first token instead."""
+    stream = Stream(Query("q", "default", (1,), 8, 0.0), sent_s=1.0)
+    stream.take(Delta("a", (5, 6)), now=1.5)
+    stream.take(Delta("b", (7, 8)), now=2.5)
+    assert stream.first_s == 0.5
+    assert stream.gaps_s == [0.5, 0.5]
 
 
 def test_the_benchmark_of_a_gpu_is_ready(

@@ -1,35 +1,39 @@
-"""The lab's own arithmetic, and the corpus's promise that nothing seen in training is traffic."""
+"""The lab's statistics, charts and options, and the split of its corpus."""
 
 import random
-from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 
 from lab import corpus
 from lab.charts import LearningCurve, draw, moving_ratio
-from lab.gate import Simulation
-from lab.reference_pair import texts
-from lab.statistics import paired_ratio, proportion
-from lab.traffic import Served, package_prompts, shifted_package
+from lab.corpus import held_out_packages, package_prompts
+from lab.options import option, parse
+from lab.reference_pair import chosen_files
+from lab.statistics import median_ratio, paired_ratio, proportion
+from lab.studies.gate import Options, Simulation
+from lab.traffic import Served
 from online.settings import Settings
 from trainer.evaluation import Evaluation
 
 
 def test_traffic_comes_from_packages_that_no_model_was_trained_on() -> None:
     """Held out by hash: the training side has no file of them, and no held-out file of others."""
-    package = shifted_package()
+    package = held_out_packages()[0]
     assert corpus.is_held_out_package(package)
-    trained = {name for name, _ in texts(held_out=False)}
+    trained = {file.package for file in chosen_files(held_out=False)}
     assert package not in trained
     assert corpus.STDLIB in trained
-    assert {name for name, _ in texts(held_out=False, stdlib_only=True)} == {corpus.STDLIB}
+    only = {file.package for file in chosen_files(held_out=False, stdlib_only=True)}
+    assert only == {corpus.STDLIB}
 
 
 def test_held_out_prompts_are_of_other_files_than_traffic() -> None:
     """And both are the same on every run."""
-    package = shifted_package()
+    package = held_out_packages()[0]
     traffic = package_prompts(package, 30, held_out=False, seed=1)
     held_out = package_prompts(package, 30, held_out=True, seed=1)
     assert traffic == package_prompts(package, 30, held_out=False, seed=1)
@@ -59,6 +63,14 @@ def test_a_paired_ratio_is_of_totals_with_its_interval() -> None:
     assert noisy.low < noisy.value < noisy.high
 
 
+def test_a_median_ratio_of_one_repetition_has_no_interval() -> None:
+    """Of several it lies between the smallest and the largest."""
+    assert median_ratio([1.5]).figures == [1.5, 1.5, 1.5]
+    several = median_ratio([1.0, 1.1, 1.2, 1.3])
+    assert several.value == pytest.approx(1.15)
+    assert 1.0 <= several.low < several.value < several.high <= 1.3
+
+
 def test_a_share_has_an_interval_at_its_ends_too() -> None:
     """None of a hundred is not never; half of a hundred is the textbook's interval."""
     assert (proportion(0, 100).low, proportion(100, 100).high) == pytest.approx((0, 1))
@@ -67,18 +79,18 @@ def test_a_share_has_an_interval_at_its_ends_too() -> None:
     assert (half.low, half.high) == pytest.approx((0.404, 0.596), abs=0.001)
 
 
-def test_simulated_candidates_gain_what_they_are_said_to() -> None:
-    """Their differences are real, moved; drawn from them, the gate finds the gain it is told of."""
+def test_simulated_candidates_have_the_gain_of_the_simulation() -> None:
+    """Their differences are real ones, moved; the gate finds a large gain and a large loss."""
     rng = np.random.default_rng(0)
     active = Evaluation(rng.uniform(1, 3, 300), np.full(300, 0.5))
     candidate = active._replace(tokens_R=active.tokens_R + rng.normal(0.1, 0.2, 300))
-    args = Namespace(gamma=4, requests=200, earlier=100, draws=20)
-    simulation = Simulation(args, Settings(), active)
+    options = Options(requests=200, earlier=100, draws=20)
+    simulation = Simulation(options, Settings().forgetting_tolerance, active, 4)
     moved = simulation.moved(candidate, 0.1)
     assert simulation.gain(moved) == pytest.approx(0.1)
     assert np.std(moved.tokens_R - candidate.tokens_R) == pytest.approx(0)
-    assert simulation.trials("gain", [("x", moved)], lost=0.0).promoted.value == 1
-    assert simulation.trials("forgetting", [("x", moved)], lost=0.1).promoted.value == 0
+    assert simulation.trials("gain", {"x": moved}, loss=0.0).promoted.value == 1
+    assert simulation.trials("forgetting", {"x": moved}, loss=0.1).promoted.value == 0
 
 
 def test_a_moving_ratio_is_of_what_is_inside_the_window() -> None:
@@ -98,9 +110,39 @@ def test_a_stretch_that_compared_nothing_leaves_a_gap(tmp_path: Path) -> None:
 
 
 def test_swaps_are_marked_where_a_version_drafts_alone(tmp_path: Path) -> None:
-    """The first version is no swap, nor is a canary that others outlived; the chart is a picture."""
+    """The first version is no swap, nor is a canary that others outlive."""
     served = [Served(10, 5, 0.5, (v,), "") for v in (0, 1, 1, 2, 1, 2, 1, 3, 1, 3, 3)]
     curve = LearningCurve(served, 1.5, 2.0, 0.4, 0.5)
     assert curve.trials == [(2, 3, 9), (3, 7, 9)]
     assert curve.swaps == [(9, 3)]
     assert draw(curve, tmp_path / "a" / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+@dataclass(frozen=True)
+class Given:
+    count: int = option(3, "things")
+    levels: tuple[int, ...] = option((1, 8), "of it")
+    kind: Literal["a", "b"] | None = option(None, "of things")
+    fast: bool = option(False, "sooner")
+
+    def __post_init__(self) -> None:
+        if self.count < 0:
+            raise ValueError("--count: at least 0")
+
+
+def test_options_are_fields_with_their_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not given keeps its default; a list replaces its default."""
+    words = ["lab", "--levels", "2", "--levels", "4", "5", "--kind", "b", "--fast"]
+    monkeypatch.setattr("sys.argv", words)
+    assert parse(Given, "it", None) == Given(3, (2, 4, 5), "b", True)
+
+
+@pytest.mark.parametrize("words", [["--count", "x"], ["--count", "-1"], ["--kind", "c"]])
+def test_wrong_options_end_with_the_usage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    """Wrong types and wrong values are reported alike."""
+    monkeypatch.setattr("sys.argv", ["lab", *words])
+    with pytest.raises(SystemExit):
+        parse(Given, "it", None)
+    assert words[0] in capsys.readouterr().err

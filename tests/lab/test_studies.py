@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import lab.__main__
-from lab import gate
+from lab.studies import gate
 from tests.lab.conftest import Command
 from tests.tiny import TinyPair
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from decoder.models.loading import load_models
 from decoder.rollout.live import LiveDraft
-from lab.bench.contestants import Outcome
+from lab.bench.systems import Outcome
 from lab.warmup import align, cold_start, generic, two_stage
 from lab.warmup.prompts import SOURCES, frame_of
 from lab.warmup.register import opened, register

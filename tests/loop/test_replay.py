@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from lab.replay import _same_as_before, main
-from lab.replay.config import Arm, Domain, Replay, Segment, preset, read, segments, stretches
+from lab.replay.command import check_same, main
+from lab.replay.config import Arm, Domain, Replay, Segment, read, spans
+from lab.replay.presets import preset, segments
 from lab.replay.run import ArmRun
 from tests.tiny import TinyPair
 from trainer.cycle import run
@@ -24,11 +25,11 @@ def toml(folder: Path, pair: TinyPair, queries: int = 80) -> Path:
     """Two domains of made-up prompts, one after the other; γ = 2, a cycle every 55 signals."""
     rng = random.Random(0)
     for name, letters in (("low", "abcdefgh"), ("high", "stuvwxyz")):
-        for side in ("traffic", "exam"):
+        for side in ("traffic", "held-out"):
             lines = [json.dumps({"prompt": "".join(rng.choices(letters, k=8))}) for _ in range(200)]
             (folder / f"{name}-{side}.jsonl").write_text("\n".join(lines))
     domains = [
-        f'[domains.{name}]\ntraffic = "{folder}/{name}-traffic.jsonl"\nheld_out = "{folder}/{name}-exam.jsonl"'
+        f'[domains.{name}]\ntraffic = "{folder}/{name}-traffic.jsonl"\nheld_out = "{folder}/{name}-held-out.jsonl"'
         for name in ("low", "high")
     ]
     parts = [
@@ -42,7 +43,7 @@ gamma = 2
 held_out = 10
 look_every = 20
 wall_queries = 4
-wall_turns = 2
+wall_rounds = 2
 drafters = ["ngrams", "auto"]
 [settings]
 cycle_min_signals = 55
@@ -112,15 +113,16 @@ def test_a_stopped_replay_goes_on_where_it_was(
         raise Stopped
 
     config = read(toml(tmp_path, pair, queries=40)).model_copy(update={"wall_queries": 0})
-    arm, folder = config.arms[0], tmp_path / "arm"
+    arm = config.arms[0]
     with monkeypatch.context() as patched:
         patched.setattr("lab.replay.service.run", work)
+        patched.setattr("lab.replay.run.say", stop)
         with pytest.raises(Stopped):
-            ArmRun(config, arm, 1, folder, stop).go()
-    log = ArmRun(config, arm, 1, folder, lambda line: None).go()
+            ArmRun(config, arm, 1, tmp_path).serve_all()
+    log = ArmRun(config, arm, 1, tmp_path).serve_all()
     assert log.served == 80
     assert [event["at"] for event in log.of("served")] == [20, 40, 60, 80]
-    assert len(log.of("exam", at=0)) == 2
+    assert len(log.of("held_out", at=0)) == 2
     versions = [event["version"] for event in log.of("swap")]
     assert versions == sorted(versions)
     assert len(log.of("cycle")) == len({event["id"] for event in log.of("cycle")}) > 0
@@ -138,7 +140,7 @@ def test_an_arm_may_learn_routes(
     )
     mixed = Segment(queries=160, mix={"low": 1.0, "high": 1.0})
     config = config.model_copy(update={"segments": [mixed]})
-    log = ArmRun(config, arm, 1, tmp_path / "arm", lambda line: None).go()
+    log = ArmRun(config, arm, 1, tmp_path).serve_all()
     assert log.served == 160
     routes = {event["route"] for event in log.of("cycle")}
     assert {"live"} < routes <= {"live", "live-c1", "live-c2"}
@@ -153,13 +155,13 @@ def test_another_configuration_is_not_mixed_in(pair: TinyPair, tmp_path: Path) -
     before = config.model_copy(
         update={"arms": [Arm(name="loop"), Arm(name="other", settings={"tick_s": 2})]}
     )
-    _same_as_before(before, path)
-    _same_as_before(config.model_copy(update={"seeds": [1, 2], "wall_queries": 0}), path)
+    check_same(before, path)
+    check_same(config.model_copy(update={"seeds": [1, 2], "wall_queries": 0}), path)
     assert [arm["name"] for arm in json.loads(path.read_text())["arms"]] == ["loop", "other"]
     changed = Arm(name="other", settings={"tick_s": 1})
     for change in ({"gamma": 3}, {"arms": [changed]}):
         with pytest.raises(ValueError, match="holds a replay of another configuration"):
-            _same_as_before(config.model_copy(update=change), path)
+            check_same(config.model_copy(update=change), path)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,7 @@ def test_presets_are_made_of_whole_segments(tmp_path: Path) -> None:
     (mixture,) = segments("mixture", names, 10)
     assert (mixture.queries, mixture.main) == (30, "")
     config = preset("recurring", tmp_path, 10)
-    assert [(part.domains, part.end) for part in stretches(config)] == [
+    assert [(part.domains, part.end) for part in spans(config)] == [
         (("math",), 10), (("sql",), 20), (("math",), 30), (("sql",), 40),
     ]  # fmt: skip
 

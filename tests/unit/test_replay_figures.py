@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from lab.replay.config import Domain, Replay, Segment, segments, stretches
-from lab.replay.figures import _forgetting, cost, recoveries, summarise
-from lab.replay.run import Log, alone
+from lab.replay.config import Domain, Replay, Segment, spans
+from lab.replay.curves import cost, forgetting, recoveries
+from lab.replay.figures import summarise
+from lab.replay.log import Log, locked
+from lab.replay.presets import segments
 
 DOMAINS = {name: Domain(traffic="x", held_out="y") for name in ("a", "b")}
 
@@ -67,11 +69,11 @@ def test_what_fades_in_has_no_moment_of_shift(tmp_path: Path) -> None:
         b={0: 1.0, 140: 2.0},
         c={0: 1.0, 240: 2.0},
     )
-    assert [(part.domains, part.end) for part in stretches(config)] == [
+    assert [(part.domains, part.end) for part in spans(config)] == [
         (("a",), 50), (("a", "b"), 150), (("b", "c"), 250), (("c",), 300),
     ]  # fmt: skip
     assert [recoveries(config, name, told) for name in "abc"] == [[40.0], [], []]
-    assert [list(_forgetting(config, name, told)) for name in "abc"] == [
+    assert [list(forgetting(config, name, told)) for name in "abc"] == [
         [pytest.approx(0.2)],
         [0.0],
         [],
@@ -92,7 +94,7 @@ def test_a_query_s_answers_are_one_observation(tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         logs[seed] = log(tmp_path / str(seed), a={0: 1.0})
         for at, rows in exams.items():
-            logs[seed].add("exam", at, domain="a", rows=rows + rows)
+            logs[seed].add("held_out", at, domain="a", rows=rows + rows)
         found.append(summarise(config, logs)["a"])
     assert all(one["tau_ratio_low"] == pytest.approx(found[0]["tau_ratio_low"]) for one in found)
     assert found[2]["tau_ratio_by_seed"] == pytest.approx([found[0]["tau_ratio"]] * 3)
@@ -110,12 +112,12 @@ def test_a_line_cut_short_is_dropped_and_written_again(tmp_path: Path) -> None:
 def test_two_replays_do_not_share_a_folder(tmp_path: Path) -> None:
     """The second is told, and nothing is mixed."""
     with (
-        alone(tmp_path),
+        locked(tmp_path),
         pytest.raises(ValueError, match="another replay is at work"),
-        alone(tmp_path),
+        locked(tmp_path),
     ):
         pass
-    with alone(tmp_path):
+    with locked(tmp_path):
         pass
 
 

@@ -1,0 +1,74 @@
+"""Starts the service of a replay: engine, recorder, a real buffer and registry, cycles, swaps."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from decoder.models.fingerprint import fingerprint
+from decoder.models.loading import ModelFiles
+from decoder.rollout.installer import Installer
+from decoder.rollout.swapper import Swapper
+from decoder.serve import follower
+from lab import rig
+from lab.replay.config import Replay
+from lab.replay.service import FROZEN, LIVE, Service
+from migrations import upgrade
+from online.database import connect
+from online.embedded_redis import start_server
+from online.prompt_routes import PromptClusters
+from online.settings import Settings
+from trainer.cycle import CycleContext
+
+
+@contextmanager
+def serve(config: Replay, settings: Settings, folder: Path) -> Iterator[Service]:
+    """A service that keeps its state in `folder`, and finds it there again."""
+    max_bytes = settings.redis_bytes(2 + settings.learnt_routes)
+    server, url = start_server(folder / "redis", max_bytes=max_bytes)
+    own = {"data_dir": folder, "redis_url": url, "routes": (LIVE,)}
+    settings = settings.model_copy(update=own)
+    try:
+        upgrade(settings.sql_url)
+        context, clusters = CycleContext.of(settings), PromptClusters.of(settings)
+        with _engine(config, context) as serving:
+            swapper = _swapper(context, serving)
+            try:
+                yield Service(context, serving, swapper, config, clusters)
+            finally:
+                if clusters is not None:
+                    clusters.save()
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+@contextmanager
+def _engine(config: Replay, context: CycleContext) -> Iterator[rig.Rig]:
+    settings, files = context.settings, ModelFiles.of(context.settings)
+    longest, threads = [[0] * config.longest_prompt], torch.get_num_threads()
+    pair = rig.Pair(files, longest, config.dtype, settings.device, threads)
+    options: dict[str, Any] = {
+        "gamma": config.gamma,
+        "max_tokens": config.max_tokens,
+        "kept_contexts": 0,
+        "routes": (LIVE, FROZEN),
+        "clusters": settings.cluster_routes,
+        "buffer": context.buffer,
+        "settings": settings,
+    }
+    with rig.rig(pair, files.draft, config.at_once, **options) as serving:
+        yield serving
+
+
+def _swapper(context: CycleContext, serving: rig.Rig) -> Swapper:
+    settings, engine = context.settings, serving.engine
+    drafts = {route: engine.batch.drafts[route] for route in settings.served_routes}
+    target = lambda: fingerprint(engine.batch.target)  # type: ignore[arg-type]
+    installer = Installer(engine.between_steps, context.artifacts, target)
+    database = connect(settings.sql_url)
+    swapper = follower(settings, database, engine, drafts, installer, serving.metrics)
+    swapper.sync()
+    return swapper
