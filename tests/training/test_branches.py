@@ -6,18 +6,20 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import AutoModelForCausalLM
 
 from online.settings import Settings
 from online.signals import Signal
-from tests.signals import signal, taught
+from tests.signals import signal
 from tests.tiny import TinyPair
+from tests.training.conftest import load
 from trainer.batches import collate
 from trainer.distill import distill
 from trainer.examples import BRANCH, MASK, Example
 from trainer.losses import accepts_positions, draft_logits, position_losses
 from trainer.recipe import Recipe
 from trainer.recipe_search import CANDIDATES, configured_recipe
+
+pytestmark = pytest.mark.usefixtures("short_rehearsals")
 
 
 def drafted(request_id: str = "r", prompt: tuple[int, ...] = (5, 6, 7)) -> Signal:
@@ -68,7 +70,7 @@ def test_every_supervised_position_is_computed_in_its_own_context(
         drafted("b", prompt=(9,)),
         signal("c", prompt_ids=np.arange(4, 20, dtype=np.int32)),
     ]
-    module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
+    module = load(pair.draft)
     examples = [Example.of(s, branch_tokens) for s in signals]
     with torch.no_grad():
         together_PV = draft_logits(module, collate(examples, 3, "cpu"))
@@ -97,19 +99,21 @@ def test_an_answer_that_ended_inside_a_draft_has_no_branch_there() -> None:
     assert Example.of(cut, 16).verified_P.tolist() == [0]
 
 
-def test_branch_weight_zero_learns_what_the_path_alone_teaches(pair: TinyPair) -> None:
+def test_branch_weight_zero_learns_what_the_path_alone_teaches(
+    pair: TinyPair, answers: list[Signal]
+) -> None:
     """The weight is a weight: with none, branches change nothing but rounding."""
     made = []
     for recipe in (Recipe(epochs=1), Recipe(epochs=1, branch_tokens=4, branch_weight=0.0)):
-        module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
-        distill(module, [[*taught(pair.target, 7), drafted("x")]], recipe, pad_id=3)
+        module = load(pair.draft)
+        distill(module, [[*answers[:7], drafted("x")]], recipe, pad_id=3)
         made.append(module.state_dict())
     assert all(torch.allclose(made[0][name], made[1][name], atol=1e-4) for name in made[0])
 
 
 def test_branches_are_learnt_from(pair: TinyPair) -> None:
     """With a weight they count as positions and change the draft."""
-    module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
+    module = load(pair.draft)
     told = distill(
         module, [[drafted()]], Recipe(epochs=2, branch_tokens=4, branch_weight=0.5), pad_id=3
     )
@@ -143,7 +147,7 @@ def test_models_that_count_positions_themselves_get_no_branches() -> None:
 def test_masks_hold_the_places_of_what_follows(pair: TinyPair) -> None:
     """Behind every other emitted token: each is computed as in a forward of the context and the masks before it."""
     taught_by = signal("m", prompt_ids=np.array([5, 6, 7], np.int32))
-    module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
+    module = load(pair.draft)
     example, text = Example.of(taught_by, 0, 3, 3), [5, 6, 7, *taught_by.output_ids.tolist()]
     path = [place for place, _ in taught_by.path()]
     expected = [
@@ -164,11 +168,11 @@ def test_masks_hold_the_places_of_what_follows(pair: TinyPair) -> None:
             assert example.verified_P[n] == dict(taught_by.path())[place]
 
 
-def test_masks_are_learnt_from(pair: TinyPair) -> None:
+def test_masks_are_learnt_from(pair: TinyPair, answers: list[Signal]) -> None:
     """What the draft says two places ahead comes nearer to the target than a draft's that has learnt without."""
-    signals, told = taught(pair.target, 60), {}
+    signals, told = answers[:60], {}
     for masks in (0, 2):
-        module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
+        module = load(pair.draft)
         distill(module, [signals], Recipe(epochs=4, rehearsal=0, masks=masks), pad_id=3)
         batch = collate([Example.of(one, 0, 2, 3) for one in signals[:20]], 3, "cpu")
         with torch.no_grad():

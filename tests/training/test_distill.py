@@ -5,11 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import trainer.batches
-from tests.signals import signal, taught
+from online.signals import Signal
+from tests.signals import signal
 from tests.tiny import VOCABULARY, TinyPair
+from tests.training.conftest import load
 from trainer.batches import batches, collate, split_by_memory
 from trainer.distill import distill
 from trainer.evaluation import evaluate
@@ -18,24 +19,25 @@ from trainer.gate import compare_drafts
 from trainer.losses import draft_logits, layer_logits, position_losses
 from trainer.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("short_rehearsals")
 
-def test_a_spoilt_draft_learns_from_signals(pair: TinyPair) -> None:
+
+def test_a_spoilt_draft_learns_from_signals(pair: TinyPair, answers: list[Signal]) -> None:
     """Better than before on requests that it was not trained on, beyond the gate's doubt."""
-    signals = taught(pair.target, 160)
-    examples, exam = signals[:120], signals[120:]
-    before = AutoModelForCausalLM.from_pretrained(pair.spoilt, dtype=torch.float32)
-    learnt = AutoModelForCausalLM.from_pretrained(pair.spoilt, dtype=torch.float32)
+    examples, held_out_set = answers[:120], answers[120:]
+    before = load(pair.spoilt)
+    learnt = load(pair.spoilt)
     told = distill(learnt, [examples], Recipe(learning_rate=3e-3, epochs=4), pad_id=3)
     assert told.last_loss < told.first_loss
     assert told.positions == 4 * 120 * 24
-    assert compare_drafts(before, learnt, exam, gamma=4, pad_id=3).promote
+    assert compare_drafts(before, learnt, held_out_set, gamma=4, pad_id=3).promote
 
 
 def test_what_does_not_fit_at_once_is_learnt_in_parts(
-    pair: TinyPair, monkeypatch: pytest.MonkeyPatch
+    pair: TinyPair, answers: list[Signal], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same steps, to rounding, and the same marks, with room for the logits of two requests or of less than one."""
-    signals = taught(pair.target, 24)
+    signals = answers[:24]
     found = []
     for room, most in ((2**27, 8), (100 * VOCABULARY, 4), (1, 1)):
         monkeypatch.setattr(trainer.batches, "MAX_LOGITS", room)
@@ -44,7 +46,7 @@ def test_what_does_not_fit_at_once_is_learnt_in_parts(
         ]
         assert sum(sizes) == 24
         assert max(sizes) == most
-        module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
+        module = load(pair.draft)
         told = distill(module, [signals], Recipe(epochs=1, rehearsal=0), pad_id=3)
         found.append((told, evaluate(module, signals, 4, 3).tokens_R))
     for told, tokens_R in found[1:]:
@@ -53,18 +55,18 @@ def test_what_does_not_fit_at_once_is_learnt_in_parts(
         assert tokens_R == pytest.approx(found[0][1], rel=1e-2)
 
 
-def test_the_same_seed_makes_the_same_draft(pair: TinyPair) -> None:
+def test_the_same_seed_makes_the_same_draft(pair: TinyPair, answers: list[Signal]) -> None:
     """A repeated cycle publishes the same artifact."""
-    signals = taught(pair.target, 20)
+    signals = answers[:20]
     made = []
     for _ in range(2):
-        module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
+        module = load(pair.draft)
         distill(module, [signals], Recipe(epochs=1), pad_id=3)
         made.append(module.state_dict())
     assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
 
 
-def test_a_stop_is_heard_at_every_step(pair: TinyPair) -> None:
+def test_a_stop_is_heard_at_every_step(pair: TinyPair, answers: list[Signal]) -> None:
     """A worker that lost its lease does not train to the end."""
 
     class Lost(Exception): ...
@@ -76,9 +78,9 @@ def test_a_stop_is_heard_at_every_step(pair: TinyPair) -> None:
         if len(calls) == 2:
             raise Lost
 
-    module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
+    module = load(pair.draft)
     with pytest.raises(Lost):
-        distill(module, [taught(pair.target, 40)], Recipe(), 3, on_step)
+        distill(module, [answers[:40]], Recipe(), 3, on_step)
 
 
 def test_supervised_positions_predict_the_emitted_tokens() -> None:
@@ -154,32 +156,32 @@ def test_a_recipe_names_what_it_does_not_have() -> None:
             Recipe.of(chosen)  # type: ignore[arg-type]
 
 
-def test_selection_learns_from_the_share_with_most_to_gain(pair: TinyPair) -> None:
+def test_selection_learns_from_the_share_with_most_to_gain(
+    pair: TinyPair, answers: list[Signal]
+) -> None:
     """AdaSPEC over any divergence: a reference learns first, then the draft on what that could learn."""
-    module = AutoModelForCausalLM.from_pretrained(pair.spoilt, dtype=torch.float32)
-    told = distill(
-        module, [taught(pair.target, 16)], Recipe(epochs=1, selected_share=0.4), pad_id=3
-    )
+    module = load(pair.spoilt)
+    told = distill(module, [answers[:16]], Recipe(epochs=1, selected_share=0.4), pad_id=3)
     assert told.positions == pytest.approx(0.4 * 16 * 24, abs=2)
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "jsd", "acceptance", "kl+acceptance"])
-def test_temperatures_are_followed(pair: TinyPair, name: str) -> None:
+def test_temperatures_are_followed(pair: TinyPair, answers: list[Signal], name: str) -> None:
     """Greedy and warm requests are compared at their own temperatures, whatever the divergence."""
-    signals = taught(pair.target, 8)
+    signals = answers[:8]
     signals = [replace(s, temperature=(0.0, 0.7, 1.3)[i % 3]) for i, s in enumerate(signals)]
-    module = AutoModelForCausalLM.from_pretrained(pair.spoilt, dtype=torch.float32)
+    module = load(pair.spoilt)
     told = distill(
         module, [signals], Recipe(epochs=6, divergence=name, follow_temperature=True), pad_id=3
     )
     assert told.last_loss < told.first_loss
 
 
-def test_earlier_layers_learn_where_a_recipe_says_so(pair: TinyPair) -> None:
+def test_earlier_layers_learn_where_a_recipe_says_so(pair: TinyPair, answers: list[Signal]) -> None:
     """The first layer of two comes nearer to the target than where only the last one is taught."""
-    signals, told = taught(pair.target, 60), {}
+    signals, told = answers[:60], {}
     for weight in (0.0, 1.0):
-        module = AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)
+        module = load(pair.draft)
         distill(module, [signals], Recipe(epochs=4, rehearsal=0, exit_weight=weight), pad_id=3)
         batch = collate([Example.of(one) for one in signals[:20]], 3, "cpu")
         with torch.no_grad():

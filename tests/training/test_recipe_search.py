@@ -15,14 +15,22 @@ from tests.signals import taught
 from tests.tiny import TinyPair
 from trainer import recipe_search
 from trainer.recipe import Recipe
-from trainer.recipe_search import CANDIDATES, Search, choose_recipe, configured_recipe, run_search
+from trainer.recipe_search import (
+    CANDIDATES,
+    Search,
+    choose_recipe,
+    configured_recipe,
+    inherited_change,
+    run_search,
+)
 
-BASE = Recipe(epochs=2, learning_rate=3e-3)
+BASE = Recipe(epochs=2, learning_rate=3e-3, rehearsal=0)
 
 
 @pytest.fixture(scope="module")
 def examples(pair: TinyPair) -> list[Signal]:
-    return taught(pair.target, 120)
+    """Short answers: as many as two rounds of a search need."""
+    return taught(pair.target, 64, tokens=8, k=16)
 
 
 def spoilt(pair: TinyPair) -> torch.nn.Module:
@@ -117,3 +125,12 @@ def test_a_choice_is_kept_until_the_traffic_shifts(pair: TinyPair, examples: lis
     found = choose_recipe(Search(module, examples, 4, 3), BASE, first)
     assert len(found["tried"]) == 5
     assert replace(BASE, **found["choice"]) == Recipe.of({**BASE.as_dict(), **found["choice"]})  # type: ignore[dict-item]
+
+
+def test_fields_that_recipes_no_longer_have_are_ignored_in_stored_ones() -> None:
+    """A version of an older release still hands its change on."""
+    removed = {"warmup_steps": 4, "clip_norm": 1.0, "weight_decay": 0.0, "mask_weight": 0.5}
+    change = {"follow_temperature": True}
+    before = {**replace(BASE, follow_temperature=True).as_dict(), **removed}
+    stored = {**before, "choice": change, "over": {"follow_temperature": False}}
+    assert inherited_change(stored, BASE) == change

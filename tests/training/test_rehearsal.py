@@ -2,24 +2,22 @@
 
 import copy
 
+import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
+import trainer.rehearsal
 from tests.signals import taught
 from tests.tiny import TinyPair
+from tests.training.conftest import load
 from trainer.distill import distill
 from trainer.examples import Example
 from trainer.recipe import Recipe
 from trainer.rehearsal import SAMPLES, TOKENS, Rehearsal, write
 
 
-def draft(pair: TinyPair) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(pair.draft, dtype=torch.float32)  # type: ignore[no-any-return]
-
-
 def test_samples_are_the_drafts_own_and_repeatable(pair: TinyPair) -> None:
     """From their first tokens on, the same for the same seed, in the draft's distribution."""
-    module, first = draft(pair), torch.tensor([[5], [9]])
+    module, first = load(pair.draft), torch.tensor([[5], [9]])
     ids = write(module, first, 12, seed=1)
     assert ids.shape == (2, 12)
     assert torch.equal(ids[:, :1], first)
@@ -32,7 +30,7 @@ def test_samples_are_the_drafts_own_and_repeatable(pair: TinyPair) -> None:
 
 def test_nothing_has_moved_at_the_start(pair: TinyPair) -> None:
     """And what is rehearsed against stays as it was, however the draft goes on."""
-    module = draft(pair)
+    module = load(pair.draft)
     rehearsal = Rehearsal(
         copy.deepcopy(module), [Example.of(s) for s in taught(pair.target, 4)], seed=0
     )
@@ -46,14 +44,17 @@ def test_nothing_has_moved_at_the_start(pair: TinyPair) -> None:
     assert tuple(rehearsal._ids_RT.shape) == (SAMPLES, TOKENS)
 
 
-def test_a_draft_that_rehearses_forgets_less(pair: TinyPair) -> None:
-    """Taught by a stranger, it stays nearer to what it was on its own samples."""
+def test_a_draft_that_rehearses_forgets_less(
+    pair: TinyPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Taught by a stranger, it stays closer to its former self on its own samples."""
+    monkeypatch.setattr(trainer.rehearsal, "SAMPLES", 32)
+    monkeypatch.setattr(trainer.rehearsal, "TOKENS", 32)
+    own, strange = taught(pair.target, 4), taught(pair.spoilt, 40)
     moved = []
     for weight in (0.0, 2.0):
-        module = draft(pair)
-        earlier_draft = Rehearsal(
-            copy.deepcopy(module), [Example.of(s) for s in taught(pair.target, 4)], seed=5
-        )
-        distill(module, [taught(pair.spoilt, 40)], Recipe(epochs=4, rehearsal=weight), pad_id=3)
-        moved.append(sum(earlier_draft.loss(module).item() for _ in range(8)))
+        module = load(pair.draft)
+        earlier = Rehearsal(load(pair.draft), [Example.of(s) for s in own], seed=5)
+        distill(module, [strange], Recipe(epochs=4, rehearsal=weight), pad_id=3)
+        moved.append(sum(earlier.loss(module).item() for _ in range(8)))
     assert moved[1] < 0.7 * moved[0]
