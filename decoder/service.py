@@ -1,15 +1,15 @@
-"""The decoder as the REST API sees it: `online.messages.EngineClient` over the engine and what keeps its drafts."""
+"""The decoder as the REST API sees it: `online.messages.EngineClient` over engine and swapper."""
 
 from decoder.engine.engine import Engine
-from decoder.rollout.installer import Installer
 from decoder.rollout.swapper import Swapper
 from decoder.sequence.sequence import OnDelta
 from online.messages import EngineStatus, Query
 
 
 class DecoderService:
-    def __init__(self, engine: Engine, swapper: Swapper, installer: Installer) -> None:
-        self._engine, self._swapper, self._installer = engine, swapper, installer
+    def __init__(self, engine: Engine, swapper: Swapper) -> None:
+        self._engine = engine
+        self._swapper = swapper
 
     def submit(self, query: Query, on_delta: OnDelta) -> None:
         self._engine.submit(query, on_delta)
@@ -21,12 +21,14 @@ class DecoderService:
         self._swapper.nudge()
 
     def status(self) -> EngineStatus:
+        engine = self._engine
+        installer = self._swapper.installer
         return EngineStatus(
-            alive=self._engine.alive and not self._installer.target_changed,
-            running=self._engine.running,
-            waiting=self._engine.waiting,
-            slots=self._engine.limits.slots,
-            max_context=self._engine.limits.max_context,
-            target_fingerprint=self._installer.target_fingerprint,
+            alive=engine.alive and not installer.target_changed,
+            running=engine.running,
+            waiting=engine.waiting,
+            slots=engine.limits.slots,
+            max_context=engine.limits.max_context,
+            target_fingerprint=installer.target_fingerprint,
             loaded=self._swapper.loaded(),
         )

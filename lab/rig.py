@@ -1,25 +1,21 @@
-"""A pair, its prompts, and an engine over it in this process: what benchmarks and offline distillation share."""
+"""A pair, its prompts, and an engine over it in this process: for benchmarks and distillation."""
 
 import argparse
-import json
 import queue
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from decoder.device.placement import device_of, prefill_tokens, stay_on_one_core
-from decoder.engine.engine import Engine, EngineLimits
-from decoder.models.loading import ModelFiles, end_ids, load_models, load_tokenizer
-from decoder.recording.observation import RecordLimits
-from decoder.recording.recorder import Recorder
-from decoder.rollout.live import LiveDraft
-from lab import corpus
+from decoder.assembly import DecoderParts, assemble
+from decoder.engine.engine import Engine
+from decoder.models.loading import ModelFiles, load_tokenizer
+from lab.prompts import read_prompts, tokenize
 from online.buffer import BufferLimits, SignalBuffer
 from online.memory_buffer import MemoryBuffer
 from online.messages import Delta, Query, SpeculationStats
@@ -27,6 +23,8 @@ from online.metrics import ServiceMetrics
 from online.settings import Settings
 
 ROUTE = "default"
+QUEUE_SIZE = 4096  # finished requests that wait for the recorder: none may be lost here
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 R = TypeVar("R")
 
 
@@ -46,38 +44,24 @@ class Pair:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--target", default="", help="folder or hub id (default: the embedded target)"
-    )
-    parser.add_argument(
-        "--draft", default="", help="folder or hub id (default: the embedded draft)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--target", default="", help="folder or hub id (default: the embedded target)")
+    add("--draft", default="", help="folder or hub id (default: the embedded draft)")
+    add(
         "--prompts",
         type=Path,
-        help='JSON lines with a "prompt" each, sent as chat where there is a template (default: code of a package)',
+        help='JSON lines with a "prompt" each, sent as chat where there is a template '
+        "(default: code of a package)",
     )
-    parser.add_argument(
+    add(
         "--prompt-count",
         type=int,
         default=200,
         help="prompts taken from the file (default: %(default)s)",
     )
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="for every contestant",
-    )
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:N (default: cuda where there is one)"
-    )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=0,
-        help="torch threads of every contestant (default: torch's)",
-    )
+    add("--dtype", default="auto", choices=DTYPES, help="for every contestant")
+    add("--device", default="auto", help="cpu, cuda, cuda:N (default: cuda where there is one)")
+    add("--threads", type=int, default=0, help="torch threads of each (default: torch's)")
 
 
 def files_of(args: argparse.Namespace) -> ModelFiles:
@@ -91,53 +75,13 @@ def pair_of(args: argparse.Namespace) -> Pair:
     return Pair(files, prompts, args.dtype, args.device, args.threads or torch.get_num_threads())
 
 
-def read_prompts(path: Path | None, count: int) -> list[str]:
-    """Raises ValueError, naming the line, where the file does not hold prompts."""
-    if path is None:
-        return corpus.package_prompts(corpus.held_out_packages()[0], count, held_out=True, seed=1)
-    found = prompts_in(path)
-    return found[:: max(1, len(found) // count)][
-        :count
-    ]  # all over the file, which may be in some order
-
-
-def prompts_in(path: Path) -> list[str]:
-    """Every "prompt" of a JSON-lines file.
-
-    Raises:
-        ValueError: it can't be read, or a line holds no prompt (it is named).
-    """
-    try:
-        lines = path.read_text().rstrip("\n").split("\n")  # prompts may hold other ends of lines
-    except OSError as error:
-        raise ValueError(f"{path} can't be read: {error}") from error
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            prompts.append(str(json.loads(line)["prompt"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{path}, line {number}: not a JSON object with a "prompt": {error}'
-            ) from error
-    return prompts
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    if not tokenizer.chat_template:
-        return list(tokenizer(text)["input_ids"])
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-    )
-    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
-
-
 def dealt(asked: Sequence[R], count: int, turn: int) -> list[R]:
-    """What a turn asks: the next ones after the turn before, from the start again when all have been asked."""
+    """The `count` items of a turn: they follow those of the turn before, in a circle."""
     return [asked[(turn * count + i) % len(asked)] for i in range(count)]
 
 
 def random_draft(files: ModelFiles, folder: Path) -> str:
-    """A draft of the pair's own shape that knows nothing."""
+    """Saves a draft of the pair's own shape with random weights; returns its folder."""
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(files.draft)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -148,20 +92,27 @@ def random_draft(files: ModelFiles, folder: Path) -> str:
 class Answer:
     ids: list[int]
     stats: SpeculationStats
-    arrivals_s: list[float]  # of every delta with tokens, since it was sent
+    arrivals_s: list[float]  # from the query to every delta with tokens
     error: str = ""
 
 
+@dataclass(frozen=True)
 class Rig:
-    """An engine and the parts around it. `complete` sends queries and waits for their answers."""
+    """An engine that is running, and the parts around it."""
 
-    def __init__(
-        self, engine: Engine, recorder: Recorder, buffer: SignalBuffer, metrics: ServiceMetrics
-    ) -> None:
-        self.engine, self.recorder, self.buffer, self.metrics = engine, recorder, buffer, metrics
+    parts: DecoderParts
+    buffer: SignalBuffer
+
+    @property
+    def engine(self) -> Engine:
+        return self.parts.engine
+
+    @property
+    def metrics(self) -> ServiceMetrics:
+        return self.parts.metrics
 
     def complete(self, queries: Sequence[Query], at_once: int = 0) -> list[Answer]:
-        """Answers in the queries' order; `at_once` of them in flight, as one ends the next is sent (0: all)."""
+        """Answers in the queries' order. `at_once`: queries in flight at a time (0: all)."""
         inbox: queue.SimpleQueue[tuple[int, float, Delta]] = queue.SimpleQueue()
         sent: list[float] = []
 
@@ -199,54 +150,39 @@ def rig(
     kept_contexts: int | None = None,
     routes: Sequence[str] = (ROUTE,),
     buffer: SignalBuffer | None = None,
-    clusters: Sequence[str] = (),
+    clusters: int = 0,
     settings: Settings | None = None,
 ) -> Iterator[Rig]:
-    """An engine that is up and has timed its models.
+    """An engine that is running and has measured its step times.
 
-    `draft` is a folder or hub id, and every route begins with it; γ at most is the service's own; signals stay in
-    memory unless a `buffer` is given. `clusters` are routes that are parts of the first one.
+    `draft` is a folder or hub id, which every route begins with. γ is at most that of `settings`,
+    unless `gamma` is given. Signals stay in memory without a `buffer`. `clusters` counts the
+    clusters of the first route.
     """
-    settings, device = settings or Settings(), device_of(pair.device)
-    threads = torch.get_num_threads()
-    stay_on_one_core()
-    metrics = ServiceMetrics(pair.files.name)
+    settings = settings or Settings()
+    own = {
+        "slots": slots,
+        "kept_contexts": settings.kept_contexts if kept_contexts is None else kept_contexts,
+        "gamma": gamma or settings.gamma,
+        "routes": tuple(routes),
+        "learnt_routes": clusters,
+        "closed_routes": (),
+        "canary_share": 0.0,
+        "max_waiting": 10**6,
+        "device": pair.device,
+        "dtype": pair.dtype,
+        "threads": pair.threads,
+    }
+    files = replace(pair.files, draft=draft)
     buffer = buffer or MemoryBuffer(BufferLimits(10**6, 2**34, 7 * 86400))
-    recorder = Recorder(buffer, "lab", 4096, metrics, dict.fromkeys(clusters, routes[0]))
     max_context = max(map(len, pair.prompts)) + max_tokens
-    kept = settings.kept_contexts if kept_contexts is None else kept_contexts
-    size = slots + kept, max_context + 1
-    (target,) = load_models(pair.files.target, 1, *size, device, pair.dtype)
-    served = (*routes, *clusters)
-    models = load_models(draft, len(served), *size, device, pair.dtype, target.vocab_size)
-    drafts = {route: LiveDraft(route, model) for route, model in zip(served, models, strict=True)}
-    for route in clusters:
-        drafts[route].follow(drafts[routes[0]])
-    limits = EngineLimits(
-        slots=slots,
-        kept_contexts=kept,
-        gamma=gamma or settings.gamma,
-        prefill_tokens=settings.prefill_tokens or prefill_tokens(device),
-        record=RecordLimits(settings.signal_top_k, settings.branch_tokens),
-        max_waiting=10**6,
-        max_context=max_context,
-        threads=pair.threads,
-    )
-    engine = Engine(
-        target,
-        drafts,
-        pair.tokenizer.backend_tokenizer,
-        end_ids(pair.files.target),
-        limits,
-        recorder,
-        metrics,
-        device=device,
-    )
-    recorder.start()
-    engine.start()
+    threads = torch.get_num_threads()
+    parts = assemble(settings.model_copy(update=own), files, buffer, max_context, QUEUE_SIZE)
+    parts.recorder.start()
+    parts.engine.start()
     try:
-        yield Rig(engine, recorder, buffer, metrics)
+        yield Rig(parts, buffer)
     finally:
-        engine.stop()
-        recorder.stop()
+        parts.engine.stop()
+        parts.recorder.stop()
         torch.set_num_threads(threads)  # the engine's thread has ended

@@ -1,13 +1,11 @@
 """The signal: what one finished request teaches. One record per request, as safetensors.
 
-A step is one target forward. Its recorded positions begin with those of the tokens that it
-emitted: position j holds the target's distribution after the prompt and the first
-`step_start + j` output tokens. Where the draft was rejected, positions of the rejected branch may
-follow: the distributions after the first 1, 2, … tokens of the draft from the rejected one on.
-How many there are, at most, is `branch_tokens`; recipes that learn from branches ask for it.
+A step is one target forward. Its positions begin with one for every token that it emitted: the
+target's distribution after the prompt and the output so far. Behind a rejection follow positions
+of the rejected branch: the distributions after its first 1, 2, … `branch_tokens` tokens.
 
-To add a field of positions: declare it here in `Signal` and `_ARRAYS`, with None as its default
-for older records; fill it in `decoder/recording/observation.py`; read it in the trainer.
+A new field of positions is declared in `Signal`, with None for older records, and in `_ARRAYS`,
+filled in `decoder/recording/observation.py`, and read in the trainer.
 """
 
 import hashlib
@@ -25,7 +23,7 @@ from online.errors import SignalError
 from online.old_signals import OLD_VERSIONS, branches_of
 
 SIGNAL_VERSION = 3
-READABLE_VERSIONS = (*OLD_VERSIONS, str(SIGNAL_VERSION))
+READABLE_VERSIONS = [str(version) for version in range(1, SIGNAL_VERSION + 1)]
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float16]
 

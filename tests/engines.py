@@ -30,6 +30,14 @@ from tests.device import DEVICE
 from tests.tiny import VOCABULARY, TinyPair
 
 CAPACITY = 257
+SIZES = {
+    "slots": 8,
+    "max_waiting": 100,
+    "max_context": CAPACITY - 1,
+    "gamma": 4,
+    "prefill_tokens": 64,
+    "kept_contexts": 4,
+}
 
 
 @dataclass
@@ -79,7 +87,7 @@ class Bench:
         return listener
 
     def signals(self, count: int, route: str = "default") -> list[Signal]:
-        """The route's signals, once there are `count`: they are written after the client has its answer."""
+        """The route's signals, once there are `count`. They are written after the last delta."""
         deadline = time.monotonic() + 10
         while self.buffer.depth(route).signals < count and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -96,7 +104,7 @@ class Bench:
 
 
 def query(prompt: str | tuple[int, ...] = (40, 50, 60), name: str = "q", **more: object) -> Query:
-    """With γ fixed: the tiny draft costs what the target does, and left to itself the engine would not draft."""
+    """γ is fixed: the tiny draft costs as much as the target, so the engine would not draft."""
     ids = prompt if isinstance(prompt, tuple) else tuple(ord(c) for c in prompt)
     return Query(
         **{
@@ -126,6 +134,21 @@ def target_alone(pair: TinyPair, prompt: tuple[int, ...], tokens: int) -> list[i
     return list(out[0, len(prompt) :].tolist())
 
 
+def _live_drafts(
+    routes: Mapping[str, Path], canary: Path | None, slots: int, dtype: str
+) -> dict[str, LiveDraft]:
+    """Over one cache, as in the service; here each route may begin with a draft of its own."""
+    folders = [*routes.values(), *([canary] if canary else [])]
+    modules = [load_module(folder, DEVICE, dtype) for folder in folders]
+    models = over_slots(modules, slots, CAPACITY, VOCABULARY)
+    live = {route: LiveDraft(route, model) for route, model in zip(routes, models, strict=False)}
+    if canary is not None:
+        first = next(iter(live.values()))
+        first.canary, first.share = LiveDraft(first.route, models[-1]), 0.5
+        first.version, first.canary.version = 1, 9
+    return live
+
+
 @contextmanager
 def bench(
     pair: TinyPair,
@@ -136,7 +159,7 @@ def bench(
     branch_tokens: int = 16,
     **limits: int,
 ) -> Iterator[Bench]:
-    """`canary`: what the first route's canary has, as version 9, for half of the requests.
+    """`canary`: drafts as version 9 for half of the first route's requests.
 
     `branch_tokens`: recorded of every rejected branch; by default all of it.
     """
@@ -144,28 +167,10 @@ def bench(
     buffer = MemoryBuffer(BufferLimits(10_000, 2**30, 3600))
     recorder = Recorder(buffer, "tiny-target", 1000, metrics)
     tokenizer = AutoTokenizer.from_pretrained(pair.target)
-    sizes = {
-        "slots": 8,
-        "max_waiting": 100,
-        "max_context": CAPACITY - 1,
-        "gamma": 4,
-        "prefill_tokens": 64,
-        "kept_contexts": 4,
-    }
-    sizes.update(limits)
-    slots, routes = sizes["slots"] + sizes["kept_contexts"], drafts or {"default": pair.draft}
+    sizes = {**SIZES, **limits}
+    slots = sizes["slots"] + sizes["kept_contexts"]
     served = target or load_models(pair.target, 1, slots, CAPACITY, DEVICE, dtype)[0]
-    # Routes share one cache, as in the service; here each may begin with a draft of its own.
-    modules = [
-        load_module(folder, DEVICE, dtype)
-        for folder in (*routes.values(), *([canary] if canary else []))
-    ]
-    models = over_slots(modules, slots, CAPACITY, VOCABULARY)
-    live = {route: LiveDraft(route, model) for route, model in zip(routes, models, strict=False)}
-    if canary is not None:
-        first = next(iter(live.values()))
-        first.canary, first.share = LiveDraft(first.route, models[-1]), 0.5
-        first.version, first.canary.version = 1, 9
+    live = _live_drafts(drafts or {"default": pair.draft}, canary, slots, dtype)
     engine = Engine(
         served,  # type: ignore[arg-type]
         live,

@@ -8,7 +8,7 @@ from online.signals import Signal
 
 
 def signal(request_id: str = "r", route: str = "default", k: int = 4, **more: object) -> Signal:
-    """Two steps by hand: two drafted with one accepted, then one drafted and accepted. V = 5 verified positions."""
+    """Two steps: two drafted with one accepted, then one drafted and accepted. 5 positions."""
     values: dict[str, object] = {
         "request_id": request_id,
         "route": route,
@@ -41,7 +41,7 @@ def taught(
     prompt_ids: tuple[int, int] = (4, 300),
     client: str = "",
 ) -> list[Signal]:
-    """`count` requests as the target in `teacher` would answer them, plainly decoded: one position a step.
+    """`count` requests, decoded plainly by the target in `teacher`: one position a step.
 
     Prompts are random, of token ids in the half-open range `prompt_ids`.
     """

@@ -1,1 +1,1 @@
-"""What a step saw becomes a signal."""
+"""From what a step observes to a signal in the buffer."""

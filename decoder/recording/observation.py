@@ -4,6 +4,7 @@ Legend: B sequences, N candidates, G tokens of a chain, T = G + 1 verified posit
 V vocabulary.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -56,21 +57,21 @@ class StepArrays:
 class Observation:
     """One step of all its sequences, on its way to the host while the engine goes on."""
 
-    def __init__(self, download: Download, limits: RecordLimits) -> None:
-        self._download = download
+    def __init__(self, tensors: Mapping[str, Tensor], limits: RecordLimits) -> None:
+        """`tensors` by the names that `StepArrays` has for them."""
+        self._names = list(tensors)
+        self._download = Download(list(tensors.values()))
         self.limits = limits
 
     @cached_property
     def arrays(self) -> StepArrays:
         """Waits for the download."""
-        return StepArrays(*self._download.arrays())
+        return StepArrays(**dict(zip(self._names, self._download.arrays(), strict=True)))
 
     def token_logprob(self, seq: int, position: int, token_id: int, top: int) -> TokenLogprob:
         """An emitted token and the `top` most likely tokens at its position."""
         arrays = self.arrays
-        assert arrays.emitted_logp_BT is not None, (
-            "this step was observed without log-probabilities"
-        )
+        assert arrays.emitted_logp_BT is not None, "no client asked for log-probabilities"
         ids = arrays.top_ids_BTK[seq, position, :top]
         logp = arrays.top_logp_BTK[seq, position, :top]
         pairs = tuple((int(i), _finite(p)) for i, p in zip(ids, logp, strict=True))
@@ -94,14 +95,19 @@ def observe(
     branch_B = (length_B - accepted_B).clamp(max=limits.branch_tokens)
     k = min(max(limits.top_k, report_k or 0), logits_BTV.shape[-1])
     top = top_tokens(logits_BTV, accepted_B + 1 + branch_B, k)
-    arrays = [top.ids_BTK, top.logp_BTK, tokens_BG, length_B]
+    tensors = {
+        "top_ids_BTK": top.ids_BTK,
+        "top_logp_BTK": top.logp_BTK,
+        "chain_ids_BG": tokens_BG,
+        "length_B": length_B,
+    }
     if report_k is not None:
         # Emitted tokens in place: the accepted ones, then the target's own.
         emitted_BT = torch.nn.functional.pad(tokens_BG, (0, 1))
         emitted_BT = emitted_BT.scatter_(1, accepted_B[:, None], verification.next_B[:, None])
         emitted_logits_BT = logits_BTV.gather(-1, emitted_BT[..., None]).squeeze(-1)
-        arrays.append(emitted_logits_BT - top.norm_BT)
-    return Observation(Download(arrays), limits)
+        tensors["emitted_logp_BT"] = emitted_logits_BT - top.norm_BT
+    return Observation(tensors, limits)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
-"""The recorder: finished requests become signals in Redis, without the engine ever waiting for it.
+"""The recorder: finished requests become signals in the buffer. The engine never waits for it.
 
-The engine hands over what it has on the device anyway. A background thread waits for it to arrive, joins, encodes and
-appends it; when its queue is full or Redis is away, signals are dropped and counted.
+The engine hands over a trace, whose arrays may still be on their way from the device. A background
+thread waits for them, encodes the signal and appends it. When its queue is full or the buffer is
+away, signals are dropped and counted.
 """
 
 import logging
@@ -19,12 +20,11 @@ from online.signals import encode
 
 log = logging.getLogger("slipstream.recorder")
 
-GATHER_S, GATHERED = (
-    0.1,
-    64,
-)  # how long requests queue up, and how many of them at most, before they are written
 QUEUE_SIZE = 256  # finished requests that wait to be written; more are dropped
-RETRY_S = 1.0  # after a failed append, how long signals are dropped without trying again
+GATHER_S = 0.1  # how long requests queue up before they are written together
+GATHER_REQUESTS = 64  # written together at most
+RETRY_S = 1.0  # after a failed append, how long signals are dropped without a new attempt
+Record = tuple[bytes, float | None]  # an encoded signal, and its acceptance
 
 
 class Recorder:
@@ -34,12 +34,14 @@ class Recorder:
         model: str,
         queue_size: int,
         metrics: ServiceMetrics,
-        parts: Mapping[str, str] | None = None,
+        parents: Mapping[str, str] | None = None,
     ) -> None:
-        """`parts`: routes whose signals another one learns from, too."""
-        self._buffer, self._parts = buffer, parts or {}
-        self._model = model
-        self._metrics = metrics
+        """`model` is the target's fingerprint. `parents`: routes whose signals go to another, too.
+
+        More than `queue_size` finished requests at a time are dropped.
+        """
+        self._buffer, self._model, self._metrics = buffer, model, metrics
+        self._parents = parents or {}
         self._queue: queue.Queue[Trace | None] = queue.Queue(queue_size)
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._stopping = threading.Event()
@@ -49,7 +51,7 @@ class Recorder:
         self._thread.start()
 
     def offer(self, trace: Trace) -> None:
-        """Never blocks, never raises."""
+        """Queues a finished request. Never blocks, never raises."""
         if not trace.steps:
             return
         try:
@@ -58,7 +60,7 @@ class Recorder:
             self._metrics.signal_dropped(trace.query.route, "queue_full")
 
     def stop(self, timeout_s: float = 2.0) -> None:
-        """Writes what is queued, for at most `timeout_s`."""
+        """Writes queued requests, for at most `timeout_s`."""
         self._stopping.set()
         try:
             self._queue.put(None, timeout=timeout_s)
@@ -79,57 +81,62 @@ class Recorder:
                 self._write(route, group)
 
     def _gather(self) -> list[Trace | None]:
-        """What has queued up since the last time: one awakening for many requests, and one call of the buffer."""
+        """Queued requests; several at once, so that the thread wakes and the buffer is called less.
+
+        None among them: the recorder stops.
+        """
         traces = [self._queue.get()]
-        if self._queue.qsize() < GATHERED:
+        if self._queue.qsize() < GATHER_REQUESTS:
             self._stopping.wait(GATHER_S)
-        while len(traces) < GATHERED and not self._queue.empty():
+        while len(traces) < GATHER_REQUESTS and not self._queue.empty():
             traces.append(self._queue.get_nowait())
         return traces
 
     def _write(self, route: str, traces: list[Trace]) -> None:
-        learners = [route, self._parts[route]] if route in self._parts else [route]
-        muted = time.monotonic() < self._muted_until
-        encoded = [] if muted else [(self._encoded(trace), trace.acceptance) for trace in traces]
-        records = [(record, acceptance) for record, acceptance in encoded if record is not None]
-        for learner in learners:
-            if time.monotonic() < self._muted_until:
+        routes = [route, self._parents[route]] if route in self._parents else [route]
+        records = [] if self._muted else self._encoded(traces)
+        for learner in routes:
+            if self._muted:
                 self._dropped(learner, "redis_down", len(records) or len(traces))
             else:
                 self._append(learner, records)
 
-    def _append(self, route: str, records: Sequence[tuple[bytes, float | None]]) -> None:
+    @property
+    def _muted(self) -> bool:
+        return time.monotonic() < self._muted_until
+
+    def _append(self, route: str, records: Sequence[Record]) -> None:
+        signals = [signal for signal, _ in records]
+        acceptances = [acceptance for _, acceptance in records]
         try:
-            self._buffer.append(
-                route,
-                *(r for r, _ in records),
-                acceptances=[acceptance for _, acceptance in records],
-            )
+            self._buffer.append(route, *signals, acceptances=acceptances)
         except RedisError as error:
             self._muted_until = time.monotonic() + RETRY_S
             self._dropped(route, "redis_down", len(records))
             log.warning(
-                "%d signals of %s dropped, the buffer does not answer: %s",
+                "%d signals of route %s are dropped; the buffer does not answer: %s",
                 len(records),
                 route,
                 error,
             )
         except Exception:
             self._dropped(route, "error", len(records))
-            log.exception("%d signals of %s dropped", len(records), route)
+            log.exception("%d signals of route %s are dropped.", len(records), route)
         else:
-            for record, _ in records:
-                self._metrics.signal_written(route, len(record))
+            for signal in signals:
+                self._metrics.signal_written(route, len(signal))
 
-    def _encoded(self, trace: Trace) -> bytes | None:
-        """None if it can't be: a defect in one record must not silence the tap for good."""
-        time.sleep(0)  # lets the engine go first
-        try:
-            return encode(to_signal(trace, self._model))
-        except Exception:
-            self._dropped(trace.query.route, "error", 1)
-            log.exception("signal of %s dropped", trace.query.id)
-            return None
+    def _encoded(self, traces: Sequence[Trace]) -> list[Record]:
+        """A request that can't be encoded is dropped alone."""
+        records: list[Record] = []
+        for trace in traces:
+            time.sleep(0)  # lets the engine go first
+            try:
+                records.append((encode(to_signal(trace, self._model)), trace.acceptance))
+            except Exception:
+                self._dropped(trace.query.route, "error", 1)
+                log.exception("The signal of request %s is dropped.", trace.query.id)
+        return records
 
     def _dropped(self, route: str, reason: str, count: int) -> None:
         for _ in range(count):

@@ -1,4 +1,7 @@
-"""The embedded target, draft and tokenizer: see README.md beside this file. `make reference-pair` makes them anew."""
+"""The embedded target, draft and tokenizer. README.md beside this file describes them.
+
+`make reference-pair` trains them anew.
+"""
 
 from pathlib import Path
 

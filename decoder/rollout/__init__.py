@@ -1,1 +1,1 @@
-"""The drafts in use, and how they are replaced while they serve."""
+"""Draft versions in service: what is live, how it is replaced, and what decides about it."""

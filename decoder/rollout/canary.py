@@ -1,7 +1,8 @@
-"""Canaries on this decoder: a candidate gets a share of its route's new requests, and its acceptance decides.
+"""Canaries on this decoder: a candidate drafts for a share of a route's new requests.
 
-A test begins anew where the decoder does, and several decoders of a route test each for themselves: the ledger takes
-the first decision. All methods are the swapper's thread's, but for `seen`.
+Live acceptance decides whether it is promoted. A decoder that restarts begins its test anew.
+Several decoders of a route each run their own test; the ledger takes the first decision.
+Every method runs on the swapper's thread, except `seen`.
 """
 
 import logging
@@ -16,7 +17,7 @@ from online.errors import Conflict
 from online.messages import ArmSeen, CanarySeen
 from online.metrics import ServiceMetrics
 from online.registry import Registry
-from online.rollout import CanaryTest, Rules
+from online.rollout import CanaryTest, Decision, Rules
 from online.tables import Canary
 
 log = logging.getLogger("slipstream.canary")
@@ -28,7 +29,8 @@ ACTOR = "canary"
 class _Running:
     canary: Canary
     test: CanaryTest
-    since_s: float  # requests that came before belong to neither arm: short ones end first, and only in one of them
+    # Earlier requests count in neither arm: the short ones among them would end first.
+    since_s: float
     held: bool = False  # there is a decision, and the route is frozen
 
 
@@ -48,109 +50,109 @@ class CanaryController:
         self._running: dict[str, _Running] = {}
 
     def follow(self) -> None:
-        """Begins what the ledger says is running, ends what is not, and gives up what can't be served."""
+        """Starts canaries that the ledger has opened, and stops those that it has closed.
+
+        A canary whose draft can't be loaded, or fails while serving, is aborted.
+        """
         ledger = self._ledger.running()
         for route, draft in self._drafts.items():
-            canary, ours = ledger.get(route), self._running.get(route)
-            if ours is not None and (canary is None or canary.id != ours.canary.id):
-                self._end(draft)
-                ours = None
+            canary = ledger.get(route)
+            running = self._running.get(route)
+            if running is not None and (canary is None or canary.id != running.canary.id):
+                self._stop(draft)
+                running = None
             if canary is None:
                 continue
-            if ours is None and draft.version == canary.beside_version:
-                self._begin(draft, canary)
-            elif ours is not None and draft.canary is not None and not draft.canary.usable:
-                self._finish(
-                    canary, "aborted", "its draft failed while it served", even_frozen=True
-                )
+            if running is None and draft.version == canary.beside_version:
+                self._start(draft, canary)
+            elif running is not None and draft.canary is not None and not draft.canary.usable:
+                self._abort(canary, "its draft failed while it served")
 
     def observe(
         self, route: str, version: int, acceptance_rate: float | None, arrived_s: float
     ) -> None:
-        """A request of the route has ended that `version` served alone."""
-        ours = self._running.get(route)
-        if ours is not None and arrived_s >= ours.since_s:
-            ours.test.observe(version, acceptance_rate)
+        """Counts a finished request of the route that `version` served alone."""
+        running = self._running.get(route)
+        if running is not None and arrived_s >= running.since_s:
+            running.test.observe(version, acceptance_rate)
 
     def decide(self) -> bool:
-        """Writes the decisions that are due. Returns whether something may have changed."""
+        """Writes decisions to the ledger. True if the active versions may have changed."""
         changed = False
-        for route, ours in self._running.items():
-            self._show(route, ours.test)
-            decision = ours.test.decision()
+        for route, running in self._running.items():
+            self._export(route, running.test)
+            decision = running.test.decision()
             if decision is None:
                 continue
             if self._registry.route(route).frozen:
-                if not ours.held:
-                    self._registry.record(
-                        ACTOR,
-                        "canary:held",
-                        route,
-                        f"frozen; {decision.outcome}: {decision.reason}",
-                    )
-                ours.held = True
+                self._hold(running, decision)
                 continue
-            self._finish(ours.canary, decision.outcome, decision.reason)
+            self._finish(running.canary, decision.outcome, decision.reason)
             changed = True
         return changed
 
     def seen(self, route: str) -> CanarySeen | None:
-        """What both arms have shown so far. Any thread may ask."""
-        ours = self._running.get(route)
-        if ours is None:
+        """Requests and mean acceptance of both arms so far. Any thread may ask."""
+        running = self._running.get(route)
+        if running is None:
             return None
-        arms = (ours.test.version, ours.test.canary), (ours.test.beside, ours.test.active)
+        test = running.test
+        arms = (test.version, test.canary), (test.beside, test.active)
         return CanarySeen(
-            *(ArmSeen(v, arm.requests, arm.mean if arm.requests else None) for v, arm in arms)
+            *(
+                ArmSeen(version, arm.requests, arm.mean if arm.requests else None)
+                for version, arm in arms
+            )
         )
 
-    def _begin(self, draft: LiveDraft, canary: Canary) -> None:
+    def _start(self, draft: LiveDraft, canary: Canary) -> None:
         if draft.canary is None:
-            self._finish(
-                canary,
-                "aborted",
-                "a decoder of this route has canary_share 0: no room",
-                even_frozen=True,
-            )
+            self._abort(canary, "a decoder of this route has canary_share 0: no room")
             return
         version = self._registry.version(canary.version)
         try:
             self._installer.load(draft.canary, version)
         except Exception as error:
-            # Whatever it was, nobody waits for this version: the active one goes on.
-            log.exception("canary %d of route %s can't be loaded", canary.id, canary.route)
-            self._finish(canary, "aborted", f"it can't be loaded: {error}", even_frozen=True)
+            # Whatever the fault, the active version goes on.
+            log.exception("Canary %d of route %s can't be loaded.", canary.id, canary.route)
+            self._abort(canary, f"it can't be loaded: {error}")
             return
-        draft.share = canary.share
+        route, share = canary.route, canary.share
+        draft.share = share
         test = CanaryTest(canary.version, canary.beside_version, self._rules)
-        self._running[canary.route] = _Running(canary, test, time.monotonic())
-        self._metrics.canary_share.labels(canary.route).set(canary.share)
-        log.info(
-            "route %s: version %d drafts for %g of the requests",
-            canary.route,
-            canary.version,
-            canary.share,
-        )
+        self._running[route] = _Running(canary, test, time.monotonic())
+        self._metrics.canary_share.labels(route).set(share)
+        log.info("Route %s: version %d drafts for %g of requests.", route, canary.version, share)
 
-    def _end(self, draft: LiveDraft) -> None:
-        """New requests get the active draft again. Those that the canary began it also ends: its weights stay."""
+    def _stop(self, draft: LiveDraft) -> None:
+        """New requests get the active draft. The canary finishes those that it has begun."""
         draft.share = 0.0
         del self._running[draft.route]
         self._metrics.canary_share.labels(draft.route).set(0)
 
+    def _hold(self, running: _Running, decision: Decision) -> None:
+        """On a frozen route a decision is only recorded, once."""
+        if not running.held:
+            detail = f"frozen; {decision.outcome}: {decision.reason}"
+            self._registry.record(ACTOR, "canary:held", running.canary.route, detail)
+        running.held = True
+
+    def _abort(self, canary: Canary, reason: str) -> None:
+        """A canary that can't serve ends even on a frozen route."""
+        self._finish(canary, "aborted", reason, even_frozen=True)
+
     def _finish(
         self, canary: Canary, outcome: Outcome, reason: str, *, even_frozen: bool = False
     ) -> None:
+        name = f"Canary {canary.id} of route {canary.route}"
         try:
             self._ledger.finish(canary, outcome, ACTOR, reason, even_frozen=even_frozen)
         except Conflict as error:
-            log.info(
-                "canary %d of route %s was not %s: %s", canary.id, canary.route, outcome, error
-            )
+            log.info("%s was not %s: %s", name, outcome, error)
         else:
-            log.warning("canary %d of route %s %s: %s", canary.id, canary.route, outcome, reason)
+            log.warning("%s was %s: %s", name, outcome, reason)
 
-    def _show(self, route: str, test: CanaryTest) -> None:
+    def _export(self, route: str, test: CanaryTest) -> None:
         for name, arm in (("canary", test.canary), ("active", test.active)):
             if arm.requests:
                 self._metrics.canary_acceptance.labels(route, name).set(arm.mean)

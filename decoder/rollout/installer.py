@@ -64,3 +64,26 @@ class Installer:
             "The target's weights changed with the swap to version %d. This decoder is unhealthy.",
             version.id,
         )
+
+
+class LoadFailures:
+    """The last failed load of every route, until another one succeeds."""
+
+    def __init__(self, retry_s: float) -> None:
+        """A version that failed is blocked for `retry_s`."""
+        self._retry_s = retry_s
+        self._failed: dict[str, tuple[int, str, float]] = {}  # version, message, end of the block
+
+    def add(self, route: str, version: int, message: str) -> None:
+        self._failed[route] = version, message, time.monotonic() + self._retry_s
+
+    def clear(self, route: str) -> None:
+        self._failed.pop(route, None)
+
+    def message(self, route: str) -> str:
+        """Why the route does not run its active version; empty if it does."""
+        return self._failed[route][1] if route in self._failed else ""
+
+    def block(self, route: str, version: int) -> bool:
+        failed = self._failed.get(route)
+        return failed is not None and failed[0] == version and time.monotonic() < failed[2]

@@ -1,4 +1,4 @@
-"""A route's live draft: staged aside from an artifact, then copied into the running tensors between two steps."""
+"""A route's live draft: staged from an artifact, then copied into the running tensors."""
 
 import hashlib
 import math
@@ -9,6 +9,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from decoder.models.base import ServedModel
 from decoder.policy.acceptance import ROUTE_MEMORY, Acceptance, RankAcceptance
@@ -21,25 +22,22 @@ class LiveDraft:
     def __init__(self, route: str, model: ServedModel) -> None:
         self.route = route
         self.model = model
-        self.canary: LiveDraft | None = None  # room for a candidate on trial, over the same slots
-        self.generic: LiveDraft | None = (
-            None  # of a cluster: what drafts for it until its own has proved itself
-        )
-        self.follows = False  # the generic draft, having no version of its own
-        self.share = 0.0  # of the route's requests that the canary drafts for
+        self.canary: LiveDraft | None = None  # a second draft, for candidates; same cache slots
+        self.share = 0.0  # of the route's sequences that the canary drafts for
+        self.generic: LiveDraft | None = None  # of a cluster: its parent route's draft
+        self.follows = False  # the generic draft serves, since no version of its own is active
         self.version = 0  # 0: the weights it was built with, not registered yet
-        self.usable = True  # False after a forward failed: the route is decoded plainly until weights are installed
+        self.usable = True  # False after a failed forward, until weights are installed
         self.acceptance = Acceptance(ROUTE_MEMORY)  # of the route's recent sequences
         self.rank_acceptance = RankAcceptance(self.acceptance)
-        self.token_acceptance = (
-            TokenAcceptance()
-        )  # of what it drew in chains that stop by themselves
+        self.token_acceptance = TokenAcceptance()
         self._failed_at = -math.inf
 
     def assigned(self, query_id: str) -> "LiveDraft":
-        """The draft that a new sequence keeps to its end: this one or, for a share of the sequences, the canary.
+        """The draft of a new sequence, from its first token to its last.
 
-        The sequences of a cluster without a draft of its own that works have the generic one, or that one's canary.
+        This one or, for a share of the sequences, the canary. A cluster whose own draft is
+        missing or broken uses the generic draft, or that one's canary.
         """
         if self.generic is not None and (self.follows or not self.usable):
             return self.generic.assigned(query_id)
@@ -52,12 +50,20 @@ class LiveDraft:
         """The version that new sequences are drafted by."""
         return self.generic.version if self.generic is not None and self.follows else self.version
 
+    @property
+    def routes(self) -> tuple[str, ...]:
+        """Routes whose draft may have served this one's sequences."""
+        return (self.route,) if self.generic is None else (self.route, self.generic.route)
+
     def follow(self, generic: "LiveDraft") -> None:
         """Leaves new sequences to another route's draft."""
-        self.generic, self.follows = generic, True
+        self.generic = generic
+        self.follows = True
 
     def fail(self) -> None:
-        self.usable, self._failed_at = False, time.monotonic()
+        """A forward failed: the route decodes plainly until weights are installed."""
+        self.usable = False
+        self._failed_at = time.monotonic()
 
     def failed_within(self, seconds: float) -> bool:
         return time.monotonic() - self._failed_at < seconds
@@ -68,36 +74,39 @@ class LiveDraft:
         Raises:
             ArtifactError: unreadable, or names, shapes or values that this draft can't take.
         """
-        live = self.model.weights()
+        name = folder.name[:12]
         try:
             stored = safetensors.torch.load_file(folder / WEIGHTS)
         except (OSError, safetensors.SafetensorError) as error:
-            raise ArtifactError(f"{folder.name[:12]}: weights can't be read: {error}") from error
-        if stored.keys() != live.keys():
-            odd = sorted(stored.keys() ^ live.keys())
-            raise ArtifactError(
-                f"{folder.name[:12]}: tensors differ from the live draft's: {', '.join(odd[:3])}"
-            )
-        for name, tensor in stored.items():
-            if tensor.shape != live[name].shape:
-                raise ArtifactError(
-                    f"{folder.name[:12]}: {name} has shape {tuple(tensor.shape)}, not {tuple(live[name].shape)}"
-                )
-            if not torch.isfinite(tensor).all():
-                raise ArtifactError(f"{folder.name[:12]}: {name} has values that are no numbers")
+            raise ArtifactError(f"{name}: weights can't be read: {error}") from error
+        self._check(name, stored)
         return self.model.prepare(stored)
+
+    def _check(self, artifact: str, stored: dict[str, Tensor]) -> None:
+        live = self.model.weights()
+        if stored.keys() != live.keys():
+            differing = ", ".join(sorted(stored.keys() ^ live.keys())[:3])
+            raise ArtifactError(f"{artifact}: tensors differ from the live draft's: {differing}")
+        for name, tensor in stored.items():
+            found, expected = tuple(tensor.shape), tuple(live[name].shape)
+            if found != expected:
+                raise ArtifactError(f"{artifact}: {name} has shape {found}, not {expected}")
+            if not torch.isfinite(tensor).all():
+                raise ArtifactError(f"{artifact}: {name} has values that are no numbers")
 
     @torch.inference_mode()
     def install(self, staged: Any, version: int) -> None:
         """Puts staged weights in place of the live ones. Only between two steps.
 
-        The draft's KV cache keeps what the old weights wrote: that costs a little acceptance, never correctness.
+        The draft's KV cache keeps what the old weights wrote. That costs a little acceptance and
+        never correctness.
 
         Raises:
             ArtifactError: the device does not hold what was copied.
         """
         self.usable = self.model.install(staged)
-        self.version, self.follows = version, False
+        self.version = version
+        self.follows = False
         self.acceptance.reset()
         self.rank_acceptance.reset()
         self.token_acceptance.reset()
@@ -108,5 +117,5 @@ class LiveDraft:
 
 
 def fraction(name: str) -> float:
-    """A number in [0, 1) that is always the same for the same name."""
+    """A number in [0, 1), always the same for the same name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64

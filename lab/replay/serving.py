@@ -7,11 +7,8 @@ from typing import Any
 
 import torch
 
-from decoder.models.fingerprint import fingerprint
+from decoder.assembly import build_swapper
 from decoder.models.loading import ModelFiles
-from decoder.rollout.installer import Installer
-from decoder.rollout.swapper import Swapper
-from decoder.serve import follower
 from lab import rig
 from lab.replay.config import Replay
 from lab.replay.service import FROZEN, LIVE, Service
@@ -34,7 +31,8 @@ def serve(config: Replay, settings: Settings, folder: Path) -> Iterator[Service]
         upgrade(settings.sql_url)
         context, clusters = CycleContext.of(settings), PromptClusters.of(settings)
         with _engine(config, context) as serving:
-            swapper = _swapper(context, serving)
+            swapper = build_swapper(settings, connect(settings.sql_url), serving.parts)
+            swapper.sync()
             try:
                 yield Service(context, serving, swapper, config, clusters)
             finally:
@@ -55,20 +53,9 @@ def _engine(config: Replay, context: CycleContext) -> Iterator[rig.Rig]:
         "max_tokens": config.max_tokens,
         "kept_contexts": 0,
         "routes": (LIVE, FROZEN),
-        "clusters": settings.cluster_routes,
+        "clusters": settings.learnt_routes,
         "buffer": context.buffer,
         "settings": settings,
     }
     with rig.rig(pair, files.draft, config.at_once, **options) as serving:
         yield serving
-
-
-def _swapper(context: CycleContext, serving: rig.Rig) -> Swapper:
-    settings, engine = context.settings, serving.engine
-    drafts = {route: engine.batch.drafts[route] for route in settings.served_routes}
-    target = lambda: fingerprint(engine.batch.target)  # type: ignore[arg-type]
-    installer = Installer(engine.between_steps, context.artifacts, target)
-    database = connect(settings.sql_url)
-    swapper = follower(settings, database, engine, drafts, installer, serving.metrics)
-    swapper.sync()
-    return swapper

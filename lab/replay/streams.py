@@ -8,8 +8,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from lab.corpus import package_prompts
+from lab.prompts import prompts_in, tokenize
 from lab.replay.config import Replay
-from lab.rig import prompts_in, tokenize
 
 POOL = 20_000  # prompts of a domain that a stream draws from, at most
 PACKAGE_PROMPTS = 2000

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from lab import corpus, rig
+from lab.prompts import read_prompts, tokenize
 from lab.stored import stored
 from lab.warmup.options import say
 from online.messages import Query
@@ -33,7 +34,7 @@ def training_and_held_out(
         others = others or prompts[: args.held_out_count]
         package = corpus.held_out_packages()[0]
         texts = corpus.package_prompts(package, len(prompts), held_out=False, seed=2)
-        prompts = [rig.tokenize(pair.tokenizer, text) for text in texts]
+        prompts = [tokenize(pair.tokenizer, text) for text in texts]
     signals = answers(pair, prompts + others, args.max_tokens, temperatures=temperatures)
     if others:
         ids = {f"q{i}" for i in range(len(prompts))}
@@ -48,7 +49,7 @@ def _split(signals: list[Signal], first: list[bool]) -> tuple[list[Signal], list
 
 def tokenized(pair: rig.Pair, path: Path, count: int) -> Prompts:
     tokenizer = pair.tokenizer
-    return [rig.tokenize(tokenizer, text) for text in rig.read_prompts(path, count)]
+    return [tokenize(tokenizer, text) for text in read_prompts(path, count)]
 
 
 def answers(
@@ -78,7 +79,7 @@ def answers(
             say(f"answered {done} of {len(queries)}, {time.monotonic() - started:.0f} s")
         # The step that ended the last answers has handed them to the recorder.
         serving.engine.between_steps(lambda: None).result()
-        serving.recorder.stop(60)
+        serving.parts.recorder.stop(60)
         signals = [decode(entry.record) for entry in stored(serving.buffer, rig.ROUTE)]
         vocab_size = serving.engine.batch.target.vocab_size
     # The engine's thread has ended: training takes its cores.

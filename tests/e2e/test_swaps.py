@@ -1,4 +1,4 @@
-"""Swaps under concurrent load, by the REST calls: outputs stay the target's, acceptance follows the draft."""
+"""Swaps by REST under load: outputs stay the target's, acceptance follows the draft."""
 
 import threading
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ def versions(answer: dict[str, Any]) -> set[int]:
 
 
 def test_a_spoilt_draft_costs_acceptance_and_nothing_else(own: Served, pair: TinyPair) -> None:
-    """Activate the spoilt one: same greedy output, less acceptance. Activate the good one: acceptance returns."""
+    """Same greedy output with less acceptance, until the good draft is active again."""
     own.post("/admin/routes/default/freeze", reason="no automatic rollback here")
     expected = {
         prompt: own.complete(prompt, max_tokens=40)["choices"][0]["text"] for prompt in PROMPTS

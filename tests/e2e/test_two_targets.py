@@ -1,4 +1,4 @@
-"""Two targets, a decoder each, on one route: one draft serves both, learns from both, and changes neither."""
+"""Two targets with a decoder each, on one route: one draft serves and learns from both."""
 
 import subprocess
 from collections.abc import Iterator
@@ -62,7 +62,7 @@ def texts(served: Served, gamma: int) -> list[str]:
 
 
 def test_one_draft_serves_two_targets_and_learns_from_both(both: list[Served]) -> None:
-    """One cycle takes what both have answered; both decoders run what it made; each one's answers stay its own."""
+    """One cycle learns from both; both decoders run its draft; answers stay each target's."""
     before = [texts(served, 0) for served in both]
     assert before[0] != before[1]
     assert {served.route()["loaded_version"] for served in both} == {1}, "one first draft for both"

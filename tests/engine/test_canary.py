@@ -1,4 +1,4 @@
-"""A canary in the engine: some rows draft with it from their first token to their last, and no output shows it."""
+"""A canary in the engine: it drafts for whole sequences, and no output shows it."""
 
 import time
 from collections.abc import Iterator
@@ -68,15 +68,15 @@ def rate(finished: list[Finished]) -> float:
 
 def test_a_requests_side_is_a_stable_hash_of_its_id() -> None:
     """Always the same for one name, even over all names, and another one for another canary."""
-    drawn = np.array([fraction(f"9:{i}") for i in range(20_000)])
-    assert (drawn == [fraction(f"9:{i}") for i in range(20_000)]).all()
-    assert abs((drawn < 0.2).mean() - 0.2) < 0.01
+    sides = np.array([fraction(f"9:{i}") for i in range(20_000)])
+    assert (sides == [fraction(f"9:{i}") for i in range(20_000)]).all()
+    assert abs((sides < 0.2).mean() - 0.2) < 0.01
     again = np.array([fraction(f"10:{i}") for i in range(20_000)])
-    assert abs(((drawn < 0.2) & (again < 0.2)).mean() - 0.04) < 0.01
+    assert abs(((sides < 0.2) & (again < 0.2)).mean() - 0.04) < 0.01
 
 
-def test_each_row_drafts_with_the_version_it_was_given(pair: TinyPair, tiny: Bench) -> None:
-    """Greedy outputs are the target's in both arms; what is reported is the version that drafted."""
+def test_each_sequence_drafts_with_the_version_it_was_given(pair: TinyPair, tiny: Bench) -> None:
+    """Greedy outputs are the target's in both arms; the version that drafted is reported."""
     found = run(tiny)
     for name, finished in found.items():
         assert finished.ids == target_alone(pair, PROMPTS[3], 40)
@@ -84,14 +84,14 @@ def test_each_row_drafts_with_the_version_it_was_given(pair: TinyPair, tiny: Ben
     assert rate(by_version(found, 9)) < rate(by_version(found, 1)) / 2
 
 
-def test_without_a_share_nobody_gets_the_canary(tiny: Bench) -> None:
+def test_without_a_share_no_sequence_gets_the_canary(tiny: Bench) -> None:
     """Its weights may stay in their room; new requests have the active draft."""
     active(tiny).share = 0.0
     assert {version for finished in run(tiny).values() for version in versions(finished)} == {1}
 
 
 def test_contexts_are_not_shared_between_versions(pair: TinyPair) -> None:
-    """A long prompt that both arms know: each accepts what it would alone, whoever encoded the beginning."""
+    """A long prompt in both arms: each accepts as much as it does alone."""
     prompt = PROMPTS[5]
     with bench(pair, canary=pair.spoilt) as tiny:
         apart = {version: rate(by_version(run(tiny, prompt), version)) for version in (1, 9)}
@@ -104,8 +104,8 @@ def test_contexts_are_not_shared_between_versions(pair: TinyPair) -> None:
         assert apart[1] == pytest.approx(rate(list(run(alone, prompt).values())), abs=0.02)
 
 
-def test_a_canary_that_fails_is_left_out_and_nobody_sees_it(pair: TinyPair, tiny: Bench) -> None:
-    """Its rows go on without a draft, the others with theirs; whoever comes next gets the active one."""
+def test_a_canary_that_fails_is_left_out_and_no_client_sees_it(pair: TinyPair, tiny: Bench) -> None:
+    """Its sequences go on without a draft; new ones get the active draft."""
     room(tiny).model = Failing(room(tiny).model)  # type: ignore[assignment]
     found = run(tiny)
     assert all(finished.ids == target_alone(pair, PROMPTS[3], 40) for finished in found.values())
@@ -114,8 +114,8 @@ def test_a_canary_that_fails_is_left_out_and_nobody_sees_it(pair: TinyPair, tiny
     assert {v for finished in run(tiny).values() for v in versions(finished)} == {1}
 
 
-def test_rows_of_a_canary_end_with_it_when_it_is_promoted(pair: TinyPair, tiny: Bench) -> None:
-    """Its weights come into the active draft in the middle: both arms' rows go on, and new ones are all its own."""
+def test_sequences_of_a_canary_end_with_it_when_it_is_promoted(pair: TinyPair, tiny: Bench) -> None:
+    """Its weights are installed while sequences of both arms run; new ones all use them."""
     staged = active(tiny).stage(pair.spoilt)
     running = {name: tiny.submit(query(PROMPTS[3], name, max_tokens=120)) for name in NAMES[:8]}
 
@@ -182,7 +182,7 @@ def test_a_running_canary_is_loaded_and_gets_its_share(tried: Tried) -> None:
 
 
 def test_requests_that_came_before_the_trial_count_in_neither_arm(tried: Tried) -> None:
-    """The canary had no chance of them, or of the short ones only; another version's do not count either."""
+    """The canary could not draft for them. Requests of a third version do not count either."""
     now = time.monotonic()
     for version, arrived_s in (
         (1, 0.0),

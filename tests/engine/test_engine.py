@@ -169,8 +169,8 @@ def test_logprobs_are_the_targets_own(pair: TinyPair, tiny: Bench) -> None:
     logp = logits.log_softmax(-1)
     assert len(found.logprobs) == len(found.ids)
     for i, entry in enumerate(found.logprobs):
-        assert entry.logprob == pytest.approx(logp[i, found.ids[i]].item(), abs=1e-4)  # type: ignore[attr-defined]
-        assert [t for t, _ in entry.top] == logp[i].topk(3).indices.tolist()  # type: ignore[attr-defined]
+        assert entry.logprob == pytest.approx(logp[i, found.ids[i]].item(), abs=1e-4)
+        assert [t for t, _ in entry.top] == logp[i].topk(3).indices.tolist()
 
 
 # ── signals ──

@@ -38,7 +38,7 @@ def test_ids_beyond_two_bytes_survive_too() -> None:
     )
 
 
-def test_path_walks_emitted_tokens_and_skips_rejected_ones() -> None:
+def test_the_path_holds_emitted_tokens_and_skips_rejected_ones() -> None:
     """Step one accepts one of two and emits two; position 2 is off the path."""
     assert list(signal().path()) == [(0, 0), (1, 1), (2, 3), (3, 4)]
 
@@ -99,7 +99,7 @@ def test_branches_are_cut_at_the_recipes_length(branch_tokens: int) -> None:
 
 
 def test_a_pseudonym_tells_clients_apart_and_names_nobody() -> None:
-    """The same for the same name, whatever characters it has; nobody stays nobody."""
+    """The same for the same name, whatever characters it has; an empty name stays empty."""
     assert pseudonym("alice") == pseudonym("alice") != pseudonym("bob")
     assert "alice" not in pseudonym("alice")
     assert len(pseudonym("\udc80")) == 16
