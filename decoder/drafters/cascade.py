@@ -49,7 +49,7 @@ class CascadeDrafter(Drafter):
     def spec(self, seq: LiveSequence, gamma: int, most: int) -> DraftSpec:
         limit = length_limit(seq, most)
         model_budget = limit if seq.query.gamma is None else (limit + 1) // 2
-        return replace(chain_spec(limit, self.name), lead=model_budget)
+        return replace(chain_spec(limit, self.name), model_budget=model_budget)
 
     def propose(self, group: DraftGroup) -> Drafted:
         chains = start_chains(group)
@@ -93,8 +93,8 @@ def propose(
     """Drafts the chains, up to what n-grams add behind the model's last token.
 
     Returns the logits of the model's tokens, [B, 1, V] each, their probabilities, [B, Q, V], and
-    the number of the model's forwards. The slots hold each chain's first `cached` tokens, and
-    always lack its last one.
+    the number of the model's forwards. The slots hold each chain's first `cached` tokens, never
+    its last one.
     """
     draws = ModelDraws(model, slots, chains, sampling, uniform_BN, masks)
     while True:

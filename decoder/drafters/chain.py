@@ -60,7 +60,7 @@ class Chain:
             seq.tokens,
             seq.draft_cached,
             limit,
-            group.spec.lead,
+            group.spec.model_budget,
             seq.acceptance.rate,
             cost if seq.query.gamma is None else NO_COST,
             seq.draft.token_acceptance,

@@ -32,7 +32,7 @@ from online.metrics import ServiceMetrics
 
 @dataclass(frozen=True, slots=True)
 class GroupDraft:
-    """A group's part in the step under way."""
+    """A group's part of the current step."""
 
     members: list[int]
     group: DraftGroup

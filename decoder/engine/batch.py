@@ -33,7 +33,7 @@ class BatchLimits:
 
     slots: int  # sequences
     kept_contexts: int  # further slots, for contexts of finished sequences
-    gamma: int  # drafted tokens of a step, at most, where a query does not say
+    gamma: int  # drafted tokens of a step, at most, unless the query fixes γ
     prefill_tokens: int  # prompt tokens that one step encodes
     record: RecordLimits  # what signals hold of a step
 
@@ -50,7 +50,7 @@ class Batch:
         device: torch.device | str = "cpu",
     ) -> None:
         """`drafts` by route."""
-        self.seqs: list[LiveSequence] = []  # always this list: others hold it, too
+        self.seqs: list[LiveSequence] = []  # shared with other parts: never replace it
         self.target, self.drafts, self.limits = target, drafts, limits
         self.metrics = metrics
         self._device = device

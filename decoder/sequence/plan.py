@@ -4,6 +4,7 @@ Legend: B sequences, N candidates of a sequence at most, U = 2 N + 1
 uniforms of a sequence.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,8 +24,8 @@ from decoder.verification.sampling import Sampling
 class StepPlan:
     """The sequences of one step, and what it does with each."""
 
-    seqs: list[LiveSequence]
-    specs: list[DraftSpec]  # by sequence
+    seqs: Sequence[LiveSequence]
+    specs: Sequence[DraftSpec]  # by sequence
     sampling: Sampling
     draft_uniform_BN: Tensor
     accept_uniform_BN: Tensor

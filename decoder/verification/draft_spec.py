@@ -14,7 +14,7 @@ class DraftSpec:
     shape: TreeShape
     candidates: int
     distinct: bool = True  # siblings are drawn without replacement
-    lead: int = 0  # cascades: tokens that the draft model drafts before n-grams continue
+    model_budget: int = 0  # cascades: tokens that the draft model drafts before n-grams continue
 
     def first(self, candidates: int) -> "DraftSpec":
         """At most this many candidates."""

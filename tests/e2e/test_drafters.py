@@ -1,4 +1,4 @@
-"""Drafters by REST: what a request asks for, what its route has where it does not, and what is refused."""
+"""Drafters by REST: a request's choice, its route's default, and what is refused."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -46,7 +46,7 @@ def by_route(
 def test_a_request_chooses_its_drafter(
     shared: Served, speculation: dict[str, Any], most: int
 ) -> None:
-    """The answer is the same, and says what drafted it."""
+    """The answer stays the same, and its metrics name the drafter."""
     plain = shared.complete(speculation={"gamma": 0})["choices"][0]["text"]
     answer = shared.complete(speculation=speculation)
     assert answer["choices"][0]["text"] == plain
@@ -58,8 +58,8 @@ def test_a_request_chooses_its_drafter(
     assert 0 < found["num_draft_tokens"] <= most * found["num_spec_steps"]
 
 
-def test_a_route_has_its_own_where_a_request_says_nothing(by_route: Served) -> None:
-    """A request's own drafter replaces the route's with all that belongs to it; its γ alone does not."""
+def test_a_route_has_a_default_drafter(by_route: Served) -> None:
+    """A request's drafter replaces the route's and its options; a request's γ alone does not."""
     wide = {"metadata": {"route": "wide"}}
     assert told(by_route, **wide, speculation=None)["num_spec_tokens"] == 4 + 2
     found = told(by_route, **wide, speculation={"gamma": 2})
@@ -87,7 +87,7 @@ def test_a_route_has_its_own_where_a_request_says_nothing(by_route: Served) -> N
 def test_what_makes_no_sense_is_refused(
     shared: Served, speculation: dict[str, Any], reason: str
 ) -> None:
-    """With the field and the reason."""
+    """The error names the field and the reason."""
     answer = shared.post("/v1/completions", prompt="def f(", speculation=speculation)
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]

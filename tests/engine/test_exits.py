@@ -30,13 +30,16 @@ CONTEXTS = [[5, 6, 7, 8], [9, 10]]
 @pytest.fixture(scope="module")
 def module() -> LlamaForCausalLM:
     torch.manual_seed(1)
-    made = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
-            num_key_value_heads=2, initializer_range=0.4,
-        )
-    )  # fmt: skip
-    return made.eval()
+    config = LlamaConfig(
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.4,
+    )
+    return LlamaForCausalLM(config).eval()
 
 
 def group(

@@ -122,7 +122,9 @@ def test_right_guesses_save_forwards() -> None:
 
 class Draft(TableModel):
     def logits(self, context: Sequence[int]) -> np.ndarray:
-        return enumeration_cases.logits(DRAFT, list(context[1:]), self._dtype).double().numpy()  # type: ignore[no-any-return]
+        logits_V = enumeration_cases.logits(DRAFT, list(context[1:]), self._dtype)
+        found: np.ndarray = logits_V.double().numpy()
+        return found
 
 
 def guess(drafted: list[int]) -> NgramGuess | None:
