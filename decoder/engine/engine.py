@@ -134,8 +134,7 @@ class Engine:
 
     def _timing_sequences(self, count: int, gamma: int) -> list[LiveSequence]:
         """Sequences of half the longest context, on which the batch measures its step times."""
-        route = next(iter(self.batch.drafts))
-        tokens = self.limits.max_context // 2
+        route, tokens = next(iter(self.batch.drafts)), self.limits.max_context // 2
         query = Query(
             "", route, (1,) * 8, tokens, temperature=0.0, gamma=gamma, ignore_eos=True, store=False
         )

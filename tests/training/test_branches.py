@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("short_rehearsals")
 
 
 def drafted(request_id: str = "r", prompt: tuple[int, ...] = (5, 6, 7)) -> Signal:
-    """Three steps of three drafted tokens: one accepted, none, all. 9 drafted tokens, 12 verified positions."""
+    """Three steps of three drafted tokens: one accepted, none, all. 12 positions."""
     return signal(
         request_id,
         prompt_ids=np.array(prompt, np.int32),
@@ -55,8 +55,8 @@ def contexts(drafts: Signal) -> dict[int, list[int]]:
     return found
 
 
-def test_a_branch_is_what_was_drafted_and_not_kept() -> None:
-    """Where it leaves the path, its first drafted token, how many, and what was verified after the first."""
+def test_a_branch_is_what_was_drafted_and_rejected() -> None:
+    """Where it leaves the path, its first token, its length, the position after its first token."""
     assert list(drafted().branches()) == [(1, 0, 2, 2), (2, 2, 3, 5)]
 
 
@@ -64,7 +64,7 @@ def test_a_branch_is_what_was_drafted_and_not_kept() -> None:
 def test_every_supervised_position_is_computed_in_its_own_context(
     pair: TinyPair, branch_tokens: int
 ) -> None:
-    """One forward by a tree mask gives the logits of a forward of each context alone, padding and all."""
+    """A forward with a tree mask gives the logits of a forward of each context alone."""
     signals = [
         drafted("a"),
         drafted("b", prompt=(9,)),
@@ -93,7 +93,7 @@ def test_branches_add_their_positions_once() -> None:
 
 
 def test_an_answer_that_ended_inside_a_draft_has_no_branch_there() -> None:
-    """A stop string cuts what was accepted: what came after was never emitted, and is no rejection."""
+    """A stop string cuts accepted tokens. What came after was never emitted: no rejection."""
     cut = replace(drafted(), output_ids=np.array([10], np.int32))
     assert list(cut.branches()) == []
     assert Example.of(cut, 16).verified_P.tolist() == [0]
@@ -145,7 +145,7 @@ def test_models_that_count_positions_themselves_get_no_branches() -> None:
 
 
 def test_masks_hold_the_places_of_what_follows(pair: TinyPair) -> None:
-    """Behind every other emitted token: each is computed as in a forward of the context and the masks before it."""
+    """Each mask is computed as in a forward of the context and the masks before it."""
     taught_by = signal("m", prompt_ids=np.array([5, 6, 7], np.int32))
     module = load(pair.draft)
     example, text = Example.of(taught_by, 0, 3, 3), [5, 6, 7, *taught_by.output_ids.tolist()]
@@ -169,7 +169,7 @@ def test_masks_hold_the_places_of_what_follows(pair: TinyPair) -> None:
 
 
 def test_masks_are_learnt_from(pair: TinyPair, answers: list[Signal]) -> None:
-    """What the draft says two places ahead comes nearer to the target than a draft's that has learnt without."""
+    """Two places ahead, the draft comes nearer to the target than one trained without masks."""
     signals, told = answers[:60], {}
     for masks in (0, 2):
         module = load(pair.draft)
