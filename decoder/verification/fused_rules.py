@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from decoder.device.numba_support import EXACT, SUMS, njit
+from decoder.device.numba_support import EXACT, njit
+from decoder.verification.fused_residuals import copy, reject, reject_chosen, residual_mass
 from decoder.verification.fused_vocabulary import argmax, overlap, sample_token, softmax, total
 
 
@@ -80,7 +81,7 @@ def verify_block(
         if source >= 0:
             q_V = draft_probs_QV[source]
             q, overlaps_G[g], compared_G[g] = np.float64(q_V[token]), overlap(p_V, q_V), 1
-            residual = _residual_mass(p_V, q_V, np.float32(ratio)) if g > 0 else 0.0
+            residual = residual_mass(p_V, q_V, np.float32(ratio)) if g > 0 else 0.0
         else:
             residual = ratio * (1 - p)
         if g > 0 and accept_N[g - 1] * (residual + 1 - ratio) < residual:
@@ -111,7 +112,7 @@ def _emit_after_block(
         for v in range(len(p_V)):
             rest_V[v] = max(ratio * p_V[v] - q_V[v], np.float32(0))
     else:
-        _reject_chosen(p_V, chain.tokens_N[accepted], rest_V)
+        reject_chosen(p_V, chain.tokens_N[accepted], rest_V)
     mass = total(rest_V)
     # p = q leaves no residual. Only rounding can reject there, and p itself is right.
     return sample_token(rest_V, mass, emit) if mass > 0 else sample_token(p_V, total(p_V), emit)
@@ -148,11 +149,11 @@ def verify_tree(
             _target_probs(target, node, p_V)
             continue
         if source < 0:
-            _reject_chosen(here_V, token, rest_V)
+            reject_chosen(here_V, token, rest_V)
         else:
-            _reject(here_V, q_V, np.float32(1 / q_mass), rest_V)
+            reject(here_V, q_V, np.float32(1 / q_mass), rest_V)
             if distinct:
-                _copy(q_V, remaining_V)
+                copy(q_V, remaining_V)
                 remaining_V[token] = 0
             removed += 1
         rejected += 1
@@ -177,50 +178,9 @@ def _lenient(p: Any, scale: Any, power: Any) -> Any:
 
 
 @njit(**EXACT)
-def _copy(x_V: Any, out_V: Any) -> None:
-    for v in range(len(out_V)):
-        out_V[v] = x_V[v]
-
-
-@njit(**EXACT)
 def _target_probs(target: Any, node: Any, p_V: Any) -> None:
     """The target's distribution after a node."""
     if target.given:
-        _copy(target.probs_TV[node], p_V)
+        copy(target.probs_TV[node], p_V)
     else:
         softmax(target.logits_TV[node], target.divisor, p_V)
-
-
-@njit(**EXACT)
-def _reject(p_V: Any, q_V: Any, scale: Any, rest_V: Any) -> None:
-    """norm(max(0, p − scale q)).
-
-    Without a residual p itself: only rounding can reject there. `rest_V` may be `p_V`.
-    """
-    mass = 0.0
-    for v in range(len(p_V)):
-        mass += np.float64(max(p_V[v] - scale * q_V[v], np.float32(0)))
-    if mass > 0:
-        factor = np.float32(1 / mass)
-        for v in range(len(p_V)):
-            rest_V[v] = factor * max(p_V[v] - scale * q_V[v], np.float32(0))
-    else:
-        _copy(p_V, rest_V)
-
-
-@njit(**EXACT)
-def _reject_chosen(p_V: Any, token: Any, rest_V: Any) -> None:
-    """`_reject` where q is one-hot."""
-    mass = total(p_V[:token]) + total(p_V[token + 1 :])
-    factor = np.float32(1 / mass) if mass > 0 else np.float32(1)
-    for v in range(len(p_V)):
-        rest_V[v] = factor * p_V[v] if v != token or mass == 0 else np.float32(0)
-
-
-@njit(**SUMS)
-def _residual_mass(p_V: Any, q_V: Any, scale: Any) -> Any:
-    mass = np.float32(0)
-    for v in range(len(p_V)):
-        rest = scale * p_V[v] - q_V[v]
-        mass += rest if rest > 0 else np.float32(0)
-    return np.float64(mass)
