@@ -52,12 +52,12 @@ def test_norms_and_swiglu(dtype: torch.dtype, tokens: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normed", [False, True], ids=["bare", "head norms"])
-@pytest.mark.parametrize(("rows", "tokens"), [(slice(0, 1), 1), (slice(1, 4), 3), ([0, 2, 3], 2)])
+@pytest.mark.parametrize(("slots", "tokens"), [(slice(0, 1), 1), (slice(1, 4), 3), ([0, 2, 3], 2)])
 def test_rotated_heads_and_their_positions(
-    dtype: torch.dtype, normed: bool, rows: Slots, tokens: int
+    dtype: torch.dtype, normed: bool, slots: Slots, tokens: int
 ) -> None:
     """Rotated queries agree, and so do the keys and values that both write into the cache."""
-    count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+    count = slots.stop - slots.start if isinstance(slots, slice) else len(slots)
     starts = torch.tensor(
         [4, CAPACITY - 1, 9][:count]
     )  # the second one's tokens point past the end
@@ -67,7 +67,7 @@ def test_rotated_heads_and_their_positions(
     for ops in both(dtype):
         cache = KVCache(4, CAPACITY)
         cache.add_layer(KV_HEADS, SIZE, dtype, torch.device("cpu"))
-        positions = ops.positions(rows, starts, tokens, CAPACITY)
+        positions = ops.positions(slots, starts, tokens, CAPACITY)
         q = ops.rotate(
             qkv.clone(), HEADS, positions, HeadNorms(q_norm, k_norm, 1e-6), cache, 0
         ).clone()
@@ -82,9 +82,9 @@ def test_rotated_heads_and_their_positions(
         agree(list(pair), dtype)
 
 
-@pytest.mark.parametrize("rows", [slice(1, 4), [0, 2, 3]], ids=["a view", "a copy"])
+@pytest.mark.parametrize("slots", [slice(1, 4), [0, 2, 3]], ids=["a view", "a copy"])
 @pytest.mark.parametrize("first", [0, 2])
-def test_positions_of_tree_nodes(rows: Slots, first: int) -> None:
+def test_positions_of_tree_nodes(slots: Slots, first: int) -> None:
     """Positions follow the depth, cells the order; nodes see the context and their ancestors."""
     shapes = [TreeShape((0, 0, 1, 1)), TreeShape((0, 1, 2, 0)), TreeShape((0, 0, 0, 3))]
     visible_BTC = torch.stack([shape.visible for shape in shapes])[:, first:]
@@ -95,7 +95,7 @@ def test_positions_of_tree_nodes(rows: Slots, first: int) -> None:
     )  # the last one's nodes point past the end
     torch_ops, fused = both(torch.float32)
     biases = [
-        ops.positions(rows, starts, tokens, 12, nodes).bias_B1AU for ops in (torch_ops, fused)
+        ops.positions(slots, starts, tokens, 12, nodes).bias_B1AU for ops in (torch_ops, fused)
     ]
     assert torch.equal(*biases)
     qkv = torch.randn(3 * tokens, (HEADS + 2 * KV_HEADS) * SIZE)
@@ -103,7 +103,7 @@ def test_positions_of_tree_nodes(rows: Slots, first: int) -> None:
     for ops in (torch_ops, fused):
         cache = KVCache(4, CAPACITY)
         cache.add_layer(KV_HEADS, SIZE, torch.float32, torch.device("cpu"))
-        positions = ops.positions(rows, starts, tokens, 12, nodes)
+        positions = ops.positions(slots, starts, tokens, 12, nodes)
         q = ops.rotate(qkv.clone(), HEADS, positions, HeadNorms(None, None, 1e-6), cache, 0).clone()
         seen.append([q[:2], cache.keys[0][:, :-1], cache.values[0][:, :-1]])
     for pair in zip(*seen, strict=True):

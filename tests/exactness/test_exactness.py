@@ -117,16 +117,16 @@ def propose(draft: TableModel, sampling: Sampling, uniform_CG: Tensor, drafted: 
 
 def target_logits(target: TableModel, tokens_BG: Tensor) -> Tensor:
     """The target's, after the prompt and after every drafted token: [B, T, V]."""
-    rows, count = slice(0, len(tokens_BG)), len(tokens_BG)
+    slots, count = slice(0, len(tokens_BG)), len(tokens_BG)
     target.encode(
-        rows,
+        slots,
         torch.tensor([PROMPT[:-1]] * count),
         torch.zeros(count, dtype=torch.long),
         len(PROMPT) - 1,
     )
     inputs_BT = torch.cat([torch.full((count, 1), PROMPT[-1]), tokens_BG], 1)
     return target.forward(
-        rows, inputs_BT, torch.full((count,), len(PROMPT) - 1), len(PROMPT) + tokens_BG.shape[1]
+        slots, inputs_BT, torch.full((count,), len(PROMPT) - 1), len(PROMPT) + tokens_BG.shape[1]
     )
 
 
