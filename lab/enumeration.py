@@ -6,14 +6,14 @@ measures along each possible outcome. The verifier is measured as a black box, a
 
   1. A case holds every possible draft with its probability (`lab/enumeration_cases.py`).
   2. For each node where verification may stop, `emitted` measures how likely it gets there, and
-     the distribution of the token emitted there.
+     the distribution of the token emitted there. All nodes are measured in one batch.
   3. A step that emits fewer tokens than the longest one is continued by the target itself.
   4. `distance` compares the sum over all drafts with the target's own joint distribution.
 
 Legend: B sequences (one for each draft), N candidates, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -26,7 +26,8 @@ from decoder.verification.proposal import Proposal
 from decoder.verification.result import Verification
 from decoder.verification.sampling import Sampling, probabilities
 from decoder.verification.token_tree import Tree
-from lab.enumeration_cases import TARGET, Case, Shape, V, logits, path_to, same_sampling
+from lab.enumeration_cases import TARGET, Case, V, logits, same_sampling
+from lab.enumeration_stops import NEVER, Stop, Trial
 
 Floats = NDArray[np.float64]
 # (logits_BTV, proposal, sampling, accept_uniform_BN, emit_uniform_B) → verification
@@ -34,7 +35,6 @@ Verifier = Callable[..., Verification]
 
 HALVINGS = 34  # of [0, 1): leaves an uncertainty of 6e-11
 NEGLIGIBLE = 1e-9  # a measure that may be due to this uncertainty alone
-ALWAYS, NEVER = 0.0, 1 - 2.0**-53  # uniforms that accept wherever possible, and nowhere
 
 
 def distance(verifier: Verifier, *cases: Case) -> float:
@@ -52,21 +52,19 @@ def distance(verifier: Verifier, *cases: Case) -> float:
 def emitted(verifier: Verifier, case: Case, length: int) -> Floats:
     """The joint distribution of the next `length` tokens, weighted by the drafts' probability."""
     joint: Floats = np.zeros((V,) * length)
-    measured = _Measured(verifier, case)
-    for node in range(len(case.shape) + 1):
-        path = path_to(case.shape, node)
-        stops_B, accept_BN = measured.stopping_at(node)
-        stops_B = stops_B * case.probability_B
-        emit_BV = measured.emitted_after(accept_BN)
-        result = measured.run(accept_BN)
-        for b, tokens in enumerate(case.assignments):
-            if stops_B[b] <= NEGLIGIBLE:
-                continue
-            accepted = result.path_BN[b, : result.accepted_B[b]].tolist()
-            assert accepted == [n - 1 for n in path], "the verifier stopped elsewhere"
+    stops = [Stop.at(case, node) for node in range(len(case.shape) + 1)]
+    accepts_B = _acceptances(verifier, case, [trial for stop in stops for trial in stop.trials])
+    at_stops = _Repeated(verifier, case, [stop.accept_N for stop in stops])
+    accepted_SB, path_SBN = at_stops.accepted()
+    emit_SBV = at_stops.emitted()
+    for s, stop in enumerate(stops):
+        stops_B = case.probability_B * stop.probability(accepts_B)
+        for b in torch.nonzero(stops_B > NEGLIGIBLE).flatten().tolist():
+            accepted = path_SBN[s][b][: accepted_SB[s][b]]
+            assert accepted == [n - 1 for n in stop.path], "the verifier stopped elsewhere"
             for v in range(V):
-                emits = [*(tokens[n] for n in accepted), v]
-                continue_by_target(joint, case, emits, float(stops_B[b] * emit_BV[b, v]))
+                emits = [*(case.assignments[b][n] for n in accepted), v]
+                continue_by_target(joint, case, emits, float(stops_B[b] * emit_SBV[s, b, v]))
     return joint
 
 
@@ -81,72 +79,58 @@ def continue_by_target(joint: Floats, case: Case, tokens: list[int], mass: float
         continue_by_target(joint, case, [*tokens, v], mass * p)
 
 
-class _Measured:
-    """A verifier on one case, as a function of its uniforms."""
+class _Repeated:
+    """A verifier on a batch with all sequences of a case, once for each vector of uniforms.
 
-    def __init__(self, verifier: Verifier, case: Case) -> None:
-        self._verifier, self._case = verifier, case
-        self._count, self._candidates = len(case.assignments), len(case.shape)
+    One batch of S · B sequences costs little more time than one of B.
+    """
 
-    def run(self, accept_BN: Tensor, emit_B: Tensor | None = None) -> Verification:
-        case = self._case
-        if emit_B is None:
-            emit_B = torch.full((self._count,), 0.5, dtype=torch.float64)
-        return self._verifier(case.logits_BTV, case.proposal, case.sampling, accept_BN, emit_B)
+    def __init__(self, verifier: Verifier, case: Case, accepts_SN: Sequence[list[float]]) -> None:
+        self._shape = len(accepts_SN), len(case.assignments)
+        rows = list(range(len(case.assignments))) * len(accepts_SN)
+        uniform_SN = torch.tensor(accepts_SN, dtype=torch.float64)
+        self.accept_BN = uniform_SN.repeat_interleave(len(case.assignments), 0)
+        self.half_B = torch.full((len(rows),), 0.5, dtype=torch.float64)
+        given = case.logits_BTV[rows], _select(case.proposal, rows)
+        sampling = same_sampling(case.setting, len(rows))
+        self.run = lambda accept_BN, emit_B: verifier(*given, sampling, accept_BN, emit_B)
 
-    def emitted_after(self, accept_BN: Tensor) -> Tensor:
-        """The distribution of the emitted token after these decisions, [B, V]."""
-        return outcome_masses(lambda u: self.run(accept_BN, u).next_B, self._count, V)
+    def accepted(self) -> tuple[list[list[int]], list[list[list[int]]]]:
+        """How many candidates are accepted, [S, B], and which, [S, B, N]."""
+        result = self.run(self.accept_BN, self.half_B)
+        paths = result.path_BN.view(*self._shape, -1).tolist()
+        return result.accepted_B.view(self._shape).tolist(), paths
 
-    def stopping_at(self, node: int) -> tuple[Tensor, Tensor]:
-        """The probability that verification stops at a node, and uniforms that make it stop."""
-        accept_BN = torch.full((self._count, self._candidates), ALWAYS, dtype=torch.float64)
-        if self._case.is_block:
-            return self._block_stopping_at(node, accept_BN)
-        stops_B = torch.ones(self._count, dtype=torch.float64)
-        path = path_to(self._case.shape, node)
-        for n in tried_on(self._case.shape, path):
-            accepts_B, on_path = self._acceptance(n, accept_BN), n + 1 in path
-            stops_B = stops_B * (accepts_B if on_path else 1 - accepts_B)
-            accept_BN[:, n] = ALWAYS if on_path else NEVER
-        return stops_B, accept_BN
+    def emitted(self) -> Tensor:
+        """The distribution of the emitted token after these decisions, [S, B, V]."""
+        draw = lambda u: self.run(self.accept_BN, u).next_B
+        return outcome_masses(draw, len(self.half_B), V).view(*self._shape, V)
 
-    def _block_stopping_at(self, length: int, accept_BN: Tensor) -> tuple[Tensor, Tensor]:
-        """Block verification accepts the longest prefix that passes.
+    def accepts(self, candidates: list[int]) -> Tensor:
+        """The measure of one candidate's uniforms that accept it, [S, B]; the others stay."""
+        candidate_B1 = torch.tensor(candidates).repeat_interleave(self._shape[1])[:, None]
 
-        It stops after `length` tokens if that prefix passes and no longer one does.
-        """
-        stops_B = torch.ones(self._count, dtype=torch.float64)
-        for n in range(max(0, length - 1), self._candidates):
-            passes_B = self._acceptance(n, torch.full_like(accept_BN, ALWAYS))
-            stops_B = stops_B * (passes_B if n < length else 1 - passes_B)
-        accept_BN[:, length:] = NEVER
-        return stops_B, accept_BN
+        def holds(u: Tensor) -> Tensor:
+            result = self.run(self.accept_BN.scatter(1, candidate_B1, u[:, None]), self.half_B)
+            real_BN = torch.arange(self.accept_BN.shape[1]) < result.accepted_B[:, None]
+            return ((result.path_BN == candidate_B1) & real_BN).any(1)
 
-    def _acceptance(self, n: int, before_BN: Tensor) -> Tensor:
-        """The measure of candidate n's uniforms that accept it.
-
-        Candidates before it get the given uniforms, those after it are rejected.
-        """
-
-        def accepts(u: Tensor) -> Tensor:
-            trial_BN = before_BN.clone()
-            trial_BN[:, n], trial_BN[:, n + 1 :] = u, NEVER
-            result = self.run(trial_BN)
-            real_BN = torch.arange(self._candidates) < result.accepted_B[:, None]
-            return ((result.path_BN == n) & real_BN).any(1)
-
-        return boundary(accepts, self._count)
+        return boundary(holds, len(self.half_B)).view(self._shape)
 
 
-def tried_on(shape: Shape, path: list[int]) -> list[int]:
-    """The candidates that are tried on a path: at each of its nodes, up to the one accepted."""
-    found = []
-    for n, parent in enumerate(shape):
-        accepted = next((node for node in path if shape[node - 1] == parent), len(shape) + 1)
-        if parent in (0, *path) and n + 1 <= accepted:
-            found.append(n)
-    return found
+def _acceptances(verifier: Verifier, case: Case, trials: list[Trial]) -> dict[Trial, Tensor]:
+    """The probability of each trial's candidate to be accepted, by sequence."""
+    trials = list(dict.fromkeys(trials))
+    count = len(case.shape)
+    uniforms = [[*before, *[NEVER] * (count - n)] for n, before in trials]
+    found_SB = _Repeated(verifier, case, uniforms).accepts([n for n, _ in trials])
+    return dict(zip(trials, found_SB, strict=True))
+
+
+def _select(proposal: Proposal, rows: list[int]) -> Proposal:
+    tree = None if proposal.tree is None else proposal.tree.select(rows)
+    own = proposal.tokens_BN[rows], proposal.probs_BQV[rows]
+    return Proposal(*own, [], proposal.drafted_B[rows], tree)
 
 
 def boundary(holds: Callable[[Tensor], Tensor], count: int) -> Tensor:

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from decoder.verification.proposal import Proposal
 from decoder.verification.result import Verification
 from decoder.verification.token_tree import CHOSEN, Tree
 from decoder.verification.verify import verify
@@ -84,7 +87,11 @@ def test_what_was_drawn_may_count_as_chosen(dtype: torch.dtype) -> None:
 
 
 def with_tree(tree: Tree) -> Callable[..., Verification]:
-    """A verifier that replaces the proposal's tree."""
-    return lambda logits_BTV, proposal, *more: verify(
-        logits_BTV, replace(proposal, tree=tree), *more
-    )
+    """A verifier that replaces the proposal's tree; a batch may repeat the tree's sequences."""
+    count = len(tree.chains)
+
+    def verifier(logits_BTV: Tensor, proposal: Proposal, *more: Any) -> Verification:
+        own = tree.select([row % count for row in range(len(logits_BTV))])
+        return verify(logits_BTV, replace(proposal, tree=own), *more)
+
+    return verifier
