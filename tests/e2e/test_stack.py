@@ -95,7 +95,7 @@ def test_the_loop_closes_and_survives_a_killed_worker(pair: TinyPair, tmp_path: 
         "cycle_min_signals": 80,
         "lease_s": 2,
         # Long enough to be killed in the middle.
-        "recipe": '{"learning_rate": 3e-3, "epochs": 200}',
+        "recipe": '{"learning_rate": 3e-3, "epochs": 60}',
         # There are no requests during the cycle, so no canary would be decided.
         "canary_share": 0,
     }

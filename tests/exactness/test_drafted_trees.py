@@ -75,6 +75,7 @@ def test_candidates_are_drawn_from_the_drafts_distribution(
 
 @either
 def test_greedy_sequences_get_the_most_likely_tokens(dtype: torch.dtype) -> None:
+    """Each node's candidates are the draft's most likely tokens there, in that order."""
     shape = TreeShape.of_widths((3, 2))
     found = drafted(shape, SETTINGS["greedy"], torch.zeros(1, 9, dtype=torch.float64), True, dtype)
     tokens, table = found.tokens_BN[0].tolist(), TableModel(V, 3, dtype=dtype)
