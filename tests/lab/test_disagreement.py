@@ -31,7 +31,7 @@ def test_the_same_seed_grows_the_same_prompts(pair: TinyPair, sampled: bool) -> 
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_grown_prompts_are_of_valid_ids(pair: TinyPair, sampled: bool) -> None:
-    """They begin with the head, have the length that was asked for, and none of the ids that a query never has."""
+    """They begin with the head, have the requested length, and contain no excluded id."""
     growth = Growth(children=3, pieces=2, piece_tokens=5, sampled=sampled)
     ids_FT = grown(students(pair), FRAME, 6, growth, VOCABULARY, seed=0)
     assert ids_FT.shape == (6, 1 + 2 * 5)

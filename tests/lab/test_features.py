@@ -31,11 +31,11 @@ def test_features_come_closer_to_the_targets(pair: TinyPair) -> None:
     """Through a projector, from another width; the target stays as it is."""
     target = AutoModelForCausalLM.from_pretrained(pair.target, dtype=torch.float32)
     as_it_was = {name: tensor.clone() for name, tensor in target.state_dict().items()}
-    told = match_features(
+    losses = match_features(
         narrow(), target, taught(pair.target, 40), Recipe(learning_rate=5e-3, epochs=4), pad_id=3
     )
-    assert len(told) == 4 * 5
-    assert told[-1] < 0.9 * told[0]
+    assert len(losses) == 4 * 5
+    assert losses[-1] < 0.9 * losses[0]
     assert all(torch.equal(tensor, as_it_was[name]) for name, tensor in target.state_dict().items())
     assert all(parameter.grad is None for parameter in target.parameters())
 
@@ -52,7 +52,7 @@ def test_the_projector_is_no_part_of_the_draft(pair: TinyPair, tmp_path: Path) -
 
 
 def test_a_projector_between_equal_widths_begins_as_the_identity(pair: TinyPair) -> None:
-    """A draft of the target's own layers starts where its features already are; others start by their seed."""
+    """A draft of the target's layers starts in its feature space; other drafts start by seed."""
     target = AutoModelForCausalLM.from_pretrained(pair.target, dtype=torch.float32)
     assert torch.equal(projector(target, target, seed=0).weight, torch.eye(32))
     first, again, other = (projector(narrow(), target, seed).weight for seed in (0, 0, 1))

@@ -34,7 +34,7 @@ def test_all_layers_make_the_target_again(pair: TinyPair) -> None:
 
 
 def test_a_kept_layer_is_the_targets_own_and_a_copy(pair: TinyPair) -> None:
-    """Its last layer becomes the draft's only one, and training that leaves the target as it was."""
+    """The last layer becomes the draft's only one, and training leaves the target unchanged."""
     target = AutoModelForCausalLM.from_pretrained(pair.target, dtype=torch.float32)
     draft = thinned(target, [1])
     assert draft.config.num_hidden_layers == 1

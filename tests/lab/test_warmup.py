@@ -1,4 +1,4 @@
-"""The lab's ways to a draft without traffic at their smallest: they end, and say what they promise."""
+"""The warm-up commands on tiny models: they end, and report their figures."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from trainer.examples import usable
 
 
 def test_a_target_gets_its_first_draft_as_version_1(command: Command, tmp_path: Path) -> None:
-    """From its own layers; published, registered with where it came from, fit to be swapped in; and only once."""
+    """From its own layers: published, registered with its origin, ready to swap in; once only."""
     out = tmp_path / "draft"
     options = ["--layers", "1", "--epochs", "1", "--out", str(out), "--register", "default"]
     figures = command(align.main, *options)
@@ -51,7 +51,7 @@ def test_a_target_gets_its_first_draft_as_version_1(command: Command, tmp_path: 
 def test_a_draft_is_warmed_up_from_another(
     command: Command, pair: TinyPair, tmp_path: Path
 ) -> None:
-    """It keeps the shape it came with."""
+    """It keeps its shape."""
     figures = command(
         align.main, "--draft", str(pair.spoilt), "--epochs", "1", "--out", str(tmp_path / "draft")
     )
@@ -63,7 +63,7 @@ def test_a_draft_is_warmed_up_from_another(
 def test_a_target_that_is_asked_nothing_writes_its_own_queries(
     command: Command, pair: TinyPair, tmp_path: Path
 ) -> None:
-    """Other ones each time, and they are learnt from like answers."""
+    """They differ, and are trained on like answers."""
     options = ["--draft", str(pair.spoilt), "--epochs", "1", "--unprompted", "--prompt-count", "6"]
     figures = command(align.main, *options, "--out", str(tmp_path / "draft"))
     assert figures["answers"] == 6
@@ -71,7 +71,7 @@ def test_a_target_that_is_asked_nothing_writes_its_own_queries(
 
 
 def test_a_route_with_a_version_keeps_it(pair: TinyPair, sqlite: Engine, tmp_path: Path) -> None:
-    """Also where the other one came after the route was looked at."""
+    """Also if the other version came after the check."""
     registry, artifacts = Registry(sqlite), ArtifactStore(tmp_path / "artifacts")
     registry.ensure_routes(("default",))
     first = register(
@@ -92,7 +92,7 @@ def test_a_route_that_the_service_does_not_have_is_refused(tmp_path: Path) -> No
 
 
 def test_cold_starts_spend_the_same_tokens(command: Command, pair: TinyPair) -> None:
-    """Of the target, whatever the prompts come from."""
+    """Every source of prompts has the same budget of target tokens."""
     options = [
         "--draft",
         str(pair.draft),
@@ -121,7 +121,7 @@ def test_cold_starts_spend_the_same_tokens(command: Command, pair: TinyPair) -> 
 
 
 def test_a_budget_cuts_the_last_answer(pair: TinyPair) -> None:
-    """What is left of it still teaches."""
+    """Its remainder is still usable."""
     signals = taught(pair.target, 3, tokens=10)
     kept = cold_start.within(signals, 14)
     assert [len(signal.output_ids) for signal in kept] == [10, 4]
@@ -130,13 +130,13 @@ def test_a_budget_cuts_the_last_answer(pair: TinyPair) -> None:
 
 
 def test_a_query_stands_where_the_template_has_it(pair: TinyPair) -> None:
-    """And is made of no special token."""
+    """It contains no special token."""
     frame = frame_of(AutoTokenizer.from_pretrained(pair.target))
     assert (frame.head, frame.tail, frame.never) == ([1], [2], [0, 1, 2, 3])
 
 
 def test_two_stages_take_the_steps_of_one(command: Command, pair: TinyPair, tmp_path: Path) -> None:
-    """All three ways are marked on the held-out requests."""
+    """All three schemes are measured on the held-out requests."""
     mixed = prompts(tmp_path / "mixed.jsonl", 16, "mixed")
     figures = command(
         generic.main,
@@ -157,7 +157,7 @@ def test_two_stages_take_the_steps_of_one(command: Command, pair: TinyPair, tmp_
 def test_a_smaller_target_and_its_draft_are_made(
     command: Command, pair: TinyPair, tmp_path: Path
 ) -> None:
-    """Four models are there, and it is told how far the smaller target is from its teacher, and who shares a draft."""
+    """Writes four models; reports the distance to the teacher, and the shared draft."""
     options = ["--draft", str(pair.draft), "--epochs", "1", "--repetitions", "0"]
     figures = command(two_stage.main, *options, "--out", str(tmp_path / "out"))
     assert figures["layers"] == [0]
@@ -169,8 +169,8 @@ def test_a_smaller_target_and_its_draft_are_made(
         assert (tmp_path / "out" / name / "model.safetensors").is_file()
 
 
-def test_speeds_are_told_as_ratios_to_the_plain_teacher() -> None:
-    """Repetition by repetition, so that a slow spell of the machine falls out."""
+def test_speeds_are_ratios_to_the_plain_teacher() -> None:
+    """By repetition, so that a slow spell of the machine cancels out."""
     slow = {"teacher": 1.0, "smaller": 0.5}
     speeds = {
         (who, case.name): [

@@ -1,4 +1,4 @@
-"""A cluster's first draft: it descends from the generic one and has to beat it on the cluster's own requests."""
+"""A cluster's first draft: it descends from the generic draft and must beat it on the cluster."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ CLUSTER = "default-c1"
 
 @pytest.fixture
 def clustered(sqlite_loop: Loop) -> Loop:
-    """A default route with one cluster, as a decoder registers them; candidates go on trial where there is room."""
+    """A default route with one cluster, as a decoder registers them; candidates become canaries."""
     sqlite_loop.settings = sqlite_loop.settings.model_copy(update={"canary_share": 0.2})
     sqlite_loop.registry.ensure_routes((CLUSTER,))
     generic = active(sqlite_loop, "default")
@@ -58,7 +58,7 @@ def newer_generic(loop: Loop, weights: Path) -> Version:
 def test_it_descends_from_the_generic_draft_that_is_active_now(
     clustered: Loop, pair: TinyPair
 ) -> None:
-    """And not from the one there was when the cluster began; promoted at once, for there is no room to try it in."""
+    """Not from the draft at the cluster's start. Promoted at once: there is no slot for a canary."""
     generic = newer_generic(clustered, pair.spoilt)
     clustered.feed(taught(pair.target, 150), CLUSTER)
     cycle = learn(clustered)

@@ -1,4 +1,4 @@
-"""Training cycles by a real worker process: one window, one version, whatever is killed or delivered twice."""
+"""Training cycles in a real worker process: one window makes one version, despite any crash."""
 
 import shutil
 import time
@@ -33,7 +33,7 @@ def active(loop: Loop) -> int:
 
 
 def test_a_cycle_learns_registers_and_activates(loop: Loop, examples: list[Signal]) -> None:
-    """From signals to an active version that knows its parent, window, recipe, gate report and digest."""
+    """Signals become an active version with parent, window, recipe, gate report and digest."""
     loop.feed(examples)
     first = active(loop)
     with loop.worker():
@@ -52,7 +52,7 @@ def test_a_cycle_learns_registers_and_activates(loop: Loop, examples: list[Signa
 def test_a_candidate_goes_on_trial_and_beat_rests_until_its_end(
     sqlite_loop: Loop, examples: list[Signal]
 ) -> None:
-    """With a canary share nothing is active at once; what comes meanwhile waits for the next cycle."""
+    """With a canary share nothing is active at once; new signals wait for the next cycle."""
     canaries = CanaryLedger(connect(sqlite_loop.settings.sql_url))
     sqlite_loop.settings = sqlite_loop.settings.model_copy(update={"canary_share": 0.25})
     with sqlite_loop.worker(), sqlite_loop.beat():
@@ -126,7 +126,7 @@ def test_a_killed_training_process_is_tried_again_on_the_same_window(
 def test_a_killed_worker_takes_its_training_along_and_the_next_one_goes_on(
     sqlite_loop: Loop, examples: list[Signal]
 ) -> None:
-    """kill -9 of the worker: its pool and the training end by themselves; Redis delivers the task again."""
+    """kill -9 of the worker: its pool and training end too; Redis delivers the task again."""
     sqlite_loop.feed(examples)
     with sqlite_loop.worker(recipe={"epochs": 300}) as worker:
         cycle_id = sqlite_loop.start_cycle()
@@ -150,7 +150,7 @@ def _alive(pid: int) -> bool:
 def test_a_window_whose_acknowledgement_was_lost_is_not_used_again(
     sqlite_loop: Loop, examples: list[Signal]
 ) -> None:
-    """The version is registered, Redis still calls the window pending: the next cycle passes it by."""
+    """The version is registered, Redis still has the window pending: the next cycle skips it."""
     sqlite_loop.feed(examples[:60])
     pending = sqlite_loop.buffer.claim("default", 100)
     cycle, _ = sqlite_loop.ledger.request("default", "test")

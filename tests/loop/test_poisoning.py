@@ -1,4 +1,4 @@
-"""A window flooded by text that has nothing to do with the route's traffic, and what is left of it after a cycle."""
+"""A window flooded with unrelated text, and the draft after its cycle."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,7 +37,7 @@ class Workplace:
     def __init__(
         self, pair: TinyPair, folder: Path, past: Sequence[Signal], **more: object
     ) -> None:
-        """`past`: signals that earlier cycles have used, the last of them to make the drafts that are active."""
+        """`past`: signals of earlier cycles; the last of them made the active drafts."""
         own = {
             "recipe": {"learning_rate": 3e-3, "epochs": 4},
             "search_recipe": False,
@@ -105,8 +105,8 @@ class Workplace:
 def flooded(pair: TinyPair, client: str) -> list[Signal]:
     """One request of the base traffic to five of a flood: the same ten random texts over and over.
 
-    They are answered by another model, so that what they teach has nothing to do with the base traffic, as with a large
-    target's answers to random text: the tiny target is as random there as anywhere.
+    Another model answers them, so that they are unrelated to the base traffic, as a large target's
+    answers to random text are. The tiny target's own answers are not.
     """
     texts = taught(pair.spoilt, 10, prompt_ids=FLOOD, seed=1, client=client)
     flood = [replace(texts[i % 10], request_id=f"flood{i}") for i in range(250)]
@@ -130,7 +130,7 @@ def measured(pair: TinyPair) -> list[Signal]:
 def test_a_client_that_floods_a_window_does_not_spoil_the_draft_for_others(
     sqlite: object, pair: TinyPair, tmp_path: Path, past: list[Signal], measured: list[Signal]
 ) -> None:
-    """The base traffic keeps its tokens per step within the tolerance; the other route is as it was."""
+    """The base traffic keeps its tokens per step, within the tolerance; no other route changes."""
     work = Workplace(pair, tmp_path, past)
     work.feed(flooded(pair, client="flooder"))
     work.feed(taught(pair.target, 10, name="other"), "other")

@@ -1,4 +1,4 @@
-"""The lab's replay over a tiny pair: the whole loop in one process, its report, and its going on after a stop."""
+"""The lab's replay over a tiny pair: the whole loop in one process, its report, its resumption."""
 
 import json
 import random
@@ -70,7 +70,7 @@ def test_a_replay_learns_reports_and_goes_on(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Drafts are swapped in, both domains gain, the report stands alone; run again it has nothing left to do."""
+    """Drafts are swapped in, both domains gain, the report is complete; a second run does nothing."""
     out = tmp_path / "out"
     words = ["--config", str(toml(tmp_path, pair)), "--out", str(out)]
     first = replayed(capsys, monkeypatch, *words)
@@ -99,7 +99,7 @@ def test_a_replay_learns_reports_and_goes_on(
 def test_a_stopped_replay_goes_on_where_it_was(
     pair: TinyPair, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every query is answered once, what was learnt before the stop is still there, and no cycle or swap is untold."""
+    """Every query is answered once, nothing learnt is lost, and the log has every cycle and swap."""
 
     class Stopped(Exception): ...
 
@@ -132,7 +132,7 @@ def test_a_stopped_replay_goes_on_where_it_was(
 def test_an_arm_may_learn_routes(
     pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Clusters learn beside the live route, and every prompt is judged by the draft that it gets."""
+    """Clusters learn beside the live route, and each prompt is measured with its own draft."""
     monkeypatch.setattr("online.clustering.POOL", 40)
     arm = Arm(name="clusters", settings={"learnt_routes": 2, "cycle_min_signals": 24})
     config = read(toml(tmp_path, pair, queries=80)).model_copy(
@@ -150,7 +150,7 @@ def test_an_arm_may_learn_routes(
 
 
 def test_another_configuration_is_not_mixed_in(pair: TinyPair, tmp_path: Path) -> None:
-    """A folder holds one replay, to which seeds and arms may be added; an arm's settings stay what they were."""
+    """A folder holds one replay. Seeds and arms may be added; an arm's settings stay the same."""
     config, path = read(toml(tmp_path, pair)), tmp_path / "replay.json"
     before = config.model_copy(
         update={"arms": [Arm(name="loop"), Arm(name="other", settings={"tick_s": 2})]}

@@ -22,21 +22,21 @@ from trainer.recipe import Recipe
 pytestmark = pytest.mark.usefixtures("short_rehearsals")
 
 
-def test_a_spoilt_draft_learns_from_signals(pair: TinyPair, answers: list[Signal]) -> None:
-    """Better than before on requests that it was not trained on, beyond the gate's doubt."""
+def test_a_spoilt_draft_improves_from_signals(pair: TinyPair, answers: list[Signal]) -> None:
+    """The gate promotes it on held-out requests."""
     examples, held_out_set = answers[:120], answers[120:]
     before = load(pair.spoilt)
-    learnt = load(pair.spoilt)
-    told = distill(learnt, [examples], Recipe(learning_rate=3e-3, epochs=4), pad_id=3)
-    assert told.last_loss < told.first_loss
-    assert told.positions == 4 * 120 * 24
-    assert compare_drafts(before, learnt, held_out_set, gamma=4, pad_id=3).promote
+    trained = load(pair.spoilt)
+    result = distill(trained, [examples], Recipe(learning_rate=3e-3, epochs=4), pad_id=3)
+    assert result.last_loss < result.first_loss
+    assert result.positions == 4 * 120 * 24
+    assert compare_drafts(before, trained, held_out_set, gamma=4, pad_id=3).promote
 
 
-def test_what_does_not_fit_at_once_is_learnt_in_parts(
+def test_batches_beyond_memory_are_trained_in_parts(
     pair: TinyPair, answers: list[Signal], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same steps, to rounding, and the same marks, with room for the logits of two requests or of less than one."""
+    """Same steps and evaluation, to rounding, with memory for four, or less than one, request."""
     signals = answers[:24]
     found = []
     for room, most in ((2**27, 8), (100 * VOCABULARY, 4), (1, 1)):
@@ -47,11 +47,11 @@ def test_what_does_not_fit_at_once_is_learnt_in_parts(
         assert sum(sizes) == 24
         assert max(sizes) == most
         module = load(pair.draft)
-        told = distill(module, [signals], Recipe(epochs=1, rehearsal=0), pad_id=3)
-        found.append((told, evaluate(module, signals, 4, 3).tokens_R))
-    for told, tokens_R in found[1:]:
-        assert (told.steps, told.positions) == (found[0][0].steps, found[0][0].positions)
-        assert told.last_loss == pytest.approx(found[0][0].last_loss, rel=1e-3)
+        result = distill(module, [signals], Recipe(epochs=1, rehearsal=0), pad_id=3)
+        found.append((result, evaluate(module, signals, 4, 3).tokens_R))
+    for result, tokens_R in found[1:]:
+        assert (result.steps, result.positions) == (found[0][0].steps, found[0][0].positions)
+        assert result.last_loss == pytest.approx(found[0][0].last_loss, rel=1e-3)
         assert tokens_R == pytest.approx(found[0][1], rel=1e-2)
 
 
@@ -66,7 +66,7 @@ def test_the_same_seed_makes_the_same_draft(pair: TinyPair, answers: list[Signal
     assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
 
 
-def test_a_stop_is_heard_at_every_step(pair: TinyPair, answers: list[Signal]) -> None:
+def test_a_callback_can_stop_training_at_every_step(pair: TinyPair, answers: list[Signal]) -> None:
     """A worker that lost its lease does not train to the end."""
 
     class Lost(Exception): ...
@@ -84,7 +84,7 @@ def test_a_stop_is_heard_at_every_step(pair: TinyPair, answers: list[Signal]) ->
 
 
 def test_supervised_positions_predict_the_emitted_tokens() -> None:
-    """Column c of a row predicts the token at c + 1; rejected positions are not on the path."""
+    """Column c predicts the token at c + 1; rejected positions are not on the path."""
     examples = [
         Example.of(signal("a")),
         Example.of(signal("b", prompt_ids=np.array([9], np.int32))),
@@ -97,7 +97,7 @@ def test_supervised_positions_predict_the_emitted_tokens() -> None:
     assert batch.target.ids_PK[:, 0].tolist() == [0, 4, 12, 16] * 2
 
 
-def test_mixed_k_moves_what_is_cut_into_the_rest() -> None:
+def test_mixed_k_moves_the_cut_tokens_into_the_rest() -> None:
     """A route whose `signal_top_k` was lowered still trains on old signals."""
     batch = collate(
         [Example.of(signal("a", k=4)), Example.of(signal("b", k=2))], pad_id=3, device="cpu"
@@ -108,15 +108,15 @@ def test_mixed_k_moves_what_is_cut_into_the_rest() -> None:
 
 
 def test_one_request_in_five_is_held_out_by_its_id() -> None:
-    """Always the same ones."""
+    """The same requests every time."""
     ids = [f"cmpl-{i}" for i in range(1000)]
     sides = [held_out(signal(i)) for i in ids]
     assert sides == [held_out(signal(i)) for i in ids]
     assert 150 < sum(sides) < 250
 
 
-def test_every_signal_is_seen_once_a_pass(pair: TinyPair) -> None:
-    """Grouping by length loses nobody."""
+def test_every_signal_is_in_one_batch_of_a_pass(pair: TinyPair) -> None:
+    """Grouping by length loses no signal."""
     signals = [signal(f"s{i}", prompt_ids=np.arange(i % 7 + 1, dtype=np.int32)) for i in range(37)]
     examples = [Example.of(s) for s in signals]
     seen = [
@@ -144,8 +144,8 @@ def test_signals_of_another_vocabulary_or_without_numbers_are_left_out(
     assert not usable(signal(**odd), 320)
 
 
-def test_a_recipe_names_what_it_does_not_have() -> None:
-    """A misspelt field, or a value it can't take, is no cycle with the default recipe."""
+def test_a_recipe_rejects_unknown_fields_and_values() -> None:
+    """The error names them, instead of training with the default recipe."""
     assert Recipe.of({"epochs": 8, "divergence": "tvd++"}) == Recipe(epochs=8, divergence="tvd++")
     for chosen, said in (
         ({"epoch": 8}, "no field epoch"),
@@ -156,13 +156,13 @@ def test_a_recipe_names_what_it_does_not_have() -> None:
             Recipe.of(chosen)  # type: ignore[arg-type]
 
 
-def test_selection_learns_from_the_share_with_most_to_gain(
+def test_selection_trains_on_the_share_with_most_to_gain(
     pair: TinyPair, answers: list[Signal]
 ) -> None:
-    """AdaSPEC over any divergence: a reference learns first, then the draft on what that could learn."""
+    """AdaSPEC: a reference trains first, then the draft, on what the reference could learn."""
     module = load(pair.spoilt)
-    told = distill(module, [answers[:16]], Recipe(epochs=1, selected_share=0.4), pad_id=3)
-    assert told.positions == pytest.approx(0.4 * 16 * 24, abs=2)
+    result = distill(module, [answers[:16]], Recipe(epochs=1, selected_share=0.4), pad_id=3)
+    assert result.positions == pytest.approx(0.4 * 16 * 24, abs=2)
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "jsd", "acceptance", "kl+acceptance"])
@@ -171,15 +171,15 @@ def test_temperatures_are_followed(pair: TinyPair, answers: list[Signal], name: 
     signals = answers[:8]
     signals = [replace(s, temperature=(0.0, 0.7, 1.3)[i % 3]) for i, s in enumerate(signals)]
     module = load(pair.spoilt)
-    told = distill(
+    result = distill(
         module, [signals], Recipe(epochs=6, divergence=name, follow_temperature=True), pad_id=3
     )
-    assert told.last_loss < told.first_loss
+    assert result.last_loss < result.first_loss
 
 
-def test_earlier_layers_learn_where_a_recipe_says_so(pair: TinyPair, answers: list[Signal]) -> None:
-    """The first layer of two comes nearer to the target than where only the last one is taught."""
-    signals, told = answers[:60], {}
+def test_exit_weight_trains_the_earlier_layers(pair: TinyPair, answers: list[Signal]) -> None:
+    """The first of two layers comes closer to the target than without the weight."""
+    signals, result = answers[:60], {}
     for weight in (0.0, 1.0):
         module = load(pair.draft)
         distill(module, [signals], Recipe(epochs=4, rehearsal=0, exit_weight=weight), pad_id=3)
@@ -187,5 +187,5 @@ def test_earlier_layers_learn_where_a_recipe_says_so(pair: TinyPair, answers: li
         with torch.no_grad():
             said = layer_logits(module, batch)
             assert torch.allclose(said[0], draft_logits(module, batch), atol=1e-4)
-            told[weight] = [position_losses(each, batch, Recipe()).mean().item() for each in said]
-    assert told[1.0][1] < told[0.0][1] - 0.1
+            result[weight] = [position_losses(each, batch, Recipe()).mean().item() for each in said]
+    assert result[1.0][1] < result[0.0][1] - 0.1

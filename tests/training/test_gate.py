@@ -16,15 +16,15 @@ def load(folder: object) -> torch.nn.Module:
 def test_a_better_draft_is_promoted_and_a_worse_one_refused(pair: TinyPair) -> None:
     """The good draft against the spoilt one, both ways round, and against itself."""
     good, spoilt = load(pair.draft), load(pair.spoilt)
-    exam = taught(pair.target, 30)
-    better = compare_drafts(spoilt, good, exam, gamma=4, pad_id=3)
+    held_out_set = taught(pair.target, 30)
+    better = compare_drafts(spoilt, good, held_out_set, gamma=4, pad_id=3)
     assert better.promote
     assert better.gain_low > 0
     assert better.candidate_acceptance > better.active_acceptance
-    worse = compare_drafts(good, spoilt, exam, gamma=4, pad_id=3)
+    worse = compare_drafts(good, spoilt, held_out_set, gamma=4, pad_id=3)
     assert not worse.promote
     assert worse.reason.startswith("worse")
-    same = compare_drafts(good, good, exam, gamma=4, pad_id=3)
+    same = compare_drafts(good, good, held_out_set, gamma=4, pad_id=3)
     assert (same.promote, same.gain) == (False, 0)
 
 

@@ -1,4 +1,4 @@
-"""Which recipe suits a route."""
+"""The recipe of a route."""
 
 from dataclasses import replace
 
@@ -38,13 +38,13 @@ def spoilt(pair: TinyPair) -> torch.nn.Module:
 
 
 def test_candidates_are_recipes() -> None:
-    """Each can be made, and none is there twice."""
+    """Each is valid and unique."""
     made = [Recipe.of(change) for change in CANDIDATES]
     assert len(set(made)) == len(made)
 
 
 @pytest.mark.parametrize(
-    ("drafting", "learnt"),
+    ("drafting", "needs"),
     [
         ({}, {"masks": 0, "exit_weight": 0}),
         ({"drafter": "tree"}, {"masks": 0, "exit_weight": 0}),
@@ -56,24 +56,22 @@ def test_candidates_are_recipes() -> None:
         ({"drafter": "exits"}, {"masks": 0, "exit_weight": 1}),
     ],
 )
-def test_a_route_learns_what_its_drafter_needs(
-    drafting: dict[str, object], learnt: dict[str, float]
+def test_a_route_trains_for_its_drafter(
+    drafting: dict[str, object], needs: dict[str, float]
 ) -> None:
     """And other routes do not; what is set by hand comes first."""
-    told = {"routes": "own,other", "drafters": {"own": drafting}, "gamma": 6}
-    settings = Settings.model_validate(told)
+    options = {"routes": "own,other", "drafters": {"own": drafting}, "gamma": 6}
+    settings = Settings.model_validate(options)
     teaching = teaching_by_route(settings)
-    assert configured_recipe(settings, teaching["own"], 7) == replace(Recipe(seed=7), **learnt)
+    assert configured_recipe(settings, teaching["own"], 7) == replace(Recipe(seed=7), **needs)
     assert configured_recipe(settings, teaching["other"], 7) == Recipe(seed=7)
-    by_hand = Settings.model_validate({**told, "recipe": {"masks": 1, "exit_weight": 0.5}})
+    by_hand = Settings.model_validate({**options, "recipe": {"masks": 1, "exit_weight": 0.5}})
     expected = Recipe(masks=1, exit_weight=0.5, seed=7)
     assert configured_recipe(by_hand, teaching["own"], 7) == expected
 
 
-def test_the_worse_half_is_dropped_until_one_is_left(
-    pair: TinyPair, examples: list[Signal]
-) -> None:
-    """The usual recipe is in every round, beside the better of the others; the draft is left alone."""
+def test_the_search_halves_the_candidates(pair: TinyPair, examples: list[Signal]) -> None:
+    """Every round has the configured recipe, beside the better others; the parent is unchanged."""
     module = spoilt(pair)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     found, tried = run_search(Search(module, examples, 4, 3), BASE)
@@ -91,20 +89,22 @@ def test_the_worse_half_is_dropped_until_one_is_left(
 def test_a_recipe_that_ruins_the_draft_is_not_chosen(
     pair: TinyPair, examples: list[Signal], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The search sees what a recipe does, and takes what is proven better."""
+    """The search picks only a change that is proven better."""
     ruin, help_ = {"learning_rate": 30.0}, {"epochs": 6}
     for candidates, chosen in ((({}, ruin), {}), ((ruin, help_), help_), (({}, {"seed": 0}), {})):
         monkeypatch.setattr(recipe_search, "CANDIDATES", candidates)
         assert run_search(Search(spoilt(pair), examples, 4, 3), BASE)[0] == chosen
 
 
-def test_few_lessons_are_no_search(pair: TinyPair, examples: list[Signal]) -> None:
-    """The configured recipe then."""
+def test_few_examples_start_no_search(pair: TinyPair, examples: list[Signal]) -> None:
+    """The configured recipe stays."""
     assert run_search(Search(spoilt(pair), examples[:30], 4, 3), BASE) == ({}, ())
 
 
-def test_a_choice_is_kept_until_the_traffic_shifts(pair: TinyPair, examples: list[Signal]) -> None:
-    """A draft that still accepts what its gate promised passes its recipe on; one that does not is looked at again."""
+def test_a_change_is_inherited_until_the_traffic_shifts(
+    pair: TinyPair, examples: list[Signal]
+) -> None:
+    """A parent below its promised acceptance starts a new search."""
     module = spoilt(pair)
     kept = {"divergence": "kl+acceptance"}
     recipe = {

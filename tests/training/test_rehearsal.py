@@ -1,4 +1,4 @@
-"""What a draft could do before it learnt something else."""
+"""Rehearsal: a draft keeps earlier abilities while it learns."""
 
 import copy
 
@@ -15,8 +15,8 @@ from trainer.recipe import Recipe
 from trainer.rehearsal import SAMPLES, TOKENS, Rehearsal, write
 
 
-def test_samples_are_the_drafts_own_and_repeatable(pair: TinyPair) -> None:
-    """From their first tokens on, the same for the same seed, in the draft's distribution."""
+def test_samples_follow_the_draft_and_repeat(pair: TinyPair) -> None:
+    """They continue their first token in the draft's distribution, the same for a seed."""
     module, first = load(pair.draft), torch.tensor([[5], [9]])
     ids = write(module, first, 12, seed=1)
     assert ids.shape == (2, 12)
@@ -28,8 +28,8 @@ def test_samples_are_the_drafts_own_and_repeatable(pair: TinyPair) -> None:
     assert (drawn - wanted).abs().sum() / 2 < 0.1
 
 
-def test_nothing_has_moved_at_the_start(pair: TinyPair) -> None:
-    """And what is rehearsed against stays as it was, however the draft goes on."""
+def test_the_loss_is_zero_before_training(pair: TinyPair) -> None:
+    """The earlier draft stays unchanged while the draft trains."""
     module = load(pair.draft)
     rehearsal = Rehearsal(
         copy.deepcopy(module), [Example.of(s) for s in taught(pair.target, 4)], seed=0

@@ -83,7 +83,7 @@ def test_it_is_zero_at_the_target_and_its_gradient_is_right(name: str) -> None:
 
 
 def test_tvd_plus_has_the_policy_gradient_of_the_normalised_reward() -> None:
-    """−Σ_x q(x) A(x) ∇ log q(x), A the reward 1[p > q] less its mean, in its deviations, over all positions."""
+    """−Σ_x q(x) A(x) ∇ log q(x), with A the normalised reward 1[p > q] over all positions."""
     target, draft = distributions()
     draft.requires_grad_()
     loss("tvd++", draft, truncated(target, V)).sum().backward()
@@ -111,7 +111,7 @@ def test_a_step_along_it_raises_the_acceptance(name: str) -> None:
 @pytest.mark.parametrize("name", names())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_certainty_is_no_nan(name: str, dtype: torch.dtype) -> None:
-    """Targets whose top-k holds everything, with drafts that agree or are as certain of something else."""
+    """Targets whose top-k holds all mass; drafts that agree, or are certain of another token."""
     certain = torch.full((2, V), -60.0, dtype=dtype)
     certain[:, 3] = 60
     draft = certain.clone()
@@ -148,7 +148,7 @@ def test_a_temperature_on_the_whole_vocabulary_is_exact(temperature: float) -> N
 
 
 def test_a_temperature_takes_the_rest_along() -> None:
-    """Truncated: normalised, untouched at 1, and below 1 the rest is at least what it really becomes."""
+    """Truncated: normalised, unchanged at 1; below 1 the rest is an upper bound."""
     target, _ = distributions()
     truth, half = truncated(target, 4), torch.full((N,), 0.5, dtype=torch.float64)
     assert torch.allclose(truth.at(half * 2).classes_PC, truth.classes_PC)

@@ -35,8 +35,8 @@ def test_few_or_broken_requests_prove_nothing() -> None:
 def test_answers_to_one_request_are_one_observation() -> None:
     """Eight requests of four answers each are eight, whatever order they came in."""
     signals = [signal(f"r{i % 8}#{i // 8}") for i in range(32)]
-    marks = Evaluation(np.arange(32.0), np.arange(32.0) / 32)
-    found = mean_by_request(marks, signals)
+    evaluation = Evaluation(np.arange(32.0), np.arange(32.0) / 32)
+    found = mean_by_request(evaluation, signals)
     assert found.tokens_R.tolist() == [i + 12.0 for i in range(8)]
     assert found.acceptance_R.tolist() == [(i + 12.0) / 32 for i in range(8)]
     assert len({held_out(one) for one in signals if one.origin == "r3"}) == 1
@@ -57,24 +57,28 @@ BETTER = np.linspace(0.1, 0.3, 40)
 
 
 def test_a_candidate_that_forgets_is_refused_however_much_it_gains() -> None:
-    """Both strata are told, the earlier one by its name, in JSON without infinities."""
+    """The report has both strata, as JSON without infinities."""
     report = verdict(BETTER, np.full(40, -0.07))
     assert (report.promote, report.gain_low > 0) == (False, True)
     assert (
-        report.reason
-        == "forgets: -0.070 tokens per step on 40 earlier held-out requests, where -0.060 is tolerated"
+        report.reason == "forgets: -0.070 tokens per step on 40 earlier held-out requests, "
+        "where -0.060 is tolerated"
     )
-    told = report.as_dict()
-    assert (told["requests"], told["active_tokens_per_step"], told["forgetting_tolerance"]) == (
+    figures = report.as_dict()
+    assert (
+        figures["requests"],
+        figures["active_tokens_per_step"],
+        figures["forgetting_tolerance"],
+    ) == (
         40,
         2.0,
         0.03,
     )
-    assert told["earlier"]["candidate_tokens_per_step"] == pytest.approx(1.93)  # type: ignore[index]
+    assert figures["earlier"]["candidate_tokens_per_step"] == pytest.approx(1.93)  # type: ignore[index]
 
 
-def test_what_is_tolerated_is_a_share_of_what_the_active_draft_does() -> None:
-    """Losses within the tolerance pass, by the mean, whatever single requests say; the tolerance may be set."""
+def test_the_tolerance_is_a_share_of_the_active_drafts_tokens() -> None:
+    """The mean loss decides, not single requests; the tolerance is configurable."""
     assert verdict(BETTER, np.full(40, -0.05)).promote
     assert verdict(BETTER, np.tile([-1.0, 0.9], 20)).promote
     assert not verdict(BETTER, np.full(40, -0.05), tolerance=0.02).promote
@@ -82,7 +86,7 @@ def test_what_is_tolerated_is_a_share_of_what_the_active_draft_does() -> None:
 
 
 def test_few_earlier_requests_are_no_obstacle() -> None:
-    """A route's first window has none, and fewer than eight prove no loss; what is told of none is no number."""
+    """Fewer than eight prove no loss; without any, the report has None."""
     assert verdict(BETTER, np.full(7, -1.0)).promote
     assert not verdict(BETTER, np.full(8, -1.0)).promote
     report = verdict(BETTER, np.zeros(0))
@@ -96,7 +100,7 @@ def test_no_numbers_on_earlier_traffic_are_refused() -> None:
 
 
 def test_drafts_are_compared_at_the_gamma_that_was_served() -> None:
-    """The median request's, among steps that drafted: what one request asked for changes nothing; none means most."""
+    """The median request's γ among drafting steps; the maximum if no step drafted."""
 
     def drafting(*drafted: int) -> object:
         return signal(step_drafted=np.array(drafted, np.int32))

@@ -1,4 +1,4 @@
-"""When a cycle is worth its cost."""
+"""When a cycle is due."""
 
 import random
 from datetime import timedelta
@@ -19,8 +19,8 @@ def cycle(state: str, gained: float) -> Cycle:
     )
 
 
-def test_a_route_that_gains_little_rests_longer_each_time() -> None:
-    """Twice as many signals after every worthless cycle, sixteen times at most; one that was worth it ends the rest."""
+def test_a_route_that_gains_little_waits_longer_each_time() -> None:
+    """Doubles after each worthless cycle, up to sixteen times; a worthwhile cycle resets it."""
     small, worth = cycle("rejected", 0.001), cycle("promoted", 0.05)
     assert backed_off([], 200) == 200
     assert backed_off([worth, small, small], 200) == 200
@@ -31,8 +31,8 @@ def test_a_route_that_gains_little_rests_longer_each_time() -> None:
     assert backed_off([cycle("rejected", 0.04)], 200) == 200
 
 
-def test_a_route_that_gains_much_goes_on_early() -> None:
-    """A quarter of the signals, but never too few to be examined on."""
+def test_a_route_that_gains_much_trains_early() -> None:
+    """With half of the signals, but never too few to hold out."""
     assert backed_off([cycle("promoted", 0.3)], 200) == 100
     assert backed_off([cycle("canary", 0.3)], 200) == 100
     assert backed_off([cycle("rejected", 0.3)], 200) == 200
@@ -40,13 +40,13 @@ def test_a_route_that_gains_much_goes_on_early() -> None:
     assert backed_off([cycle("promoted", 0.3)], 8) == 8
 
 
-def test_faults_are_no_lack_of_worth() -> None:
-    """A route whose artifacts were out of reach for a while goes on as soon as they are back."""
+def test_failed_cycles_do_not_count_as_worthless() -> None:
+    """A route goes on as soon as its artifacts are back."""
     assert backed_off([cycle("failed", 0.0)] * 4, 200) == 200
 
 
 def test_no_route_waits_for_more_than_its_buffer_holds() -> None:
-    """Half of it, in count or in bytes; and before half of the retention is over, for what is there."""
+    """Half of the buffer, in count or bytes; before half of the retention ends, what is there."""
     resting, settings = (
         [cycle("rejected", 0.0)] * 8,
         Settings(buffer_bytes=2**26, retention_s=86400),
@@ -77,7 +77,7 @@ def rates(mean: float, count: int, rng: random.Random, deviation: float = 0.2) -
     return [rng.betavariate(mean * strength, (1 - mean) * strength) for _ in range(count)]
 
 
-def test_a_fall_of_acceptance_is_noticed_and_told() -> None:
+def test_a_fall_of_acceptance_is_detected() -> None:
     """From a steady 0.55 to 0.25: within 50 requests of the shift, in all of 50 streams."""
     for seed in range(50):
         rng = random.Random(seed)
@@ -87,7 +87,7 @@ def test_a_fall_of_acceptance_is_noticed_and_told() -> None:
 
 @pytest.mark.parametrize("promised", [0.55, None])
 def test_steady_traffic_is_no_shift(promised: float | None) -> None:
-    """Fewer than one alarm in twenty over 200 requests, with the gate's figure or with the first requests' own."""
+    """Fewer than one alarm in twenty over 200 requests, with either reference."""
     alarms = sum(
         bool(acceptance_drop(rates(0.55, 200, random.Random(seed)), promised))
         for seed in range(200)

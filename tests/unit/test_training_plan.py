@@ -1,4 +1,4 @@
-"""The curriculum: what is learnt from, what is examined, and whose."""
+"""The training plan: examples, the held-out set, and clients' shares."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -36,12 +36,12 @@ def clients(signals: Sequence[Signal]) -> Counter[str]:
     return Counter(s.client for s in signals)
 
 
-def both(exam: HeldOutSet) -> list[Signal]:
-    return [*exam.new, *exam.earlier]
+def both(held_out_set: HeldOutSet) -> list[Signal]:
+    return [*held_out_set.new, *held_out_set.earlier]
 
 
-def test_what_is_examined_is_not_learnt_and_nothing_is_lost() -> None:
-    """The window's and the older held-out requests are the two strata, all others the lessons."""
+def test_held_out_requests_are_not_trained_on_and_no_request_is_lost() -> None:
+    """New and older held-out requests are the strata; all others are examples."""
     window, older = requests(200, "w"), requests(300, "o")
     found = make_plan(window, older, BOUNDS)
     assert sorted(ids(found.passes[0] + both(found.held_out))) == sorted(ids(window + older))
@@ -51,7 +51,7 @@ def test_what_is_examined_is_not_learnt_and_nothing_is_lost() -> None:
     assert found.left_out == {"lessons": 0, "exam": 0}
 
 
-def test_the_same_signals_make_the_same_curriculum() -> None:
+def test_the_same_signals_make_the_same_plan() -> None:
     """A cycle that was killed is repeated, not varied."""
     sides = requests(90, "w", "a") + requests(20, "v", "b"), requests(50, "o")
     assert repr(make_plan(*sides, BOUNDS)) == repr(make_plan(*sides, BOUNDS))
@@ -75,17 +75,17 @@ def test_bounds_keep_the_newest() -> None:
 
 
 def test_a_window_of_few_held_out_requests_borrows_older_ones() -> None:
-    """As many as say something, and none of them twice."""
+    """Up to the minimum, each of them once."""
     window, older = requests(12, "w"), requests(100, "o")
     own = [s for s in reversed(window) if held_out(s)]
     assert 0 < len(own) < MIN_REQUESTS
-    exam = make_plan(window, older, BOUNDS).held_out
-    assert ids(exam.new) == ids([*own, *(s for s in older if held_out(s))])[:MIN_REQUESTS]
-    assert len(set(ids(both(exam)))) == len(both(exam))
+    held_out_set = make_plan(window, older, BOUNDS).held_out
+    assert ids(held_out_set.new) == ids([*own, *(s for s in older if held_out(s))])[:MIN_REQUESTS]
+    assert len(set(ids(both(held_out_set)))) == len(both(held_out_set))
 
 
-def test_what_came_since_the_active_draft_is_new() -> None:
-    """Held-out requests of refused cycles speak for the next candidate; to learn from, they are like any older ones."""
+def test_requests_since_the_active_draft_are_new() -> None:
+    """Held-out requests of refused cycles count for the next candidate; passes stay the same."""
     window, older = requests(50, "w"), [*requests(100, "r"), *requests(100, "o")]
     recent = {s.request_id for s in older if s.request_id[0] == "r"}
     plain, found = make_plan(window, older, BOUNDS), make_plan(window, older, BOUNDS, recent)
@@ -99,7 +99,7 @@ def test_what_came_since_the_active_draft_is_new() -> None:
 
 
 def test_a_flood_has_no_more_than_its_share() -> None:
-    """Of the lessons and of both strata; what it loses is its oldest, and is counted."""
+    """In the examples and both strata; it loses its oldest signals, which are counted."""
     window = requests(500, "flood", "f") + requests(100, "base", "b")
     older = requests(300, "oldflood", "f") + requests(60, "oldbase")
     found = make_plan(window, older, BOUNDS)
@@ -113,27 +113,27 @@ def test_a_flood_has_no_more_than_its_share() -> None:
     assert found.left_out["lessons"] > 300
 
 
-def test_a_single_client_is_learnt_from() -> None:
-    """A route of one application is not left without lessons."""
+def test_a_single_client_has_no_bound() -> None:
+    """A route of one application still gets examples."""
     found = make_plan(requests(50, "w", "a"), requests(50, "o", "a"), BOUNDS)
     assert len(found.passes[0]) + len(both(found.held_out)) == 100
 
 
-def test_nobody_is_many() -> None:
-    """Requests that do not say whose they are count as a client each: none of them is left out."""
+def test_requests_without_a_client_are_not_limited() -> None:
+    """Each counts as a client of its own."""
     signals = requests(90) + requests(10, "x", "x")
     assert limit_client_share(signals, 0.1) == (signals, 0)
 
 
 def test_signals_of_an_older_target_are_not_used() -> None:
-    """They say what another model would do."""
+    """They describe another model."""
     window = requests(20, "w", model="old") + requests(20, "v", model="new")
     found = make_plan(window, requests(20, "o", model="old"), BOUNDS)
     assert {s.model for s in found.passes[0] + both(found.held_out)} == {"new"}
 
 
-def test_targets_that_answer_side_by_side_all_teach() -> None:
-    """One draft serves both: it learns from both and is examined on both. One that was replaced meanwhile is out."""
+def test_concurrent_targets_are_all_used() -> None:
+    """One draft serves both: it trains and is compared on both, without a replaced target."""
     window = requests(40, "x", model="old") + [
         s for i in range(40) for s in requests(1, f"{i}-", model="ab"[i % 2])
     ]
@@ -147,8 +147,8 @@ def test_targets_that_answer_side_by_side_all_teach() -> None:
     assert len(found.passes[0] + both(found.held_out)) == 80
 
 
-def test_no_signals_make_no_curriculum() -> None:
-    """Nothing to learn is no error."""
+def test_no_signals_make_an_empty_plan() -> None:
+    """This is not an error."""
     found = make_plan([], [], BOUNDS)
     assert (found.passes, both(found.held_out)) == ([], [])
 
@@ -173,15 +173,15 @@ def test_no_client_exceeds_its_share_in_any_mixture(
     assert ids(kept) == [i for i in ids(signals) if i in set(ids(kept))]
 
 
-def test_one_who_hardly_asks_does_not_silence_the_rest() -> None:
-    """Beside a client of two requests another keeps the fewest that anyone may have, not two."""
+def test_a_rare_client_does_not_limit_the_others() -> None:
+    """Beside a client of two requests, another keeps the minimum, not two."""
     asked = requests(100, "a", "often") + requests(2, "b", "rarely")
     assert clients(limit_client_share(asked, 0.5, 48)[0]) == {"often": 48, "rarely": 2}
     assert clients(limit_client_share(asked, 0.5)[0]) == {"often": 2, "rarely": 2}
 
 
 def test_every_window_replays_in_an_order_of_its_own() -> None:
-    """One window always in the same one, and nothing that is in it."""
+    """The same window gives the same order, without its own entries."""
     kept = [Entry(f"{at}-0", b"") for at in range(1000)]
     orders = set()
     for at in range(0, 1000, 100):
@@ -194,18 +194,18 @@ def test_every_window_replays_in_an_order_of_its_own() -> None:
 
 
 @given(st.integers(0, 60), st.integers(0, 20))
-def test_passes_replay_all_that_is_older(count: int, size: int) -> None:
-    """Every pass has the window and as much of the older ones, and together they have all of those."""
+def test_passes_replay_all_older_signals(count: int, size: int) -> None:
+    """Every pass has the window and equally many older signals; together they have all of them."""
     window, older = requests(8, "w"), requests(count, "o")
     bounds = PlanLimits(
         replayed_signals=size, held_out_requests=200, client_share=1, min_client_signals=0
     )
-    learnt = [s.request_id for s in older if not held_out(s)]
+    trained = [s.request_id for s in older if not held_out(s)]
     replayed = [
         [i for i in ids(examples) if i[0] == "o"]
         for examples in make_plan(window, older, bounds).passes
     ]
-    assert {len(part) for part in replayed} == {min(size, len(learnt))}
+    assert {len(part) for part in replayed} == {min(size, len(trained))}
     assert all(len(set(part)) == len(part) for part in replayed)
     if size:
-        assert {name for part in replayed for name in part} == set(learnt)
+        assert {name for part in replayed for name in part} == set(trained)
