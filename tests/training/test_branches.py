@@ -7,6 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from decoder.drafters.registry import teaching_by_route
 from online.settings import Settings
 from online.signals import Signal
 from tests.signals import signal
@@ -128,7 +129,7 @@ def test_decoders_record_as_much_of_branches_as_any_recipe_learns_from(
     for recipe, expected in (({}, 0), ({"branch_tokens": 4}, 4)):
         told = {"recipe": recipe, "drafters": {"default": {"drafter": drafter}}}
         configured = Settings.model_validate(told)
-        base = configured_recipe(configured, "default", 0)
+        base = configured_recipe(configured, teaching_by_route(configured)["default"], 0)
         assert configured.branch_tokens == base.branch_tokens == expected
         assert {replace(base, **change).branch_tokens for change in CANDIDATES} == {expected}
     with pytest.raises(ValidationError):
