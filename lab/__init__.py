@@ -1,1 +1,1 @@
-"""Demo, replays, benchmarks and studies; `python -m lab --help` lists the commands."""
+"""Demo, replays, benchmarks and warm-up; `python -m lab --help` lists the commands."""

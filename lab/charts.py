@@ -1,4 +1,4 @@
-"""The demo's chart."""
+"""Charts: a figure that needs no display, and the demo's."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,17 +25,12 @@ class LearningCurve:
     acceptance_after: float
 
     @property
-    def newest(self) -> list[int]:
-        """The last version that drafted for each request."""
-        return [answer.versions[-1] if answer.versions else 0 for answer in self.served]
-
-    @property
     def trials(self) -> list[tuple[int, int, int]]:
         """(version, its first request, the first request without older versions) of each swap.
 
         Between the two requests the version is a canary. The first version is left out.
         """
-        newest, found = self.newest, []
+        newest, found = self._newest, []
         for version in sorted(set(newest) - {0})[1:]:
             older = [i for i, other in enumerate(newest) if other < version]
             found.append((version, newest.index(version), max(older, default=-1) + 1))
@@ -44,72 +39,74 @@ class LearningCurve:
     @property
     def swaps(self) -> list[tuple[int, int]]:
         """(first request that it drafted alone, version) of every version that replaced another."""
-        newest = self.newest
+        newest = self._newest
         alone = [(at, version) for version, _, at in self.trials if at < len(newest)]
         return [(at, version) for at, version in alone if newest[at] == version]
 
+    @property
+    def _newest(self) -> list[int]:
+        """The last version that drafted for each request."""
+        return [answer.versions[-1] if answer.versions else 0 for answer in self.served]
 
-def new_figure(width: float, height: float) -> Any:
-    """A figure that needs no display."""
+
+def new_panels(count: int, width: float, height: float) -> tuple[Any, Any]:
+    """A figure and its panels, one below the other over the same requests."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure
+    return figure, figure.subplots(count, 1, sharex=True)
+
+
+def finish_panel(panel: Any, name: str, swaps: Sequence[int]) -> None:
+    """Names a panel, marks the swaps, and leaves room above the curves for its legend."""
+    panel.set_ylabel(name)
+    for at in swaps:
+        panel.axvline(at, color=LEARNT, linestyle="--", linewidth=0.8, alpha=0.7)
+    panel.grid(alpha=0.25)
+    panel.legend(loc="upper left", fontsize=8, ncols=3)
+    low, high = panel.get_ylim()
+    panel.set_ylim(low, high + 0.18 * (high - low))
 
 
 def draw(curve: LearningCurve, path: Path) -> Path:
-    """τ and acceptance of live traffic, swaps marked; on the right the held-out queries."""
-    figure = new_figure(10, 6.2)
-    grid = figure.subplots(2, 2, width_ratios=[4.2, 1], sharex="col", sharey="row")
+    """τ and acceptance of live traffic, swaps marked, between the held-out figures."""
+    figure, panels = new_panels(2, 10, 6.2)
     tau = [(answer.tokens, answer.steps) for answer in curve.served]
     # A request that compared nothing has no overlap and no weight.
     overlaps = [answer.overlap for answer in curve.served]
     overlap = [(0.0, 0.0) if each is None else (each, 1.0) for each in overlaps]
-    _panels(*grid[0], curve, tau, (curve.tau_before, curve.tau_after))
-    _panels(*grid[1], curve, overlap, (curve.acceptance_before, curve.acceptance_after))
-    grid[0][0].set_ylabel("tokens per target forward, τ")
-    grid[1][0].set_ylabel("acceptance rate, Σ min(p, q)")
-    grid[1][0].set_xlabel("requests served")
-    title = f"live traffic, mean over {WINDOW} requests; shaded: a canary; dashed: a swap"
-    grid[0][0].set_title(title, fontsize=10)
-    grid[0][1].set_title("held-out queries", fontsize=10)
+    swaps = [at for at, _ in curve.swaps]
+    _curves(panels[0], curve, tau, curve.tau_before, curve.tau_after)
+    finish_panel(panels[0], "tokens per target forward, τ", swaps)
+    _curves(panels[1], curve, overlap, curve.acceptance_before, curve.acceptance_after)
+    finish_panel(panels[1], "acceptance rate, Σ min(p, q)", swaps)
     for request, version in curve.swaps:
-        where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-        style = {"color": LEARNT, "fontsize": 9}
-        grid[0][0].annotate(f"v{version}", (request, 1), xytext=(3, -12), **where, **style)
+        where = {"xycoords": ("data", "axes fraction"), "ha": "center", "fontsize": 9}
+        panels[0].annotate(f"v{version}", (request, 1.01), color=LEARNT, **where)
+    panels[1].set_xlabel("requests served")
+    title = f"live traffic, mean over {WINDOW} requests; shaded: a canary; dashed: a swap"
+    figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return path
 
 
-def _panels(
-    live: Any,
-    ends: Any,
+def _curves(
+    panel: Any,
     curve: LearningCurve,
     pairs: Sequence[tuple[float, float]],
-    held_out: tuple[float, float],
+    before: float,
+    after: float,
 ) -> None:
-    """One row of the chart: live traffic on the left, held-out queries on the right."""
     x, y = moving_ratio(pairs, WINDOW)
-    live.plot(x, y, color=LIVE, linewidth=1.8)
-    live.axhline(held_out[0], color=FIRST, linestyle=":", linewidth=1.4)
+    panel.plot(x, y, color=LIVE, linewidth=1.8, label="live traffic")
+    for name, value, colour in (("first draft", before, FIRST), ("learnt", after, LEARNT)):
+        label = f"{name}, held-out queries: {value:.2f}"
+        panel.axhline(value, color=colour, linestyle=":", linewidth=1.4, label=label)
     for _, begun, alone in curve.trials:
-        live.axvspan(begun, alone, color=LEARNT, alpha=0.08, linewidth=0)
-    for request, _ in curve.swaps:
-        live.axvline(request, color=LEARNT, linestyle="--", linewidth=1.1)
-    ends.plot([0, 1], held_out, color=FIRST, linewidth=1)
-    ends.scatter([0, 1], held_out, color=[FIRST, LEARNT], s=70, zorder=3)
-    for at, value in enumerate(held_out):
-        above = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
-        ends.annotate(f"{value:.2f}", (at, value), **above)
-    ends.set_xticks([0, 1], ["first draft", "learnt"])
-    ends.set_xlim(-0.6, 1.6)
-    bottom, top = np.nanmin([*y, *held_out]), np.nanmax([*y, *held_out])
-    live.set_ylim(bottom - 0.12 * (top - bottom), top + 0.2 * (top - bottom))
-    live.grid(alpha=0.25)
-    ends.grid(alpha=0.25)
+        panel.axvspan(begun, alone, color=LEARNT, alpha=0.08, linewidth=0)
 
 
 def moving_ratio(

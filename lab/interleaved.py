@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from lab.rig import ROUTE, Answer
+from lab.rig import ROUTE
 from lab.statistics import Estimate, median_ratio
+from lab.streams import Stream
 from online.messages import DrafterName
 
 PER_SEQUENCE = 4  # queries of a round for each sequence in flight, at least
@@ -24,14 +25,16 @@ class Variant:
     gamma: int | None = None  # drafted tokens a step; None: the engine's choice before every step
     route: str = ROUTE
     speeds: list[float] = field(default_factory=list)  # tokens per second of each round
+    requests: int = 0
     tokens: int = 0
     steps: int = 0
     drafted: int = 0
 
-    def add(self, answers: Sequence[Answer], seconds: float) -> None:
+    def add(self, answers: Sequence[Stream], seconds: float) -> None:
         """Adds a round."""
         tokens = sum(len(answer.ids) for answer in answers)
         self.speeds.append(tokens / seconds)
+        self.requests += len(answers)
         self.tokens += tokens
         self.steps += sum(answer.stats.steps for answer in answers)
         self.drafted += sum(answer.stats.drafted for answer in answers)

@@ -1,31 +1,29 @@
 """A pair, its prompts, and an engine over it in this process: for benchmarks and distillation."""
 
-import argparse
-import queue
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from decoder.assembly import DecoderParts, assemble
 from decoder.engine.engine import Engine
 from decoder.models.loading import ModelFiles, load_tokenizer
+from lab.options import PairOptions
 from lab.prompts import read_prompts, tokenize
+from lab.streams import Load, Stream
 from online.buffer import BufferLimits, SignalBuffer
 from online.memory_buffer import MemoryBuffer
-from online.messages import Delta, Query, SpeculationStats
+from online.messages import Query
 from online.metrics import ServiceMetrics
 from online.settings import Settings
 
 ROUTE = "default"
+SILENCE_S = 600.0  # without a token; a large model may take long
 QUEUE_SIZE = 4096  # finished requests that wait for the recorder: none may be lost here
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -43,41 +41,19 @@ class Pair:
         return load_tokenizer(self.files)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--target", default="", help="folder or hub id (default: the embedded target)")
-    add("--draft", default="", help="folder or hub id (default: the embedded draft)")
-    add(
-        "--prompts",
-        type=Path,
-        help='JSON lines with a "prompt" each, sent as chat where there is a template '
-        "(default: code of a package)",
-    )
-    add(
-        "--prompt-count",
-        type=int,
-        default=200,
-        help="prompts taken from the file (default: %(default)s)",
-    )
-    add("--dtype", default="auto", choices=DTYPES, help="for every contestant")
-    add("--device", default="auto", help="cpu, cuda, cuda:N (default: cuda where there is one)")
-    add("--threads", type=int, default=0, help="torch threads of each (default: torch's)")
+def files_of(options: PairOptions) -> ModelFiles:
+    # Bars of loading would interleave with the commands' own lines.
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    return ModelFiles.of(Settings(target=options.target, draft=options.draft))
 
 
-def files_of(args: argparse.Namespace) -> ModelFiles:
-    return ModelFiles.of(Settings(target=args.target, draft=args.draft))
-
-
-def pair_of(args: argparse.Namespace) -> Pair:
-    files = files_of(args)
+def pair_of(options: PairOptions) -> Pair:
+    files = files_of(options)
     tokenizer = load_tokenizer(files)
-    prompts = [tokenize(tokenizer, text) for text in read_prompts(args.prompts, args.prompt_count)]
-    return Pair(files, prompts, args.dtype, args.device, args.threads or torch.get_num_threads())
-
-
-def dealt(asked: Sequence[R], count: int, turn: int) -> list[R]:
-    """The `count` items of a turn: they follow those of the turn before, in a circle."""
-    return [asked[(turn * count + i) % len(asked)] for i in range(count)]
+    texts = read_prompts(options.prompts, options.prompt_count)
+    prompts = [tokenize(tokenizer, text) for text in texts]
+    threads = options.threads or torch.get_num_threads()
+    return Pair(files, prompts, options.dtype, options.device, threads)
 
 
 def random_draft(files: ModelFiles, folder: Path) -> str:
@@ -86,14 +62,6 @@ def random_draft(files: ModelFiles, folder: Path) -> str:
     config = AutoConfig.from_pretrained(files.draft)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return str(folder)
-
-
-@dataclass(frozen=True)
-class Answer:
-    ids: list[int]
-    stats: SpeculationStats
-    arrivals_s: list[float]  # from the query to every delta with tokens
-    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,32 +79,18 @@ class Rig:
     def metrics(self) -> ServiceMetrics:
         return self.parts.metrics
 
-    def complete(self, queries: Sequence[Query], at_once: int = 0) -> list[Answer]:
-        """Answers in the queries' order. `at_once`: queries in flight at a time (0: all)."""
-        inbox: queue.SimpleQueue[tuple[int, float, Delta]] = queue.SimpleQueue()
-        sent: list[float] = []
+    def complete(self, queries: Sequence[Query], at_once: int = 0) -> list[Stream]:
+        """Answers in the queries' order. `at_once`: queries in flight at a time (0: all).
 
-        def send() -> None:
-            i = len(sent)
-            sent.append(time.perf_counter())
-            self.engine.submit(queries[i], lambda delta: inbox.put((i, time.perf_counter(), delta)))
-
-        for _ in range(min(at_once or len(queries), len(queries))):
-            send()
-        ids: list[list[int]] = [[] for _ in queries]
-        arrivals: list[list[float]] = [[] for _ in queries]
-        answers: dict[int, Answer] = {}
-        while len(answers) < len(queries):
-            i, now, delta = inbox.get()
-            ids[i] += delta.token_ids
-            if delta.token_ids:
-                arrivals[i].append(now - sent[i])
-            if delta.finish_reason is not None:
-                assert delta.stats is not None
-                answers[i] = Answer(ids[i], delta.stats, arrivals[i], delta.error)
-                if len(sent) < len(queries):
-                    send()
-        return [answers[i] for i in range(len(queries))]
+        Raises:
+            RuntimeError: a query failed, or was never answered.
+        """
+        load = Load(self.engine, at_once or len(queries), silence_s=SILENCE_S)
+        failed = [stream for stream in load.run(iter(queries)) if not stream.answered]
+        if failed:
+            reason = failed[0].error or "no answer"
+            raise RuntimeError(f"{len(failed)} of {len(queries)} queries failed: {reason}")
+        return load.sent
 
 
 @contextmanager

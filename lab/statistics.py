@@ -1,4 +1,4 @@
-"""Estimates with 95 % intervals: paired ratios and shares."""
+"""Estimates with 95 % intervals: paired ratios and differences."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
+
+from trainer.intervals import bootstrap_interval
 
 Floats = NDArray[np.float64]
 RESAMPLES = 4000
@@ -19,8 +21,12 @@ class Estimate:
     low: float
     high: float
 
+    def __format__(self, spec: str) -> str:
+        value, low, high = (format(each, spec or ".2f") for each in self.figures)
+        return f"{value} ({low} to {high})"
+
     def __str__(self) -> str:
-        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
+        return format(self)
 
     @property
     def figures(self) -> list[float]:
@@ -45,10 +51,10 @@ def median_ratio(ratios: Sequence[float] | Floats) -> Estimate:
     return _bootstrap([np.asarray(ratios, float)], np.median)
 
 
-def proportion(hits: int, of: int) -> Estimate:
-    """A share with Wilson's interval, which has a width at 0 and 1 too."""
-    interval = stats.binomtest(hits, of).proportion_ci(method="wilson")
-    return Estimate(hits / of, float(interval.low), float(interval.high))
+def paired_difference(ours_R: Floats, theirs_R: Floats) -> Estimate:
+    """The mean difference over requests R, with the interval that the trainer's gate uses."""
+    difference_R = ours_R - theirs_R
+    return Estimate(float(difference_R.mean()), *bootstrap_interval(difference_R, seed=0))
 
 
 def _bootstrap(samples: Sequence[Floats], statistic: Callable[..., Floats]) -> Estimate:

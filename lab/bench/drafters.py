@@ -11,8 +11,10 @@ masks for the drafters that need them. N-grams know earlier answers: --answered 
 stream's other traffic.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,15 +25,14 @@ import torch
 from decoder.device.placement import device_of
 from decoder.models.loading import ModelFiles, load_tokenizer
 from lab import rig
-from lab.bench.counting import BEFORE, CountingRig, Measured
 from lab.bench.exactness import exact_tv
-from lab.interleaved import TRIAL_ROUNDS, fastest, interleave, mixed, round_size
+from lab.interleaved import TRIAL_ROUNDS, Variant, fastest, interleave, mixed, round_size
 from lab.options import Dtype, option, parse
 from lab.output import finish, table
 from lab.replay.config import Domain
 from lab.replay.presets import preset, shared_data, shared_pair
 from lab.replay.streams import PromptSource, StreamQuery, held_out_queries, prompts
-from online.messages import DrafterName
+from online.messages import DrafterName, Query
 from online.settings import Settings
 
 FREE = None  # the engine's choice of γ before every step
@@ -48,6 +49,7 @@ GAMMAS: dict[DrafterName, tuple[int | None, ...]] = {
 }
 PLAIN = "plain"
 LONGEST = 700  # tokens of a prompt
+BEFORE = 8  # sequences in flight while earlier traffic is answered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,17 +74,56 @@ class Options:
 
 
 def compare(
-    rounds: CountingRig, asked: Sequence[StreamQuery], at_once: int, options: Options
-) -> dict[str, Measured]:
+    serving: rig.Rig, asked: Sequence[StreamQuery], at_once: int, options: Options
+) -> dict[str, Variant]:
     """All drafters, each with the γ that is fastest for it."""
     count = round_size(options.queries, at_once)
-    variants = {PLAIN: Measured(gamma=0)}
+    run = partial(_run, serving, options.max_tokens)
+    variants = {PLAIN: Variant(gamma=0)}
     for name in options.compared:
-        tried = [Measured(drafter=name, gamma=gamma) for gamma in GAMMAS[name]]
-        best = fastest(tried, asked, count, at_once, rounds.run)
-        variants[name] = Measured(drafter=name, gamma=best.gamma)
-    interleave(list(variants.values()), asked, count, at_once, options.rounds, rounds.run)
+        tried = [Variant(drafter=name, gamma=gamma) for gamma in GAMMAS[name]]
+        best = fastest(tried, asked, count, at_once, run)
+        variants[name] = Variant(drafter=name, gamma=best.gamma)
+    interleave(list(variants.values()), asked, count, at_once, options.rounds, run)
     return variants
+
+
+def _run(
+    serving: rig.Rig,
+    max_tokens: int,
+    variant: Variant,
+    asked: Sequence[StreamQuery],
+    at_once: int,
+) -> None:
+    """One round of a variant."""
+    queries = [
+        Query(
+            id=each.name,
+            route=rig.ROUTE,
+            prompt_ids=each.prompt_ids,
+            max_tokens=max_tokens,
+            temperature=each.temperature,
+            seed=each.seed,
+            gamma=variant.gamma,
+            drafter=variant.drafter,
+            store=False,
+        )
+        for each in asked
+    ]
+    started = time.perf_counter()
+    answers = serving.complete(queries, at_once)
+    variant.add(answers, time.perf_counter() - started)
+
+
+def _answer(
+    serving: rig.Rig, prompts: Sequence[tuple[int, ...]], drafter: DrafterName, max_tokens: int
+) -> None:
+    """Answers earlier traffic, from which n-grams and the choice of drafters learn."""
+    queries = [
+        Query(f"before-{i}", rig.ROUTE, ids, max_tokens, float(i % 2), seed=i, drafter=drafter)
+        for i, ids in enumerate(prompts)
+    ]
+    serving.complete(queries, BEFORE)
 
 
 def main() -> None:
@@ -96,11 +137,10 @@ def measure(options: Options) -> dict[str, Any]:
     found: dict[str, Any] = {name: {} for name in options.compared}
     slots, tokens = max(BEFORE, *options.at_once), options.max_tokens
     with rig.rig(pair, pair.files.draft, slots, max_tokens=tokens, kept_contexts=0) as serving:
-        rounds = CountingRig(serving, tokens)
         learning: DrafterName = "auto" if "auto" in options.compared else "chain"
-        rounds.answer(_traffic(domains, pair, options.answered), learning)
+        _answer(serving, _traffic(domains, pair, options.answered), learning, tokens)
         for stream, at_once in product(asked, options.at_once):
-            variants = compare(rounds, asked[stream], at_once, options)
+            variants = compare(serving, asked[stream], at_once, options)
             figures = {name: _figures(variants, name) for name in variants}
             _table(f"{stream}, {at_once} at once", variants, figures)
             suffix = "" if at_once == 1 else f"_{at_once}"
@@ -143,27 +183,20 @@ def _traffic(domains: Mapping[str, Domain], pair: rig.Pair, count: int) -> list[
     return [source.take() for _ in range(count) for source in sources]
 
 
-def _figures(variants: Mapping[str, Measured], name: str) -> dict[str, Any]:
+def _figures(variants: Mapping[str, Variant], name: str) -> dict[str, Any]:
     variant = variants[name]
-    return {
-        "gamma": variant.gamma,
-        "draft_forwards_per_step": variant.forwards / variant.steps,
-        "draft_tokens_per_step": variant.computed / variant.steps,
-        **variant.figures(variants["chain"], variants[PLAIN]),
-    }
+    compared = variant.figures(variants["chain"], variants[PLAIN])
+    return {"gamma": variant.gamma, **compared}
 
 
-def _table(
-    title: str, variants: Mapping[str, Measured], figures: Mapping[str, Mapping[str, Any]]
-) -> None:
-    head = ["drafter", "γ", "τ", "verified", "forwards", "tokens/s", "over the chain", "over plain"]
+def _table(title: str, variants: Mapping[str, Variant], figures: Mapping[str, Any]) -> None:
+    head = ["drafter", "γ", "τ", "verified", "tokens/s", "over the chain", "over plain"]
     rows = [
         [
             name,
             "" if variant.gamma is None else variant.gamma,
             f"{figures[name]['tau']:.2f}",
             f"{figures[name]['verified_per_token']:.2f}",
-            f"{figures[name]['draft_forwards_per_step']:.2f}",
             f"{np.median(variant.speeds):.1f}",
             variant.speed_over(variants["chain"]),
             variant.speed_over(variants[PLAIN]),

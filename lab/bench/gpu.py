@@ -118,7 +118,8 @@ def _step_s(serving: rig.Rig, pair: rig.Pair, tokens: int, gamma: int) -> float:
     )
     serving.complete([query])
     (answer,) = serving.complete([query])
-    return (answer.arrivals_s[-1] - answer.arrivals_s[0]) / (len(answer.arrivals_s) - 1)
+    arrivals = answer.arrivals
+    return (arrivals[-1][0] - arrivals[0][0]) / (len(arrivals) - 1)
 
 
 def _forward_s(model: LanguageModel, new: int, device: torch.device) -> float:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lab import rig
-from lab.bench.streams import Load
+from lab.streams import Load
 from online.messages import Query
 
 IDLE_LIMIT_S = 10.0
@@ -25,7 +25,7 @@ def _together(serving: rig.Rig, prompt: list[int], slots: int) -> int:
     engine, running = serving.engine, [0]
     query = Query("", rig.ROUTE, tuple(prompt), 32, 0.0, gamma=0, ignore_eos=True, store=False)
     queries = (replace(query, id=f"after {i}") for i in range(slots))
-    load = Load(serving, slots, seen=lambda stream: running.append(engine.running))
+    load = Load(engine, slots, seen=lambda stream: running.append(engine.running))
     answered = sum(stream.reason == "length" for stream in load.run(queries))
     return min(max(running), answered)
 

@@ -32,10 +32,10 @@ from decoder.models.loading import context_limit
 from lab import rig
 from lab.bench.leaks import leaked_slots, rss_mib
 from lab.bench.mix import Mix
-from lab.bench.streams import Load, Stream
 from lab.bench.swaps import StepClock, Swap, draft_folders, gaps, swap
 from lab.options import PairOptions, option, parse
 from lab.output import finish, say, table
+from lab.streams import Load, Stream
 from online.buffer import BufferLimits
 from online.settings import Settings
 
@@ -73,7 +73,7 @@ class Exercise:
     def run(self, folders: Sequence[Path]) -> None:
         options, started = self._options, time.perf_counter()
         at_once = options.slots + options.slots // 2
-        load = Load(self._serving, at_once, options.rate, self._cancel)
+        load = Load(self._serving.engine, at_once, options.rate, self._cancel)
         with ThreadPoolExecutor(1, initializer=stay_on_one_core) as pool:
             swapping = pool.submit(self._swap, folders)
             try:

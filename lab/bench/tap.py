@@ -6,100 +6,81 @@ Contexts of finished requests are not kept: the second run would find its prompt
 exclude what the recorder still has to write after the last answer; `lag_ms` reports it.
 """
 
-import argparse
-import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from lab import rig
-from lab.statistics import median_ratio
+from lab.interleaved import Variant, interleave
+from lab.options import PairOptions, option, parse
+from lab.output import finish, say, table
 from online.messages import Query
 
 LAG_LIMIT_S = 30.0
 
 
-@dataclass(frozen=True)
-class Run:
-    """The same prompts, answered once."""
-
-    tokens: int
-    seconds: float
-    steps: int
-    drafted: int
-    lag_s: float  # from the last answer until its signal is written
-
-    @property
-    def speed(self) -> float:
-        return self.tokens / self.seconds
-
-    @property
-    def positions(self) -> int:
-        """Verified positions: one for every drafted token and one more a step."""
-        return self.drafted + self.steps
+@dataclass(frozen=True, kw_only=True)
+class Options(PairOptions):
+    repetitions: int = option(12, "of the comparison")
+    concurrency: tuple[int, ...] = option((1, 8), "queries in flight")
+    rounds: int = option(6, "prompts of a repetition for each query in flight")
+    max_tokens: int = option(64, "of an answer that does not end before")
+    temperature: float = option(0.0, "of all queries")
+    gamma: int | None = option(None, "drafted tokens a step (default: the engine's choice)")
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One repetition: the same prompts with recording and without, one right after the other."""
+@dataclass(kw_only=True)
+class Side(Variant):
+    """Decoding with recording or without, and when the recorder was done after each round."""
 
-    recorded: Run
-    plain: Run
-
-    @property
-    def ratio(self) -> float:
-        return self.recorded.speed / self.plain.speed
+    store: bool
+    lags_s: list[float] = field(default_factory=list)  # from the last answer to its signal
 
 
 class Tap:
-    def __init__(self, args: argparse.Namespace, pair: rig.Pair, serving: rig.Rig) -> None:
-        self._args, self._prompts, self._serving = args, pair.prompts, serving
-        self._recorded: list[Run] = []
-        self._sent = 0  # requests whose signals are to be written
+    def __init__(self, options: Options, pair: rig.Pair, serving: rig.Rig) -> None:
+        self._options, self._prompts, self._serving = options, pair.prompts, serving
+        self._recorded: list[Side] = []
 
-    def compare(self, at_once: int, repetition: int) -> Comparison:
-        count = self._args.rounds * at_once
-        prompts = rig.dealt(self._prompts, count, repetition)
-        order = (True, False) if repetition % 2 else (False, True)
-        runs = {store: self._run(prompts, at_once, store) for store in order}
-        return Comparison(runs[True], runs[False])
+    def compare(self, at_once: int) -> tuple[Side, Side]:
+        """With recording and without, on the same prompts, after a round that warms up."""
+        count = self._options.rounds * at_once
+        for rounds in (1, self._options.repetitions):
+            sides = Side(store=True), Side(store=False)
+            self._recorded.append(sides[0])
+            interleave(sides, self._prompts, count, at_once, rounds, self._run)
+        return sides
 
-    def _run(self, prompts: Sequence[list[int]], at_once: int, store: bool) -> Run:
-        queries = [self._query(i, prompt, store) for i, prompt in enumerate(prompts)]
-        started = time.perf_counter()
+    def _run(self, side: Side, prompts: Sequence[list[int]], at_once: int) -> None:
+        queries = [self._query(i, prompt, side.store) for i, prompt in enumerate(prompts)]
+        before, started = self._written, time.perf_counter()
         answers = self._serving.complete(queries, at_once)
         ended = time.perf_counter()
-        self._sent += len(answers) if store else 0
-        self._wait_for_recorder()
-        run = Run(
-            tokens=sum(len(answer.ids) for answer in answers),
-            seconds=ended - started,
-            steps=sum(answer.stats.steps for answer in answers),
-            drafted=sum(answer.stats.drafted for answer in answers),
-            lag_s=time.perf_counter() - ended,
-        )
-        if store:
-            self._recorded.append(run)
-        return run
+        side.add(answers, ended - started)
+        self._wait_for_recorder(before + side.store * len(answers))
+        side.lags_s.append(time.perf_counter() - ended)
+        what = "recorded" if side.store else "not recorded"
+        say(f"{at_once} at once, {what}: {side.speeds[-1]:.0f} tokens/s")
 
     def _query(self, number: int, prompt: list[int], store: bool) -> Query:
         return Query(
             f"q{number}",
             rig.ROUTE,
             tuple(prompt),
-            self._args.max_tokens,
-            self._args.temperature,
+            self._options.max_tokens,
+            self._options.temperature,
             seed=number,
-            gamma=self._args.gamma,
+            gamma=self._options.gamma,
             store=store,
         )
 
-    def _wait_for_recorder(self) -> None:
+    def _wait_for_recorder(self, count: int) -> None:
         """So that what it writes of one run does not slow the next."""
         deadline = time.perf_counter() + LAG_LIMIT_S
-        while self._written < self._sent and time.perf_counter() < deadline:
+        while self._written < count and time.perf_counter() < deadline:
             time.sleep(0.0005)
 
     @property
@@ -109,89 +90,40 @@ class Tap:
     def sizes(self) -> dict[str, float]:
         """Signals written and lost, and their bytes per emitted token and verified position."""
         size = self._serving.buffer.depth(rig.ROUTE).bytes
-        tokens = sum(run.tokens for run in self._recorded)
-        positions = sum(run.positions for run in self._recorded)
+        sent = sum(side.requests for side in self._recorded)
         return {
-            "bytes_per_token": round(size / tokens, 1),
-            "bytes_per_position": round(size / positions, 1),
+            "bytes_per_token": size / sum(side.tokens for side in self._recorded),
+            "bytes_per_position": size / sum(side.drafted + side.steps for side in self._recorded),
             "signals": self._written,
-            "signals_lost": self._sent - self._written,
+            "signals_lost": sent - self._written,
         }
 
 
 def main() -> None:
-    args = _arguments()
-    started = time.monotonic()
-    concurrencies = [int(number) for number in args.concurrency.split(",")]
-    pair = rig.pair_of(args)
-    slots = max(concurrencies)
-    size = {"max_tokens": args.max_tokens, "kept_contexts": 0}
-    with rig.rig(pair, pair.files.draft, slots, **size) as serving:
-        tap = Tap(args, pair, serving)
-        found = {n: _measure(tap, n, args.repetitions) for n in concurrencies}
+    options = parse(Options, "bench tap", __doc__)
+    pair = rig.pair_of(options)
+    size = {"max_tokens": options.max_tokens, "kept_contexts": 0}
+    with rig.rig(pair, pair.files.draft, max(options.concurrency), **size) as serving:
+        tap = Tap(options, pair, serving)
+        found = {str(n): tap.compare(n) for n in options.concurrency}
         figures = {**_ratios(found), **tap.sizes()}
-    figures |= {"repetitions": args.repetitions, "seconds": round(time.monotonic() - started)}
-    print(json.dumps(figures))
+    finish({**figures, "repetitions": options.repetitions})
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m lab bench tap",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    rig.add_arguments(parser)
-    add = parser.add_argument
-    add("--repetitions", type=int, default=12)
-    add(
-        "--concurrency",
-        default="1,8",
-        help="queries in flight, comma-separated (default: %(default)s)",
-    )
-    add("--rounds", type=int, default=6, help="prompts of a repetition by query in flight")
-    add("--max-tokens", type=int, default=64, help="of an answer that does not end before")
-    add("--temperature", type=float, default=0.0)
-    add("--gamma", type=int, help="drafted tokens a step (default: the engine's choice)")
-    return parser.parse_args()
-
-
-def _measure(tap: Tap, at_once: int, repetitions: int) -> list[Comparison]:
-    tap.compare(at_once, 0)  # warms up
-    found = []
-    for repetition in range(repetitions):
-        one = tap.compare(at_once, repetition)
-        found.append(one)
-        speeds = f"{one.recorded.speed:6.0f} tokens/s recorded, {one.plain.speed:6.0f} not"
-        place = f"{at_once:3d} at once, {repetition + 1} of {repetitions}"
-        print(f"{place}: {speeds}, ratio {one.ratio:.3f}", flush=True)
-    return found
-
-
-def _ratios(found: dict[int, list[Comparison]]) -> dict[str, object]:
+def _ratios(found: Mapping[str, tuple[Side, Side]]) -> dict[str, Any]:
     """The figures by number of queries in flight, after a table of them."""
-    header = f"{'at once':>7} {'recorded':>9} {'not':>9} {'ratio':>6} {'95 %':>14} {'lag ms':>7}"
-    print(f"\n{header} {'γ recorded, not':>16}")
-    ratios, intervals, lags = {}, {}, {}
-    for at_once, comparisons in found.items():
-        key = str(at_once)
-        ratio = median_ratio(np.array([one.ratio for one in comparisons]))
-        ratios[key] = round(ratio.value, 4)
-        intervals[key] = [round(ratio.low, 4), round(ratio.high, 4)]
-        lags[key] = round(1000 * float(np.median([one.recorded.lag_s for one in comparisons])), 1)
-        sides = [one.recorded for one in comparisons], [one.plain for one in comparisons]
-        recorded, plain = (float(np.median([run.speed for run in side])) for side in sides)
-        interval = f"{ratio.low:.3f} to {ratio.high:.3f}"
-        gammas = ", ".join(f"{_gamma(side):.2f}" for side in sides)
-        speeds = f"{key:>7} {recorded:9.0f} {plain:9.0f} {ratios[key]:6.3f} {interval:>14}"
-        print(f"{speeds} {lags[key]:7.1f} {gammas:>16}")
+    ratios = {n: recorded.speed_over(plain) for n, (recorded, plain) in found.items()}
+    lag_ms = {n: 1000 * float(np.median(side.lags_s)) for n, (side, _) in found.items()}
+    rows = []
+    for n, sides in found.items():
+        speeds = [f"{np.median(side.speeds):.0f}" for side in sides]
+        gammas = ", ".join(f"{side.drafted / side.steps:.2f}" for side in sides)
+        rows.append([n, *speeds, f"{ratios[n]:.3f}", f"{lag_ms[n]:.1f}", gammas])
+    head = ["at once", "recorded, tokens/s", "not", "ratio (95 %)", "lag, ms", "γ recorded, not"]
+    table(head, rows)
     return {
-        "tap_ratio": ratios,
-        "tap_ratio_min": min(ratios.values()),
-        "tap_ratio_interval": intervals,
-        "lag_ms": lags,
+        "tap_ratio": {n: each.value for n, each in ratios.items()},
+        "tap_ratio_min": min(each.value for each in ratios.values()),
+        "tap_ratio_interval": {n: each.figures[1:] for n, each in ratios.items()},
+        "lag_ms": lag_ms,
     }
-
-
-def _gamma(runs: Sequence[Run]) -> float:
-    """Drafted tokens per step."""
-    return sum(run.drafted for run in runs) / sum(run.steps for run in runs)

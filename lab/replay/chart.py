@@ -4,31 +4,35 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lab.charts import FIRST, LEARNT, LIVE, new_figure
+from lab.charts import FIRST, LIVE, finish_panel, new_panels
 from lab.replay.config import Replay, spans
 from lab.replay.curves import live
 from lab.replay.log import Log, Logs
 
 COLOURS = (LIVE, "#c2571a", "#7b3fb5", "#0f8b8d", "#b23a6f")
+NAMES = (
+    "expected tokens per step, τ",
+    "acceptance Σ min(p, q)",
+    "τ on held-out queries,\nfirst arm and seed",
+)
 SMOOTH = 3  # chunks of traffic that a point of a live curve averages over
 
 
 def draw(config: Replay, arms: Mapping[str, Logs], path: Path) -> Path:
     """Live traffic under every arm and the frozen draft; below it held-out τ by domain."""
-    figure = new_figure(11, 9)
-    tau, acceptance, held_out = figure.subplots(3, 1, sharex=True)
-    first = next(iter(arms.values()))
-    log = next(iter(first.values()))
+    figure, panels = new_panels(3, 11, 9)
+    tau, acceptance, held_out = panels
+    log = next(iter(next(iter(arms.values())).values()))
     _traffic(tau, arms, "tau")
     tau.axhline(1, color="#444444", linewidth=0.8, label="no speculation")
-    tau.set_ylabel("expected tokens per step, τ")
     _traffic(acceptance, arms, "acceptance")
-    acceptance.set_ylabel("acceptance Σ min(p, q)")
     _held_out(held_out, config, log)
-    held_out.set_ylabel("τ on held-out queries,\nfirst arm and seed")
     held_out.set_xlabel("queries served")
-    for panel in (tau, acceptance, held_out):
-        _decorate(panel, config, log)
+    swaps = [event["at"] for event in log.of("swap")]
+    for panel, name in zip(panels, NAMES, strict=True):
+        for i, span in enumerate(spans(config)):
+            panel.axvspan(span.start, span.end, color="#000000", alpha=0.04 * (i % 2), linewidth=0)
+        finish_panel(panel, name, swaps)
     for span in spans(config):
         name = " → ".join(span.domains) if span.fade or len(span.domains) == 1 else "mixed"
         middle, above = ((span.start + span.end) / 2, 1.01), ("data", "axes fraction")
@@ -57,18 +61,6 @@ def _held_out(panel: Any, config: Replay, log: Log) -> None:
         tau = [event["domains"][domain]["tau"] for event in events]
         x, y = [*(event["at"] for event in events), config.queries], [*tau, tau[-1]]
         panel.step(x, y, where="post", color=colour, linewidth=1.6, label=domain)
-
-
-def _decorate(panel: Any, config: Replay, log: Log) -> None:
-    """Swaps, segments, and room for the legend."""
-    for event in log.of("swap"):
-        panel.axvline(event["at"], color=LEARNT, linestyle="--", linewidth=0.6, alpha=0.7)
-    for i, span in enumerate(spans(config)):
-        panel.axvspan(span.start, span.end, color="#000000", alpha=0.04 * (i % 2), linewidth=0)
-    panel.grid(alpha=0.25)
-    panel.legend(loc="upper left", fontsize=8, ncols=3)
-    low, high = panel.get_ylim()
-    panel.set_ylim(low, high + 0.18 * (high - low))
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

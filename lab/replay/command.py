@@ -24,12 +24,12 @@ from lab.replay.config import Arm, Replay, read
 from lab.replay.figures import figures
 from lab.replay.log import Log
 from lab.replay.presets import PresetName, preset, shared_data, shared_pair
-from lab.replay.report import show, write_html
+from lab.replay.report import show
 from lab.replay.run import ArmRun
 from online.processes import die_with_parent
 
 # Fields that may change from one run in a folder to the next.
-MAY_CHANGE = ("seeds", "arms", "wall_queries", "wall_rounds", "drafters")
+MAY_CHANGE = ("seeds", "arms", "wall_queries", "wall_rounds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,6 @@ class Options:
     arm: tuple[str, ...] = option((), "NAME=JSON, settings of a further arm; may be repeated")
     held_out: int | None = option(None, "held-out queries of a domain, each sampled and greedy")
     no_wall: bool = option(False, "do not compare tokens per second")
-    drafters: tuple[str, ...] | None = option(None, "timed besides the chain (default: auto)")
     jobs: int = option(1, "runs at once, which share the cores; tokens/s are timed after all")
     out: Path | None = option(None, "folder for everything (default: .slipstream/replay/NAME)")
 
@@ -88,12 +87,12 @@ def replay(options: Options, out: Path) -> dict[str, Any]:
         arms[run[1].name][run[2]] = ArmRun(*run).time_speeds()
     found = rounded(figures(config, arms))
     chart = draw(config, arms, out / "chart.png")
-    report = write_html(config, found, chart, out / "report.html", f"replay: {options.name}")
+    (out / "figures.json").write_text(json.dumps(found, indent=1))
     for name, domains in {config.arms[0].name: found["domains"], **found["arms"]}.items():
         show(name, domains)
     trained = f"{found['train_s']:.0f} s of training"
-    print(f"{found['cycles']} cycles, {found['swaps']} swaps, {trained}; {report}")
-    return {**found, "report": str(report)}
+    print(f"{found['cycles']} cycles, {found['swaps']} swaps, {trained}; {chart}")
+    return {**found, "chart": str(chart)}
 
 
 def _serve_all(runs: Sequence[tuple[Replay, Arm, int, Path]], jobs: int) -> None:
@@ -127,7 +126,7 @@ def _serve(config: Replay, arm: Arm, seed: int, out: Path) -> None:
 
 def configured(options: Options) -> Replay:
     """The preset or file, with what the command line changes."""
-    names = ("target", "draft", "dtype", "seeds", "held_out", "drafters")
+    names = ("target", "draft", "dtype", "seeds", "held_out")
     given = {name: getattr(options, name) for name in names}
     more = {name: value for name, value in given.items() if value is not None}
     if options.no_wall:

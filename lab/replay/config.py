@@ -7,7 +7,6 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from online.messages import DrafterName
 from online.settings import Settings
 
 Strict = ConfigDict(extra="forbid", frozen=True)
@@ -85,7 +84,6 @@ class Replay(BaseModel):
     look_every: AtLeast1 = 50  # queries between two looks for work, in place of the service's clock
     wall_queries: Annotated[int, Field(ge=0)] = 16  # of a timed round, at least; 0: no timing
     wall_rounds: Annotated[int, Field(ge=2)] = 5
-    drafters: list[DrafterName] = ["auto"]  # timed besides the chain, at the engine's own γ
 
     @model_validator(mode="after")
     def _known_domains(self) -> Self:

@@ -10,7 +10,6 @@ from lab.replay.log import Event, Log, Logs
 from lab.statistics import Floats
 
 RECOVERED = 0.9  # share of a domain's plateau at which a shift counts as recovered
-TENTHS = 10
 
 
 def live(logs: Logs, what: str) -> tuple[list[int], Floats]:
@@ -53,16 +52,6 @@ def forgetting(config: Replay, domain: str, log: Log) -> Iterator[float]:
         at_end = _curve(log, domain, span.end)[-1][1]
         lowest = min((tau for at, tau in curve if at > span.end), default=at_end)
         yield 1 - lowest / at_end
-
-
-def cost(config: Replay, logs: Logs) -> list[float]:
-    """Seconds of training in each tenth of the stream, mean over seeds."""
-    found = np.zeros(TENTHS)
-    for log in logs.values():
-        for event in log.of("cycle"):
-            tenth = min(TENTHS - 1, TENTHS * (event["at"] - 1) // config.queries)
-            found[tenth] += event["train_s"] / len(logs)
-    return [round(float(seconds), 1) for seconds in found]
 
 
 def _curve(log: Log, domain: str, upto: int) -> list[tuple[int, float]]:

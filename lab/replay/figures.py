@@ -7,15 +7,11 @@ from typing import Any
 import numpy as np
 
 from lab.replay.config import Replay, spans
-from lab.replay.curves import cost, forgetting, recoveries
+from lab.replay.curves import forgetting, recoveries
 from lab.replay.log import Logs
-from lab.statistics import Estimate, Floats, paired_ratio
+from lab.statistics import Floats, paired_ratio
 
-WALLS = {  # ratio of speeds in the log → its name in the figures
-    "live_frozen": "wall_ratio",
-    "live_plain": "wall_over_plain",
-    "frozen_plain": "frozen_over_plain",
-}
+WALLS = {"frozen": "wall_ratio", "plain": "wall_over_plain"}  # the live draft is compared with
 
 
 def figures(config: Replay, arms: Mapping[str, Logs]) -> dict[str, Any]:
@@ -27,7 +23,6 @@ def figures(config: Replay, arms: Mapping[str, Logs]) -> dict[str, Any]:
         "seeds": len(config.seeds),
         "arms": {name: summarise(config, arms[name]) for name in others},
         "over": {name: _over(config, arms[first], arms[name]) for name in others},
-        "train_s_by_tenth": cost(config, arms[first]),  # mean over seeds; the rest is of all
         "cycles": len(cycles),
         "train_s": sum(event["train_s"] for event in cycles),
         "swaps": sum(event["state"] == "promoted" for event in cycles),
@@ -64,37 +59,26 @@ def _gain(config: Replay, domain: str, end: int, logs: Logs) -> dict[str, Any]:
             f"{name}acceptance_before": old[2].sum() / old[3].sum(),
             f"{name}acceptance_after": new[2].sum() / new[3].sum(),
         }
-    by_seed = [{seed: log} for seed, log in logs.items()]
-    ratios = [compared(one, one, domain, (0, end), config.held_out) for one in by_seed]
-    return {**found, "tau_ratio_by_seed": [ratio.value for ratio in ratios]}
+    return found
 
 
 def _speeds(domain: str, end: int, logs: Logs) -> dict[str, Any]:
-    """Tokens per second, medians over seeds; keys of several sequences end in their number."""
+    """Ratios of tokens per second, medians over seeds.
+
+    Keys of several sequences in flight end in their number.
+    """
     found: dict[str, Any] = {}
     walls = [event for log in logs.values() for event in log.of("wall", domain=domain, at=end)]
     for at_once in [key for key in walls[0] if key.isdigit()] if walls else ():
         suffix = "" if at_once == "1" else f"_{at_once}"
         own = [wall[at_once] for wall in walls]
-        for pair, name in WALLS.items():
-            value, low, _ = _medians([wall["ratios"][pair] for wall in own])
-            found |= {f"{name}{suffix}": value, f"{name}{suffix}_low": low}
-        found[f"drafters{suffix}"] = _drafters([wall.get("drafters", {}) for wall in own])
+        for other, name in WALLS.items():
+            ratios = [wall["live_over"][other] for wall in own]
+            value, low, high = np.median(ratios, axis=0).tolist()
+            found[f"{name}{suffix}"] = value
+            found |= {f"{name}{suffix}_low": low, f"{name}{suffix}_high": high}
         found[f"gamma{suffix}"] = own[0]["gamma"]
-        speeds = [wall["tokens_per_s"] for wall in own]
-        found[f"tokens_per_s{suffix}"] = {
-            name: _medians([speed[name] for speed in speeds]) for name in speeds[0]
-        }
     return found
-
-
-def _drafters(walls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Medians over seeds of the drafters that were timed with all of them."""
-    names = [name for name in walls[0] if all(name in wall for wall in walls)]
-    return {
-        name: {key: _medians([wall[name][key] for wall in walls]) for key in walls[0][name]}
-        for name in names
-    }
 
 
 def _shifts(config: Replay, domain: str, logs: Logs) -> dict[str, Any]:
@@ -110,19 +94,14 @@ def _shifts(config: Replay, domain: str, logs: Logs) -> dict[str, Any]:
     }
 
 
-def compared(theirs: Logs, ours: Logs, domain: str, at: tuple[int, int], held_out: int) -> Estimate:
-    """τ of `ours` divided by τ of `theirs` on held-out queries; `at` is (theirs, ours)."""
-    old = _by_query(_held_out(theirs, domain, at[0], held_out))
-    new = _by_query(_held_out(ours, domain, at[1], held_out))
-    return paired_ratio(old[:2], new[:2])
-
-
 def _over(config: Replay, first: Logs, other: Logs) -> dict[str, list[float]]:
+    """τ of `other` divided by τ of `first`, by domain, on held-out queries."""
     found = {}
     for span in spans(config):
-        at = (span.end, span.end)
         for name in span.domains:
-            found[name] = compared(first, other, name, at, config.held_out).figures
+            sides = (_held_out(logs, name, span.end, config.held_out) for logs in (first, other))
+            old, new = (_by_query(side)[:2] for side in sides)
+            found[name] = paired_ratio(old, new).figures
     return found
 
 
@@ -139,11 +118,6 @@ def _by_query(rows: Floats) -> Floats:
     """
     found: Floats = rows.reshape(-1, *rows.shape[-2:]).sum(0).T
     return found
-
-
-def _medians(values: Sequence[Any]) -> Any:
-    """Of numbers, or of lists of numbers position by position."""
-    return np.median(values, axis=0).tolist()
 
 
 def _median(found: Sequence[float]) -> float | None:

@@ -18,11 +18,10 @@ from lab.replay.service import FROZEN, LIVE, Service
 from lab.replay.serving import serve
 from lab.replay.streams import StreamQuery, held_out_queries, stream
 from lab.replay.wall import compare_speeds
-from lab.rig import Answer
+from lab.streams import Stream
 from online.settings import Settings
 from online.signals import Signal
 
-KNOWN = 200  # of the stream's last queries, answered before tokens per second are compared
 ANSWERED = 0.9  # share of held-out queries that must have a signal: an empty answer leaves none
 
 
@@ -92,13 +91,9 @@ class ArmRun:
             for event in left:
                 at, domain = event["at"], event["domain"]
                 service.put(event["versions"])
-                # N-grams know the answers to the last queries, as they do in a service.
-                queries = stream(self.config, self.tokenizer, self.seed)
-                known = list(islice(queries, max(0, at - KNOWN), at))
-                service.answer(known, gamma=self.config.gamma, store=True)
                 found = compare_speeds(service, self.held_out[domain], self.config)
                 self.log.add("wall", at, domain=domain, threads=torch.get_num_threads(), **found)
-                ratio, low, high = found["1"]["ratios"]["live_frozen"]
+                ratio, low, high = found["1"]["live_over"]["frozen"]
                 self._say(at, f"{domain}: tokens/s × {ratio:.3f} ({low:.3f} to {high:.3f})")
         return self.log
 
@@ -171,10 +166,10 @@ class ArmRun:
         say(f"{self.arm.name} {self.seed}: {at:6d}/{self.config.queries}  {what}")
 
 
-def _row(answer: Answer) -> tuple[int, int, float, int]:
+def _row(answer: Stream) -> tuple[int, int, float, int]:
     """Tokens, target forwards, Σ over compared positions of Σ min(p, q), compared positions."""
     return len(answer.ids), answer.stats.steps, answer.stats.overlap, answer.stats.compared
 
 
-def _tau(answers: Sequence[Answer]) -> float:
+def _tau(answers: Sequence[Stream]) -> float:
     return sum(len(a.ids) for a in answers) / sum(a.stats.steps for a in answers)

@@ -17,8 +17,9 @@ from lab import rig
 from lab.replay.config import Replay
 from lab.replay.streams import StreamQuery
 from lab.stored import stored
+from lab.streams import Stream
 from online.leases import UNFINISHED
-from online.messages import DrafterName, Query
+from online.messages import Query
 from online.prompt_routes import PromptClusters
 from online.registry import Registry
 from online.signals import Signal, decode
@@ -81,8 +82,7 @@ class Service:
         gamma: int | None,
         store: bool,
         at_once: int = 0,
-        drafter: DrafterName = "chain",
-    ) -> list[rig.Answer]:
+    ) -> list[Stream]:
         """Answers in order; γ None is the engine's own choice."""
         queries = [
             Query(
@@ -93,15 +93,12 @@ class Service:
                 temperature=each.temperature,
                 seed=each.seed,
                 gamma=gamma,
-                drafter=drafter,
                 store=store,
             )
             for each in asked
         ]
         written = self._written(route)
         answers = self._serving.complete(queries, at_once or self._config.at_once)
-        if failed := [answer.error for answer in answers if answer.error]:
-            raise RuntimeError(f"{len(failed)} queries failed: {failed[0]}")
         if store:
             self._wait_until_written(route, written + len(answers))
         return answers

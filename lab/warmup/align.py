@@ -1,135 +1,124 @@
 """`python -m lab warm-up`: a draft for a target, made before there is traffic.
 
-Direct Alignment (arXiv 2403.00858): a draft begins as another draft or as
-some of the target's layers; the target answers prompts; the draft learns
-from the answers. The engine answers and its recorder logs as in the
-service, and the draft learns by a recipe of the trainer. The result is a
+Direct Alignment (arXiv 2403.00858): a draft begins as another draft or as some of the target's
+layers. The target answers prompts, and the draft learns from the answers. The engine answers and
+its recorder logs as in the service; the draft learns by a recipe of the trainer. The result is a
 model folder, and on request version 1 of a route.
 """
 
-import argparse
-import json
 import shutil
-import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-from transformers import AutoTokenizer
+from typing import Any
 
 from lab import rig
-from lab.warmup.answers import BOTH, SAMPLED, output_tokens, training_and_held_out
-from lab.warmup.models import load_model, model_from_target, pad_id, save_model, train
-from lab.warmup.options import add, add_held_out, parser, say
+from lab.options import option, parse
+from lab.output import finish, say, table
+from lab.warmup.answers import AnswerOptions, output_tokens, training_and_held_out
+from lab.warmup.models import load_model, pad_id, save_model, train, with_draft_from_target
 from lab.warmup.prompts import frame_of
 from lab.warmup.quality import HELD_OUT_GAMMA
 from lab.warmup.register import opened, register
 from online.artifacts import ArtifactStore
-from online.errors import SlipstreamError
 from online.settings import Settings
-from trainer.divergences import names
 from trainer.gate import GateReport, compare_drafts
 from trainer.recipe import Recipe
 
 LAYERS = 2
+USUAL = Recipe()
+RECORDED = ("initial", "answers", "steps", "positions")  # of the figures, in the registry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(AnswerOptions):
+    prompt_count: int = option(1000, "prompts taken from the file")
+    layers: int | None = option(
+        None, f"without --draft: begin with this many of the target's layers (default: {LAYERS})"
+    )
+    unprompted: bool = option(False, "the target writes --prompt-count queries itself")
+    out: Path = option(help="folder for the draft")
+    register: str | None = option(
+        None, "make it version 1 of this route, in SLIPSTREAM_DATABASE_URL"
+    )
+    divergence: str = option(USUAL.divergence, "that training makes small")
+    epochs: int = option(USUAL.epochs, "over the answers")
+    learning_rate: float = option(USUAL.learning_rate, "of training")
+
+    def __post_init__(self) -> None:
+        if self.draft and self.layers:
+            raise ValueError("a draft begins as --draft, or with --layers of the target: not both")
+        if self.unprompted and self.prompts:
+            raise ValueError("--unprompted is for when there are no --prompts")
+        _ = self.recipe
+
+    @property
+    def recipe(self) -> Recipe:
+        names = ("divergence", "epochs", "learning_rate")
+        return Recipe.of({name: getattr(self, name) for name in names})
 
 
 def main() -> None:
-    args = _arguments()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            _run(args, Path(folder))
-    except (SlipstreamError, ValueError) as error:
-        sys.exit(f"warm-up: {error}")
-
-
-def _arguments() -> argparse.Namespace:
-    options, usual = parser("warm-up", __doc__, prompt_count=1000), Recipe()
-    add_held_out(options)
-    layers = f"without --draft: begin with this many of the target's layers (default: {LAYERS})"
-    options.add_argument("--layers", type=int, help=layers)
-    unprompted = "the target writes --prompt-count queries itself"
-    options.add_argument("--unprompted", action="store_true", help=unprompted)
-    options.add_argument("--out", type=Path, required=True, help="folder for the draft")
-    route = "make it version 1 of this route, in SLIPSTREAM_DATABASE_URL"
-    options.add_argument("--register", metavar="ROUTE", help=route)
-    options.add_argument("--divergence", choices=names(), default=usual.divergence)
-    add(options, epochs=(usual.epochs, ""), learning_rate=(usual.learning_rate, ""))
-    args = options.parse_args()
-    if args.draft and args.layers:
-        options.error("a draft begins as --draft, or with --layers of the target: not both")
-    if args.unprompted and args.prompts:
-        options.error("--unprompted is for when there are no --prompts")
-    return args
-
-
-def _run(args: argparse.Namespace, folder: Path) -> None:
+    options = parse(Options, "warm-up", __doc__)
     settings = Settings()
-    registry = opened(settings, args.register) if args.register else None
-    initial = _begin(args, folder)
-    pair = rig.pair_of(args)
-    if args.unprompted:
-        pair = replace(pair, prompts=[frame_of(pair.tokenizer).head] * args.prompt_count)
-    # A greedy target would write the same query every time.
-    signals, held_out = training_and_held_out(args, pair, SAMPLED if args.unprompted else BOTH)
-    say(f"{len(signals)} answers to learn from, {len(held_out)} to judge by")
+    registry = opened(settings, options.register) if options.register else None
+    with tempfile.TemporaryDirectory() as folder:
+        made, report = _make(options, Path(folder))
+    figures = {**made, "out": str(options.out), **_compared(report)}
+    if registry and options.register:
+        write = lambda into: shutil.copytree(options.out, into, dirs_exist_ok=True)
+        artifacts = ArtifactStore(settings.artifacts_path)
+        recipe = made["recipe"] | {name: made[name] for name in RECORDED}
+        gate = report.as_dict()
+        version = register(registry, artifacts, options.register, write, recipe, gate)
+        figures |= {"route": options.register, "version": version.id}
+        serve = f"serve it with SLIPSTREAM_DRAFT={options.out}"
+        say(f"version {version.id} of route {options.register!r}; {serve}")
+    finish(figures)
 
-    module, before = load_model(args.draft), load_model(args.draft)
-    rate = args.learning_rate
-    recipe = Recipe(divergence=args.divergence, epochs=args.epochs, learning_rate=rate)
-    if isinstance(initial, dict):  # Some layers of a target have nothing worth rehearsing.
-        recipe = replace(recipe, rehearsal=0)
+
+def _make(options: Options, folder: Path) -> tuple[dict[str, Any], GateReport]:
+    """Trains and saves the draft; how it was made, and how it compares with its beginning."""
+    initial: object = options.draft
+    recipe = options.recipe
+    if not options.draft:
+        options, kept = with_draft_from_target(options, options.layers or LAYERS, folder)
+        initial = {"target_layers": kept}
+        recipe = replace(recipe, rehearsal=0)  # a few layers have nothing worth rehearsing
+    pair = rig.pair_of(options)
+    if options.unprompted:
+        head = frame_of(pair.tokenizer).head
+        pair = replace(pair, prompts=[head] * options.prompt_count)
+    unprompted = options.unprompted
+    signals, held_out = training_and_held_out(options, pair, unprompted=unprompted)
+    say(f"{len(signals)} answers to learn from, {len(held_out)} held out")
+    module, before = load_model(options.draft), load_model(options.draft)
     distilled = train("learning", module, signals, recipe)
-    save_model(module, args.out, args.draft, pair.tokenizer)
+    save_model(module, options.out, options.draft, pair.tokenizer)
     gate = {"gamma": HELD_OUT_GAMMA, "pad_id": pad_id(module)}
-    report = compare_drafts(before, load_model(args.out), held_out, **gate)
     made = {
         "initial": initial,
+        "recipe": recipe.as_dict(),
         "answers": len(signals),
+        "answer_tokens": output_tokens(signals),
         "steps": distilled.steps,
         "positions": distilled.positions,
+        "train_s": distilled.seconds,
     }
-    figures = {
-        **made,
-        "answer_tokens": output_tokens(signals),
-        "train_s": round(distilled.seconds, 1),
-        "out": str(args.out),
-    }
-    if registry:
-        publish = lambda into: shutil.copytree(args.out, into, dirs_exist_ok=True)
-        about, artifacts = (
-            {**recipe.as_dict(), **made},
-            ArtifactStore(settings.artifacts_path),
-        )
-        version = register(registry, artifacts, args.register, publish, about, report.as_dict())
-        figures.update(route=args.register, version=version.id)
-        serve = f"serve it with SLIPSTREAM_DRAFT={args.out}"
-        say(f"version {version.id} of route {args.register!r}; {serve}")
-    print(json.dumps({**figures, **_compared(report)}))
-
-
-def _begin(args: argparse.Namespace, folder: Path) -> object:
-    """What the draft begins as, for its recipe. Sets `args.draft` if it is missing."""
-    if args.draft:
-        return str(args.draft)
-    target = rig.files_of(args).target
-    tokenizer = AutoTokenizer.from_pretrained(target)
-    kept = model_from_target(target, args.layers or LAYERS, folder, tokenizer)
-    args.draft = str(folder)
-    return {"target_layers": kept}
+    return made, compare_drafts(before, load_model(options.out), held_out, **gate)
 
 
 def _compared(report: GateReport) -> dict[str, float]:
     """Prints the draft before and after as a table; the same as figures."""
-    print(f"\n{'':10} {'tokens a step':>14} {'acceptance':>11}")
     sides = {
         "before": (report.active_tokens_per_step, report.active_acceptance),
         "after": (report.candidate_tokens_per_step, report.candidate_acceptance),
     }
+    rows = [[when, *(f"{value:.3f}" for value in side)] for when, side in sides.items()]
+    table(["", "tokens a step", "acceptance"], rows, f"held-out requests, γ = {report.gamma}")
+    print(report.reason)
     figures = {}
     for when, (tokens, acceptance) in sides.items():
-        print(f"{when:10} {tokens:14.3f} {acceptance:11.3f}")
-        figures[f"tokens_per_step_{when}"] = round(tokens, 3)
-        figures[f"acceptance_{when}"] = round(acceptance, 3)
-    print(f"held-out requests, γ = {report.gamma}: {report.reason}\n")
+        figures[f"tokens_per_step_{when}"] = tokens
+        figures[f"acceptance_{when}"] = acceptance
     return figures

@@ -1,13 +1,11 @@
-"""Prompts from nothing, selected by the disagreement of two students: Dual Student (2309.10058).
+"""Random prompts, selected by the disagreement of two students: Dual Student (2309.10058).
 
-Where two students of one target disagree, one of them is wrong, and no
-query to the target is needed to see it. The paper trains a generator of
-images by the students' gradients. Tokens have no gradient, so prompts grow
-by selection: each family has several children, and the child whose answer
-the students disagree on most survives.
+Where two students of one target disagree, one of them is wrong, and no query to the target is
+needed to see it. The paper trains a generator of images by the students' gradients. Tokens have no
+gradient, so prompts are built by selection: each family has several children, and the child whose
+answer the students disagree on most survives.
 
-Legend: F families · R children of all families · T tokens · V vocabulary ·
-A allowed ids.
+Legend: F families · R children of all families · T tokens · V vocabulary · A allowed ids.
 """
 
 from collections.abc import Sequence
@@ -22,13 +20,12 @@ from trainer.divergences.jensen_shannon import jensen_shannon
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """How prompts grow."""
+    """How prompts are built, piece by piece."""
 
     children: int = 4  # of a family, for every piece; 1: no selection
     pieces: int = 3
     piece_tokens: int = 8
     answer_tokens: int = 8  # on which the students are compared
-    sampled: bool = False  # pieces are samples of the students; otherwise random ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,28 +68,21 @@ def continued(
     return ids_RT
 
 
-def grown(
-    students: Sequence[nn.Module],
-    frame: Frame,
-    families: int,
-    growth: Growth,
-    vocab_size: int,
-    seed: int,
+def selected(
+    students: Sequence[nn.Module], frame: Frame, families: int, growth: Growth, seed: int
 ) -> Tensor:
     """One query of every family, with the frame's head [F, T]. Deterministic for a seed."""
     generator = torch.Generator().manual_seed(seed)
     never = torch.tensor(frame.never, dtype=torch.long)
+    vocab_size: int = students[0].config.vocab_size  # type: ignore[union-attr, assignment]
     allowed_A = torch.tensor(sorted(set(range(vocab_size)) - set(frame.never)))
     tail = torch.tensor(frame.tail, dtype=torch.long)
     ids_FT = torch.tensor(frame.head, dtype=torch.long).repeat(families, 1)
     for _ in range(growth.pieces):
         ids_RT = ids_FT.repeat_interleave(growth.children, 0)
-        if growth.sampled:
-            ids_RT = _in_turn(students, ids_RT, growth.piece_tokens, never, generator)
-        else:
-            shape = len(ids_RT), growth.piece_tokens
-            pick_RT = torch.randint(len(allowed_A), shape, generator=generator)
-            ids_RT = torch.cat([ids_RT, allowed_A[pick_RT]], -1)
+        shape = len(ids_RT), growth.piece_tokens
+        pick_RT = torch.randint(len(allowed_A), shape, generator=generator)
+        ids_RT = torch.cat([ids_RT, allowed_A[pick_RT]], -1)
         if growth.children == 1:
             ids_FT = ids_RT
             continue

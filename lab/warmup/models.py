@@ -2,14 +2,17 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from lab.output import say
+from lab.rig import files_of
 from lab.warmup.initial import spread, thinned
-from lab.warmup.options import say
 from online.signals import Signal
 from trainer.batches import step_count
 from trainer.distill import Distilled, distill
@@ -43,6 +46,13 @@ def model_from_target(
     kept = spread(layers, whole.config.num_hidden_layers)
     save_model(thinned(whole, kept), folder, target, tokenizer)
     return kept
+
+
+def with_draft_from_target(options: Any, layers: int, folder: Path) -> tuple[Any, list[int]]:
+    """The options with a draft in place of `layers`, and the indices of the target's layers."""
+    target = files_of(options).target
+    kept = model_from_target(target, layers, folder, AutoTokenizer.from_pretrained(target))
+    return replace(options, draft=str(folder), layers=None), kept
 
 
 def train(what: str, module: nn.Module, signals: Sequence[Signal], recipe: Recipe) -> Distilled:

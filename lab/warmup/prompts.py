@@ -1,25 +1,17 @@
 """Sources of prompts for a route without queries."""
 
+from typing import Literal
+
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lab.warmup.answers import Prompts
-from lab.warmup.disagreement import Frame, Growth, grown
+from lab.warmup.disagreement import Frame, Growth, selected
 
-SOURCES = {
-    "random": "token ids drawn uniformly",
-    "disagree": "random prompts whose answers the students disagree on most (Dual Student)",
-    "sampled": "samples of the students",
-    "disputed": "samples of the students that they disagree on most",
-    "own": "none: the target writes query and answer",
-}
-STUDENTS = {
-    "random": 1,
-    "disagree": 2,
-    "sampled": 2,
-    "disputed": 2,
-    "own": 1,
-}  # that each needs
+# Token ids drawn uniformly · random prompts whose answers two students disagree on most (Dual
+# Student) · no prompt: the target writes query and answer.
+Source = Literal["random", "disagree", "own"]
+SOURCES: tuple[Source, ...] = ("random", "disagree", "own")
 MARK = "¤"
 
 
@@ -38,21 +30,16 @@ def frame_of(tokenizer: PreTrainedTokenizerBase) -> Frame:
 
 
 def prompts(
-    source: str,
+    source: Source,
     count: int,
     students: list[nn.Module],
     frame: Frame,
     children: int,
-    vocab_size: int,
     seed: int,
 ) -> Prompts:
     """`count` prompts; the same seed and students give the same prompts."""
     if source == "own":
         return [list(frame.head) for _ in range(count)]
-    selected, sampled = (
-        source in ("disagree", "disputed"),
-        source in ("sampled", "disputed"),
-    )
-    growth = Growth(children=children if selected else 1, sampled=sampled)
-    ids_FT = grown(students, frame, count, growth, vocab_size, seed)
+    growth = Growth(children=children if source == "disagree" else 1)
+    ids_FT = selected(students, frame, count, growth, seed)
     return [[*ids_T, *frame.tail] for ids_T in ids_FT.tolist()]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lab.warmup import cold_start
+import lab.__main__
 from tests.tiny import TinyPair
 
 Command = Callable[..., dict[str, Any]]
@@ -29,20 +29,20 @@ def command(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Iterator[Command]:
-    """Runs a command's main on the tiny target, and gives the JSON of its last line."""
+    """Runs a command on the tiny target, and gives the JSON of its last line."""
     threads = torch.get_num_threads()
     asked = prompts(tmp_path / "asked.jsonl", 16, "name")
     held_out = prompts(tmp_path / "held_out.jsonl", 10, "other")
     monkeypatch.setenv("SLIPSTREAM_DATA_DIR", str(tmp_path / "state"))
 
-    def run(main: Callable[[], None], *options: str, held_out: str = held_out) -> dict[str, Any]:
+    def run(name: str, *options: str) -> dict[str, Any]:
         given = ["--target", str(pair.target), "--threads", "1", "--max-tokens", "8"]
         if "--unprompted" not in options:
             given += ["--prompts", asked]
-        if held_out and main is not cold_start.main:
+        if name != "cold-start":
             given += ["--held-out", held_out]
-        monkeypatch.setattr(sys, "argv", ["lab", *given, *options])
-        main()
+        monkeypatch.setattr(sys, "argv", ["lab", name, *given, *options])
+        lab.__main__.main()
         figures: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
         return figures
 

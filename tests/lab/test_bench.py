@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from lab.bench import gpu, load, tap
-from lab.bench.streams import Stream
 from lab.bench.swaps import Swap, gaps
+from lab.streams import Stream
 from online.messages import Delta, Query
 from tests.tiny import TinyPair
 
@@ -60,7 +60,8 @@ def test_tap_compares_recording_with_none(bench: Bench) -> None:
         "--repetitions",
         "2",
         "--concurrency",
-        "1,2",
+        "1",
+        "2",
         "--rounds",
         "2",
         "--max-tokens",

@@ -13,11 +13,8 @@ from lab.charts import LearningCurve, draw, moving_ratio
 from lab.corpus import held_out_packages, package_prompts
 from lab.options import option, parse
 from lab.reference_pair import chosen_files
-from lab.statistics import median_ratio, paired_ratio, proportion
-from lab.studies.gate import Options, Simulation
+from lab.statistics import median_ratio, paired_ratio
 from lab.traffic import Served
-from online.settings import Settings
-from trainer.evaluation import Evaluation
 
 
 def test_traffic_comes_from_packages_that_no_model_was_trained_on() -> None:
@@ -69,28 +66,6 @@ def test_a_median_ratio_of_one_repetition_has_no_interval() -> None:
     several = median_ratio([1.0, 1.1, 1.2, 1.3])
     assert several.value == pytest.approx(1.15)
     assert 1.0 <= several.low < several.value < several.high <= 1.3
-
-
-def test_a_share_has_an_interval_at_its_ends_too() -> None:
-    """None of a hundred is not never; half of a hundred is the textbook's interval."""
-    assert (proportion(0, 100).low, proportion(100, 100).high) == pytest.approx((0, 1))
-    assert 0.03 < proportion(0, 100).high < 0.05
-    half = proportion(50, 100)
-    assert (half.low, half.high) == pytest.approx((0.404, 0.596), abs=0.001)
-
-
-def test_simulated_candidates_have_the_gain_of_the_simulation() -> None:
-    """Their differences are real ones, moved; the gate finds a large gain and a large loss."""
-    rng = np.random.default_rng(0)
-    active = Evaluation(rng.uniform(1, 3, 300), np.full(300, 0.5))
-    candidate = active._replace(tokens_R=active.tokens_R + rng.normal(0.1, 0.2, 300))
-    options = Options(requests=200, earlier=100, draws=20)
-    simulation = Simulation(options, Settings().forgetting_tolerance, active, 4)
-    moved = simulation.moved(candidate, 0.1)
-    assert simulation.gain(moved) == pytest.approx(0.1)
-    assert np.std(moved.tokens_R - candidate.tokens_R) == pytest.approx(0)
-    assert simulation.trials("gain", {"x": moved}, loss=0.0).promoted.value == 1
-    assert simulation.trials("forgetting", {"x": moved}, loss=0.1).promoted.value == 0
 
 
 def test_a_moving_ratio_is_of_what_is_inside_the_window() -> None:

@@ -8,10 +8,14 @@ import torch
 from sqlalchemy import Engine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lab.__main__
+from decoder import reference
 from decoder.models.loading import load_models
 from decoder.rollout.live import LiveDraft
+from lab.bench.system_process import over
 from lab.bench.systems import Outcome
-from lab.warmup import align, cold_start, generic, two_stage
+from lab.warmup import two_stage
+from lab.warmup.cold_start import within
 from lab.warmup.prompts import SOURCES, frame_of
 from lab.warmup.register import opened, register
 from online.artifacts import ArtifactStore
@@ -30,7 +34,7 @@ def test_a_target_gets_its_first_draft_as_version_1(command: Command, tmp_path: 
     """From its own layers: published, registered with its origin, ready to swap in; once only."""
     out = tmp_path / "draft"
     options = ["--layers", "1", "--epochs", "1", "--out", str(out), "--register", "default"]
-    figures = command(align.main, *options)
+    figures = command("warm-up", *options)
     assert figures["initial"] == {"target_layers": [0]}
     assert (figures["answers"], figures["version"]) == (16, 1)
     assert AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers == 1
@@ -45,7 +49,7 @@ def test_a_target_gets_its_first_draft_as_version_1(command: Command, tmp_path: 
         ArtifactStore(Settings().artifacts_path).verify(version.sha256)
     )
     with pytest.raises(SystemExit, match="route 'default' has version 1"):
-        command(align.main, *options)
+        command("warm-up", *options)
 
 
 def test_a_draft_is_warmed_up_from_another(
@@ -53,7 +57,7 @@ def test_a_draft_is_warmed_up_from_another(
 ) -> None:
     """It keeps its shape."""
     figures = command(
-        align.main, "--draft", str(pair.spoilt), "--epochs", "1", "--out", str(tmp_path / "draft")
+        "warm-up", "--draft", str(pair.spoilt), "--epochs", "1", "--out", str(tmp_path / "draft")
     )
     assert figures["initial"] == str(pair.spoilt)
     assert "version" not in figures
@@ -65,7 +69,7 @@ def test_a_target_that_is_asked_nothing_writes_its_own_queries(
 ) -> None:
     """They differ, and are trained on like answers."""
     options = ["--draft", str(pair.spoilt), "--epochs", "1", "--unprompted", "--prompt-count", "6"]
-    figures = command(align.main, *options, "--out", str(tmp_path / "draft"))
+    figures = command("warm-up", *options, "--out", str(tmp_path / "draft"))
     assert figures["answers"] == 6
     assert figures["answer_tokens"] == figures["positions"] > 0
 
@@ -106,12 +110,12 @@ def test_cold_starts_spend_the_same_tokens(command: Command, pair: TinyPair) -> 
         "4",
     ]
     figures = command(
-        cold_start.main,
+        "cold-start",
         *options,
         "--epochs",
         "1",
         "--sources",
-        ",".join(SOURCES),
+        *SOURCES,
         "--children",
         "2",
     )
@@ -123,7 +127,7 @@ def test_cold_starts_spend_the_same_tokens(command: Command, pair: TinyPair) -> 
 def test_a_budget_cuts_the_last_answer(pair: TinyPair) -> None:
     """Its remainder is still usable."""
     signals = taught(pair.target, 3, tokens=10)
-    kept = cold_start.within(signals, 14)
+    kept = within(signals, 14)
     assert [len(signal.output_ids) for signal in kept] == [10, 4]
     assert all(usable(signal, 320) for signal in kept)
     assert np.array_equal(kept[1].output_ids, signals[1].output_ids[:4])
@@ -139,7 +143,7 @@ def test_two_stages_take_the_steps_of_one(command: Command, pair: TinyPair, tmp_
     """All three schemes are measured on the held-out requests."""
     mixed = prompts(tmp_path / "mixed.jsonl", 16, "mixed")
     figures = command(
-        generic.main,
+        "g2sd",
         "--draft",
         str(pair.draft),
         "--generic",
@@ -159,7 +163,7 @@ def test_a_smaller_target_and_its_draft_are_made(
 ) -> None:
     """Writes four models; reports the distance to the teacher, and the shared draft."""
     options = ["--draft", str(pair.draft), "--epochs", "1", "--repetitions", "0"]
-    figures = command(two_stage.main, *options, "--out", str(tmp_path / "out"))
+    figures = command("two-stage", *options, "--out", str(tmp_path / "out"))
     assert figures["layers"] == [0]
     assert figures["kl"]["after"][0] > 0
     for drafts in (figures["drafts"][who] for who in ("teacher", "smaller")):
@@ -172,16 +176,35 @@ def test_a_smaller_target_and_its_draft_are_made(
 def test_speeds_are_ratios_to_the_plain_teacher() -> None:
     """By repetition, so that a slow spell of the machine cancels out."""
     slow = {"teacher": 1.0, "smaller": 0.5}
-    speeds = {
-        (who, case.name): [
+    results = {
+        case.name: [
             Outcome(100, spell * slow[who] / (1 + case.drafts), steps=50) for spell in (1.0, 3.0)
         ]
         for who, case in two_stage.CONTESTANTS
     }
-    ratios = {name: ratio for name, (ratio, _, _) in two_stage.speed_table(speeds).items()}
-    assert ratios == {
+    assert {name: over(results, name, "teacher, plain").value for name in results} == {
         "teacher, plain": 1,
         "teacher, with a draft": 2,
         "smaller, plain": 2,
         "smaller, with a draft": 4,
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("warm-up", ["--out", "x"]),
+        ("cold-start", []),
+        ("g2sd", ["--generic", "x"]),
+        ("two-stage", ["--out", "x"]),
+    ],
+)
+def test_an_unreadable_prompts_file_is_reported_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, options: list[str]
+) -> None:
+    """The message names the command and the file; there is no traceback."""
+    draft = ["--draft", str(reference.DRAFT)]
+    words = ["lab", name, *draft, "--prompts", str(tmp_path / "none.jsonl"), *options]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit, match=rf"{name}: .*none.jsonl can't be read"):
+        lab.__main__.main()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lab.replay.config import Domain, Replay, Segment, spans
-from lab.replay.curves import cost, forgetting, recoveries
+from lab.replay.curves import forgetting, recoveries
 from lab.replay.figures import summarise
 from lab.replay.log import Log, locked
 from lab.replay.presets import segments
@@ -81,9 +81,9 @@ def test_what_fades_in_has_no_moment_of_shift(tmp_path: Path) -> None:
 
 
 def test_a_query_s_answers_are_one_observation(tmp_path: Path) -> None:
-    """However many seeds and kinds there are of it: more of the same answers make no interval narrower."""
+    """More seeds with the same answers do not make an interval narrower."""
     rng, logs = random.Random(0), {}
-    exams = {
+    held_out = {
         at: [[rng.randint(20, 60), rng.randint(10, 20), 5.0, 10] for _ in range(20)]
         for at in (0, 100)
     }
@@ -93,11 +93,10 @@ def test_a_query_s_answers_are_one_observation(tmp_path: Path) -> None:
     found = []
     for seed in (1, 2, 3):
         logs[seed] = log(tmp_path / str(seed), a={0: 1.0})
-        for at, rows in exams.items():
+        for at, rows in held_out.items():
             logs[seed].add("held_out", at, domain="a", rows=rows + rows)
         found.append(summarise(config, logs)["a"])
     assert all(one["tau_ratio_low"] == pytest.approx(found[0]["tau_ratio_low"]) for one in found)
-    assert found[2]["tau_ratio_by_seed"] == pytest.approx([found[0]["tau_ratio"]] * 3)
 
 
 def test_a_line_cut_short_is_dropped_and_written_again(tmp_path: Path) -> None:
@@ -119,12 +118,3 @@ def test_two_replays_do_not_share_a_folder(tmp_path: Path) -> None:
         pass
     with locked(tmp_path):
         pass
-
-
-def test_cost_is_told_along_the_stream(tmp_path: Path) -> None:
-    """By tenths, over the seeds."""
-    logs = {seed: Log(tmp_path / f"{seed}.jsonl") for seed in (1, 2)}
-    logs[1].add("cycle", 20, train_s=4.0)
-    logs[2].add("cycle", 21, train_s=8.0)
-    logs[2].add("cycle", 200, train_s=2.0)
-    assert cost(replay("a", "b"), logs) == [2.0, 4.0, 0, 0, 0, 0, 0, 0, 0, 1.0]

@@ -6,15 +6,16 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
-from lab import rig
+from decoder.engine.engine import Engine
 from online.errors import SlipstreamError
 from online.messages import Delta, Query, SpeculationStats
 
 SILENCE_S = 60.0  # after so long without a delta, what is in flight counts as never answered
 
 
-@dataclass
+@dataclass(eq=False)
 class Stream:
     """One query and its answer so far."""
 
@@ -24,22 +25,31 @@ class Stream:
     reason: str = ""  # empty: it has not ended
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     sent_s: float = field(default_factory=time.perf_counter)
-    first_s: float = 0.0  # from sending to the first token
-    gaps_s: list[float] = field(default_factory=list)  # between tokens
-    last_s: float = 0.0
+    arrivals: list[tuple[float, int]] = field(default_factory=list)  # s since sent, tokens
+    error: str = ""
 
     def take(self, delta: Delta, now: float) -> None:
-        """Adds a delta; k tokens that come t seconds after the last are k gaps of t / k."""
-        if count := len(delta.token_ids):
-            if self.ids:
-                self.gaps_s += [(now - self.last_s) / count] * count
-            else:
-                self.first_s = now - self.sent_s
-            self.last_s = now
+        """Adds a delta."""
+        if delta.token_ids:
+            self.arrivals.append((now - self.sent_s, len(delta.token_ids)))
         self.ids += delta.token_ids
         self.deltas += 1
         self.reason = delta.finish_reason or ""
         self.stats = delta.stats or self.stats
+        self.error = delta.error
+
+    @property
+    def first_s(self) -> float:
+        """From sending to the first token; 0 without any."""
+        return self.arrivals[0][0] if self.arrivals else 0.0
+
+    @property
+    def gaps_s(self) -> list[float]:
+        """Between tokens; k tokens that come t seconds after the last are k gaps of t / k."""
+        gaps: list[float] = []
+        for (before_s, _), (at_s, count) in pairwise(self.arrivals):
+            gaps += [(at_s - before_s) / count] * count
+        return gaps
 
     @property
     def answered(self) -> bool:
@@ -54,14 +64,17 @@ class Load:
 
     def __init__(
         self,
-        serving: rig.Rig,
+        engine: Engine,
         at_once: int,
         rate: float = 0.0,
         seen: Callable[[Stream], None] = lambda stream: None,
+        silence_s: float = SILENCE_S,
     ) -> None:
-        self._engine, self._at_once, self._rate, self._seen = serving.engine, at_once, rate, seen
+        self._engine, self._at_once, self._rate, self._seen = engine, at_once, rate, seen
+        self._silence_s = silence_s
         self._inbox: queue.SimpleQueue[tuple[Stream, Delta, float]] = queue.SimpleQueue()
-        self._in_flight: dict[str, Stream] = {}
+        self._in_flight: set[Stream] = set()
+        self.sent: list[Stream] = []
         self._rng = random.Random(0)
 
     def run(self, queries: Iterator[Query]) -> Iterator[Stream]:
@@ -75,21 +88,21 @@ class Load:
                 due_s = self._next_arrival() if self._send(next(queries, None)) else math.inf
             now = time.perf_counter()
             try:
-                wait_s = min(heard_s + SILENCE_S, due_s) - now
+                wait_s = min(heard_s + self._silence_s, due_s) - now
                 stream, delta, heard_s = self._inbox.get(timeout=max(0.0, wait_s))
             except queue.Empty:
-                if self._in_flight and now - heard_s > SILENCE_S:
+                if self._in_flight and now - heard_s > self._silence_s:
                     break
                 continue
             stream.take(delta, heard_s)
             if stream.reason:
-                del self._in_flight[stream.query.id]
+                self._in_flight.remove(stream)
                 if not self._rate:
                     self._send(next(queries, None))
             self._seen(stream)
             if stream.reason:
                 yield stream
-        yield from self._in_flight.values()
+        yield from self._in_flight
 
     def _next_arrival(self) -> float:
         """When the next query is sent, infinite where each waits for another's end."""
@@ -98,7 +111,9 @@ class Load:
     def _send(self, query: Query | None) -> bool:
         if query is None:
             return False
-        stream = self._in_flight[query.id] = Stream(query)
+        stream = Stream(query)
+        self._in_flight.add(stream)
+        self.sent.append(stream)
         put = self._inbox.put
         try:
             self._engine.submit(query, lambda delta: put((stream, delta, time.perf_counter())))

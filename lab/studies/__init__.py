@@ -1,1 +1,0 @@
-"""Studies of single questions; `python -m lab --help` lists them."""
