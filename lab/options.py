@@ -16,18 +16,24 @@ def option(default: Any = MISSING, help: str = "") -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairOptions:
-    """A target, a draft, and prompts for them."""
+class ModelOptions:
+    """A target and a draft, and where they run."""
 
     target: str = option("", "folder or hub id (default: the embedded target)")
     draft: str = option("", "folder or hub id (default: the embedded draft)")
+    dtype: Dtype = option("auto", "of both models")
+    device: str = option("auto", "cpu, cuda or cuda:N")
+    threads: int = option(0, "torch threads; 0: torch's own choice")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairOptions(ModelOptions):
+    """A target, a draft, and prompts for them."""
+
     prompts: Path | None = option(
         None, 'JSON lines with a "prompt" each (default: code of an installed package)'
     )
     prompt_count: int = option(200, "prompts taken from the file")
-    dtype: Dtype = option("auto", "of both models")
-    device: str = option("auto", "cpu, cuda or cuda:N")
-    threads: int = option(0, "torch threads; 0: torch's own choice")
 
 
 def parse(kind: type[T], command: str, about: str | None) -> T:

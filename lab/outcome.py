@@ -10,6 +10,7 @@ from lab.output import table
 from lab.statistics import Estimate, paired_ratio
 from lab.traffic import Served
 
+WHEN = ("before", "after")
 KINDS = {"": "all", "sampled_": "sampled", "greedy_": "greedy"}  # prefix of figures → kind
 
 
@@ -84,22 +85,17 @@ def show_versions(
 def show_gain(figures: Mapping[str, Any]) -> None:
     rows = []
     for prefix, kind in KINDS.items():
-        ratio = [figures[f"{prefix}tau_ratio{end}"] for end in ("", "_low", "_high")]
-        row = _row(f"tokens per target forward τ, {kind}", figures, f"{prefix}tau", 2)
-        rows.append([*row, Estimate(*ratio)])
-    for prefix, kind in KINDS.items():
-        name = f"acceptance rate Σ min(p, q), {kind}"
-        rows.append([*_row(name, figures, f"{prefix}acceptance", 3), ""])
+        ratio = Estimate(*(figures[f"{prefix}tau_ratio{end}"] for end in ("", "_low", "_high")))
+        tau = [f"{figures[f'{prefix}tau_{when}']:.2f}" for when in WHEN]
+        acceptance = [f"{figures[f'{prefix}acceptance_{when}']:.3f}" for when in WHEN]
+        rows.append([kind, *tau, ratio, *acceptance])
     same, compared = figures["greedy_same"], figures["greedy_compared"]
+    head = ["queries", "τ before", "τ after", "ratio (95 %)", "acceptance before", "after"]
     title = f"held-out queries of {figures['package']}, {compared} of each kind"
-    table(["", "first draft", "learnt", "ratio (95 %)"], rows, title)
+    table(head, rows, f"{title}; τ: tokens per target forward, acceptance: Σ min(p, q)")
     print(f"greedy answers the same before and after: {same} of {compared}")
     print(
         f"{figures['requests']} requests, {figures['failed_requests']} failed,"
         f" {figures['swaps']} swaps, {figures['train_s']:.0f} s of training"
     )
     print(f"chart: {figures['chart']}")
-
-
-def _row(title: str, figures: Mapping[str, Any], key: str, digits: int) -> list[str]:
-    return [title, *(f"{figures[f'{key}_{when}']:.{digits}f}" for when in ("before", "after"))]

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from decoder.assembly import DecoderParts, assemble
 from decoder.engine.engine import Engine
 from decoder.models.loading import ModelFiles, load_tokenizer
-from lab.options import PairOptions
+from lab.options import ModelOptions, PairOptions
 from lab.prompts import read_prompts, tokenize
 from lab.streams import Load, Stream
 from online.buffer import BufferLimits, SignalBuffer
@@ -41,7 +41,7 @@ class Pair:
         return load_tokenizer(self.files)
 
 
-def files_of(options: PairOptions) -> ModelFiles:
+def files_of(options: ModelOptions) -> ModelFiles:
     # Bars of loading would interleave with the commands' own lines.
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     return ModelFiles.of(Settings(target=options.target, draft=options.draft))

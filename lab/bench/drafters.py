@@ -13,7 +13,7 @@ stream's other traffic.
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -23,17 +23,16 @@ import numpy as np
 import torch
 
 from decoder.device.placement import device_of
-from decoder.models.loading import ModelFiles, load_tokenizer
+from decoder.models.loading import load_tokenizer
 from lab import rig
 from lab.bench.exactness import exact_tv
 from lab.interleaved import TRIAL_ROUNDS, Variant, fastest, interleave, mixed, round_size
-from lab.options import Dtype, option, parse
+from lab.options import ModelOptions, option, parse
 from lab.output import finish, table
 from lab.replay.config import Domain
 from lab.replay.presets import preset, shared_data, shared_pair
 from lab.replay.streams import PromptSource, StreamQuery, held_out_queries, prompts
 from online.messages import DrafterName, Query
-from online.settings import Settings
 
 FREE = None  # the engine's choice of γ before every step
 GAMMAS: dict[DrafterName, tuple[int | None, ...]] = {
@@ -53,7 +52,7 @@ BEFORE = 8  # sequences in flight while earlier traffic is answered
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(ModelOptions):
     data: Path | None = option(None, "folder with stream/DOMAIN.jsonl (default: ../shared/data)")
     target: str = option("", "folder or hub id (default: beside the data, else the embedded)")
     draft: str = option("", "folder or hub id; one that has learnt shows most")
@@ -64,9 +63,6 @@ class Options:
     answered: int = option(300, "queries of every stream answered before")
     rounds: int = option(5, "of the comparison")
     max_tokens: int = option(96, "of an answer")
-    dtype: Dtype = option("auto", "of both models")
-    device: str = option("auto", "cpu, cuda or cuda:N")
-    threads: int = option(0, "torch threads; 0: torch's own choice")
 
     @property
     def compared(self) -> list[DrafterName]:
@@ -96,20 +92,8 @@ def _run(
     at_once: int,
 ) -> None:
     """One round of a variant."""
-    queries = [
-        Query(
-            id=each.name,
-            route=rig.ROUTE,
-            prompt_ids=each.prompt_ids,
-            max_tokens=max_tokens,
-            temperature=each.temperature,
-            seed=each.seed,
-            gamma=variant.gamma,
-            drafter=variant.drafter,
-            store=False,
-        )
-        for each in asked
-    ]
+    own = {"gamma": variant.gamma, "drafter": variant.drafter, "store": False}
+    queries = [each.query(rig.ROUTE, max_tokens, **own) for each in asked]
     started = time.perf_counter()
     answers = serving.complete(queries, at_once)
     variant.add(answers, time.perf_counter() - started)
@@ -154,12 +138,8 @@ def _inputs(options: Options) -> tuple[dict[str, Domain], rig.Pair, dict[str, li
     """The domains, the pair, and each stream's held-out queries, sampled and greedy alternating."""
     data = shared_data(options.data)
     beside = shared_pair() if data else {}
-    files = ModelFiles.of(
-        Settings(
-            target=options.target or beside.get("target", ""),
-            draft=options.draft or beside.get("draft", ""),
-        )
-    )
+    chosen = {name: getattr(options, name) or beside.get(name, "") for name in ("target", "draft")}
+    files = rig.files_of(replace(options, **chosen))
     domains = preset("abrupt" if data else "embedded", data, 1).domains
     if unknown := set(options.streams) - set(domains):
         names = ", ".join(sorted(unknown))

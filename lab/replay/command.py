@@ -19,12 +19,11 @@ import transformers
 
 from lab.options import Dtype, option, parse
 from lab.output import finish, rounded
-from lab.replay.chart import draw
 from lab.replay.config import Arm, Replay, read
 from lab.replay.figures import figures
 from lab.replay.log import Log
 from lab.replay.presets import PresetName, preset, shared_data, shared_pair
-from lab.replay.report import show
+from lab.replay.report import draw, show
 from lab.replay.run import ArmRun
 from online.processes import die_with_parent
 

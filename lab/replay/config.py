@@ -14,10 +14,7 @@ AtLeast1 = Annotated[int, Field(ge=1)]
 
 
 class Domain(BaseModel):
-    """Where prompts come from.
-
-    A JSON-lines file, `package:NAME` of an installed one, or `hub:DATASET:SPLIT:FIELD`.
-    """
+    """Where prompts come from: a JSON-lines file, or `package:NAME` of an installed package."""
 
     model_config = Strict
     traffic: str

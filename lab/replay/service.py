@@ -19,7 +19,6 @@ from lab.replay.streams import StreamQuery
 from lab.stored import stored
 from lab.streams import Stream
 from online.leases import UNFINISHED
-from online.messages import Query
 from online.prompt_routes import PromptClusters
 from online.registry import Registry
 from online.signals import Signal, decode
@@ -85,14 +84,11 @@ class Service:
     ) -> list[Stream]:
         """Answers in order; γ None is the engine's own choice."""
         queries = [
-            Query(
-                id=each.name,
-                route=self._cluster(route, each.prompt_ids, learn=store),
-                prompt_ids=each.prompt_ids,
-                max_tokens=self._config.max_tokens,
-                temperature=each.temperature,
-                seed=each.seed,
+            each.query(
+                self._cluster(route, each.prompt_ids, learn=store),
+                self._config.max_tokens,
                 gamma=gamma,
+                drafter="chain",
                 store=store,
             )
             for each in asked

@@ -4,12 +4,14 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from lab.corpus import package_prompts
 from lab.prompts import prompts_in, tokenize
 from lab.replay.config import Replay
+from online.messages import Query
 
 POOL = 20_000  # prompts of a domain that a stream draws from, at most
 PACKAGE_PROMPTS = 2000
@@ -24,9 +26,13 @@ class StreamQuery:
     temperature: float
     seed: int
 
+    def query(self, route: str, max_tokens: int, **options: Any) -> Query:
+        own = (self.name, route, self.prompt_ids, max_tokens, self.temperature)
+        return Query(*own, seed=self.seed, **options)
+
 
 def prompts(source: str, *, held_out: bool) -> list[str]:
-    """The prompts of `package:NAME`, `hub:DATASET[:SPLIT[:FIELD]]` or a JSON-lines file.
+    """The prompts of `package:NAME` or of a JSON-lines file.
 
     Raises:
         ValueError: the source can't be read or holds no prompts; it is named.
@@ -35,22 +41,7 @@ def prompts(source: str, *, held_out: bool) -> list[str]:
     if kind == "package":
         seed = 1 if held_out else 2
         return package_prompts(rest, PACKAGE_PROMPTS, held_out=held_out, seed=seed)
-    if kind == "hub":
-        return _hub_prompts(*rest.split(":"))
     return prompts_in(Path(source))
-
-
-def _hub_prompts(name: str, split: str = "train", field: str = "prompt") -> list[str]:
-    try:
-        import datasets
-    except ImportError as error:
-        missing = f"hub:{name} needs the `datasets` package: pip install datasets"
-        raise ValueError(missing) from error
-    rows = datasets.load_dataset(name, split=split)
-    if field not in rows.column_names:
-        fields = ", ".join(rows.column_names)
-        raise ValueError(f"hub:{name}:{split} has no field {field!r}; it has {fields}")
-    return [str(text) for text in rows[field]]
 
 
 class PromptSource:

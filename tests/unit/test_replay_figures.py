@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from lab.replay.config import Domain, Replay, Segment, spans
-from lab.replay.curves import forgetting, recoveries
-from lab.replay.figures import summarise
+from lab.replay.figures import forgetting, recoveries, summarise
 from lab.replay.log import Log, locked
 from lab.replay.presets import segments
 
