@@ -10,9 +10,9 @@ so memory that grows is the engine's. `draft_faults` counts failures of a draft,
 clients: their sequences continue without it. In float32 greedy answers are compared with those of
 γ = 0. In lower precision a product's last bits depend on the batch, and with them a near-tie.
 
-A gap is the time between the ends of two steps. On a CPU oneDNN keeps compiled products of every
-shape, some hundred MiB; ONEDNN_PRIMITIVE_CACHE_CAPACITY=0 LRU_CACHE_CAPACITY=1 takes them out of
-`memory_growth`, and costs speed.
+On a CPU oneDNN keeps compiled products of every shape, some hundred MiB.
+ONEDNN_PRIMITIVE_CACHE_CAPACITY=0 LRU_CACHE_CAPACITY=1 takes them out of `memory_growth`, and costs
+speed.
 """
 
 import queue
@@ -32,7 +32,7 @@ from decoder.models.loading import context_limit
 from lab import rig
 from lab.bench.leaks import leaked_slots, rss_mib
 from lab.bench.mix import Mix
-from lab.bench.swaps import StepClock, Swap, draft_folders, gaps, swap
+from lab.bench.swaps import StepClock, draft_folders, swap
 from lab.options import PairOptions, option, parse
 from lab.output import finish, say, table
 from lab.streams import Load, Stream
@@ -60,15 +60,11 @@ class Exercise:
         self._options, self._serving, self._mix = options, serving, mix
         self._due: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._cancel_after: dict[str, int | None] = {}
-        self._clock = StepClock(serving.engine.batch)
+        self.clock = StepClock(serving.engine.batch)
         self.streams: list[Stream] = []
-        self.swaps: list[Swap] = []
+        self.pauses_s: list[float] = []
         self.rss_mib: list[float] = []
         self.seconds = 0.0
-
-    @property
-    def spans(self) -> list[tuple[float, float]]:
-        return self._clock.spans
 
     def run(self, folders: Sequence[Path]) -> None:
         options, started = self._options, time.perf_counter()
@@ -86,8 +82,9 @@ class Exercise:
 
     def _swap(self, folders: Sequence[Path]) -> None:
         while self._due.get():
-            made = len(self.swaps)
-            self.swaps.append(swap(self._serving, folders[made % len(folders)], made + 1))
+            made = len(self.pauses_s)
+            pause_s = swap(self._serving, folders[made % len(folders)], made + 1)
+            self.pauses_s.append(pause_s)
 
     def _cancel(self, stream: Stream) -> None:
         if stream.deltas == 0:
@@ -158,19 +155,14 @@ def _figures(exercise: Exercise) -> dict[str, Any]:
 
 
 def _swap_figures(exercise: Exercise) -> dict[str, Any]:
-    swaps, spans_S2 = exercise.swaps, np.array(exercise.spans)
-    step_s = float(np.median(spans_S2[:, 1] - spans_S2[:, 0]))
-    across, others = gaps(spans_S2[:, 1], swaps)
-    pauses = [each.pause_s for each in swaps]
+    pauses_s, step_s = exercise.pauses_s, float(np.median(exercise.clock.steps_s))
     versions = [len(stream.stats.versions) for stream in exercise.streams]
     return {
-        "swaps": len(swaps),
+        "swaps": len(pauses_s),
         "requests_across_swaps": sum(count > 1 for count in versions),
-        **_percentiles("pause_ms", pauses),
+        **_percentiles("pause_ms", pauses_s),
         "median_step_ms": 1000 * step_s,
-        "longest_pause_steps": max(pauses, default=0.0) / step_s,
-        "longest_gap_steps": max(across, default=0.0) / step_s,
-        "longest_gap_steps_without_swap": max(others, default=0.0) / step_s,
+        "longest_pause_steps": max(pauses_s, default=0.0) / step_s,
     }
 
 

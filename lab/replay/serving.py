@@ -1,9 +1,8 @@
 """Starts the service of a replay: engine, recorder, a real buffer and registry, cycles, swaps."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,7 +16,7 @@ from online.database import connect
 from online.embedded_redis import start_server
 from online.prompt_routes import PromptClusters
 from online.settings import Settings
-from trainer.cycle import CycleContext
+from trainer.context import CycleContext
 
 
 @contextmanager
@@ -43,19 +42,19 @@ def serve(config: Replay, settings: Settings, folder: Path) -> Iterator[Service]
         server.wait(10)
 
 
-@contextmanager
-def _engine(config: Replay, context: CycleContext) -> Iterator[rig.Rig]:
+def _engine(config: Replay, context: CycleContext) -> AbstractContextManager[rig.Rig]:
     settings, files = context.settings, ModelFiles.of(context.settings)
     longest, threads = [[0] * config.longest_prompt], torch.get_num_threads()
     pair = rig.Pair(files, longest, config.dtype, settings.device, threads)
-    options: dict[str, Any] = {
-        "gamma": config.gamma,
-        "max_tokens": config.max_tokens,
-        "kept_contexts": 0,
-        "routes": (LIVE, FROZEN),
-        "clusters": settings.learnt_routes,
-        "buffer": context.buffer,
-        "settings": settings,
-    }
-    with rig.rig(pair, files.draft, config.at_once, **options) as serving:
-        yield serving
+    return rig.rig(
+        pair,
+        files.draft,
+        config.at_once,
+        gamma=config.gamma,
+        max_tokens=config.max_tokens,
+        kept_contexts=0,
+        routes=(LIVE, FROZEN),
+        clusters=settings.learnt_routes,
+        buffer=context.buffer,
+        settings=settings,
+    )

@@ -46,6 +46,6 @@ def _compare(
 
 def _run(service: Service, variant: Variant, queries: Sequence[StreamQuery], at_once: int) -> None:
     started = time.perf_counter()
-    options = {"route": variant.route, "gamma": variant.gamma, "at_once": at_once}
-    answers = service.answer(queries, store=False, **options)
+    route, gamma = variant.route, variant.gamma
+    answers = service.answer(queries, route=route, gamma=gamma, store=False, at_once=at_once)
     variant.add(answers, time.perf_counter() - started)

@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from lab.bench import gpu, load, tap
-from lab.bench.swaps import Swap, gaps
 from lab.streams import Stream
 from online.messages import Delta, Query
 from tests.tiny import TinyPair
@@ -76,7 +74,7 @@ def test_tap_compares_recording_with_none(bench: Bench) -> None:
 
 
 LOAD = ("--slots", "3", "--max-tokens", "12", "--max-context", "96", "--swap-every", "10")
-DELAYS = ("ttft_ms_p99", "itl_ms_p99", "pause_ms_p50", "pause_ms_p99", "longest_gap_steps")
+DELAYS = ("ttft_ms_p99", "itl_ms_p99", "pause_ms_p50", "pause_ms_p99", "longest_pause_steps")
 
 
 def test_a_steady_load_is_answered_and_leaks_nothing(bench: Bench) -> None:
@@ -99,13 +97,6 @@ def test_a_poisson_load_sends_every_request(bench: Bench) -> None:
     assert figures["requests"] == 20 == figures["answered"] + figures["cancelled"]
     assert figures["swaps"] == figures["requests_across_swaps"] == 0
     assert figures["slots_leaked"] == 0
-
-
-def test_a_gap_with_a_swap_ends_with_the_step_after_it() -> None:
-    """A swap after the last step is in no gap."""
-    ends = np.array([1.0, 2.0, 5.0, 6.0])
-    across, others = gaps(ends, [Swap(2.5, 3.0), Swap(6.5, 7.0)])
-    assert (across, others) == ([3.0], [1.0, 1.0])
 
 
 def test_a_delta_of_several_tokens_is_as_many_gaps() -> None:
