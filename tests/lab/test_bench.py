@@ -32,17 +32,9 @@ def bench(
     threads = torch.get_num_threads()
 
     def run(main: Callable[[], None], *options: str) -> dict[str, Any]:
-        given = [
-            "--target",
-            str(pair.target),
-            "--draft",
-            str(pair.draft),
-            "--prompts",
-            str(prompts),
-        ]
-        monkeypatch.setattr(
-            sys, "argv", ["bench", *given, "--dtype", "float32", "--threads", "1", *options]
-        )
+        given = f"--target {pair.target} --draft {pair.draft} --prompts {prompts}".split()
+        fixed = ["--dtype", "float32", "--threads", "1"]
+        monkeypatch.setattr(sys, "argv", ["bench", *given, *fixed, *options])
         main()
         figures: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
         return figures
@@ -53,20 +45,8 @@ def bench(
 
 def test_tap_compares_recording_with_none(bench: Bench) -> None:
     """A ratio for each number of queries in flight; every recorded request is written."""
-    figures = bench(
-        tap.main,
-        "--repetitions",
-        "2",
-        "--concurrency",
-        "1",
-        "2",
-        "--rounds",
-        "2",
-        "--max-tokens",
-        "8",
-        "--gamma",
-        "2",
-    )
+    words = "--repetitions 2 --concurrency 1 2 --rounds 2 --max-tokens 8 --gamma 2"
+    figures = bench(tap.main, *words.split())
     assert set(figures["tap_ratio"]) == set(figures["tap_ratio_interval"]) == {"1", "2"}
     assert figures["tap_ratio_min"] == min(figures["tap_ratio"].values())
     assert figures["bytes_per_token"] > 0
@@ -111,17 +91,12 @@ def test_a_delta_of_several_tokens_is_as_many_gaps() -> None:
 def test_the_benchmark_of_a_gpu_is_ready(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On whatever there is, with models that are as good as none."""
+    """It runs on any device, here with tiny random models."""
     monkeypatch.setattr(sys, "argv", ["bench", "--small"])
     threads = torch.get_num_threads()
     gpu.main()
     torch.set_num_threads(threads)
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
-    for key in (
-        "plain_ms_per_token",
-        "weights_read_ms",
-        "speculative_step_ms",
-        "step_vs_forwards",
-        "swap_pause_ms",
-    ):
+    times = ("plain_ms_per_token", "weights_read_ms", "speculative_step_ms", "swap_pause_ms")
+    for key in (*times, "step_vs_forwards"):
         assert figures[key] > 0

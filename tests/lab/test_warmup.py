@@ -97,28 +97,9 @@ def test_a_route_that_the_service_does_not_have_is_refused(tmp_path: Path) -> No
 
 def test_cold_starts_spend_the_same_tokens(command: Command, pair: TinyPair) -> None:
     """Every source of prompts has the same budget of target tokens."""
-    options = [
-        "--draft",
-        str(pair.draft),
-        "--seeds",
-        "2",
-        "--rounds",
-        "2",
-        "--budget",
-        "24",
-        "--asked",
-        "4",
-    ]
-    figures = command(
-        "cold-start",
-        *options,
-        "--epochs",
-        "1",
-        "--sources",
-        *SOURCES,
-        "--children",
-        "2",
-    )
+    words = f"--draft {pair.draft} --seeds 2 --rounds 2 --budget 24 --asked 4 --epochs 1"
+    sources = ["--sources", *SOURCES]
+    figures = command("cold-start", *words.split(), *sources, "--children", "2")
     assert set(figures["target_tokens"].values()) == {48}
     assert set(figures["tokens_per_step"]) == {"before", *SOURCES}
     assert set(figures["over_random"]) == set(SOURCES) - {"random"}
@@ -142,17 +123,8 @@ def test_a_query_stands_where_the_template_has_it(pair: TinyPair) -> None:
 def test_two_stages_take_the_steps_of_one(command: Command, pair: TinyPair, tmp_path: Path) -> None:
     """All three schemes are measured on the held-out requests."""
     mixed = prompts(tmp_path / "mixed.jsonl", 16, "mixed")
-    figures = command(
-        "g2sd",
-        "--draft",
-        str(pair.draft),
-        "--generic",
-        mixed,
-        "--epochs",
-        "1",
-        "--seeds",
-        "1",
-    )
+    words = f"--draft {pair.draft} --generic {mixed} --epochs 1 --seeds 1"
+    figures = command("g2sd", *words.split())
     assert figures["steps"] == 2 * 2
     assert figures["requests"] == 10
     assert set(figures["over_one_stage"]) == {"outputs, outputs", "features, outputs"}
