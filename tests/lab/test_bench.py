@@ -72,7 +72,7 @@ def test_a_steady_load_is_answered_and_leaks_nothing(bench: Bench) -> None:
 
 
 def test_a_poisson_load_sends_every_request(bench: Bench) -> None:
-    """Arrivals wait for nobody's end, and swaps can be left out."""
+    """Arrivals do not wait for other requests to end; --swap-every 0 makes no swaps."""
     figures = bench(load.main, "--requests", "20", *LOAD[:-1], "0", "--rate", "200")
     assert figures["requests"] == 20 == figures["answered"] + figures["cancelled"]
     assert figures["swaps"] == figures["requests_across_swaps"] == 0

@@ -55,7 +55,7 @@ def test_a_target_gets_its_first_draft_as_version_1(command: Command, tmp_path: 
 def test_a_draft_is_warmed_up_from_another(
     command: Command, pair: TinyPair, tmp_path: Path
 ) -> None:
-    """It keeps its shape."""
+    """The result has the shape of the other draft."""
     figures = command(
         "warm-up", "--draft", str(pair.spoilt), "--epochs", "1", "--out", str(tmp_path / "draft")
     )
@@ -64,10 +64,10 @@ def test_a_draft_is_warmed_up_from_another(
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "draft").config.num_hidden_layers == 2
 
 
-def test_a_target_that_is_asked_nothing_writes_its_own_queries(
+def test_a_target_writes_its_own_queries_without_prompts(
     command: Command, pair: TinyPair, tmp_path: Path
 ) -> None:
-    """They differ, and are trained on like answers."""
+    """The queries differ, and the draft is trained on them too."""
     options = ["--draft", str(pair.spoilt), "--epochs", "1", "--unprompted", "--prompt-count", "6"]
     figures = command("warm-up", *options, "--out", str(tmp_path / "draft"))
     assert figures["answers"] == 6
@@ -75,7 +75,7 @@ def test_a_target_that_is_asked_nothing_writes_its_own_queries(
 
 
 def test_a_route_with_a_version_keeps_it(pair: TinyPair, sqlite: Engine, tmp_path: Path) -> None:
-    """Also if the other version came after the check."""
+    """The same holds if the other version came after the check."""
     registry, artifacts = Registry(sqlite), ArtifactStore(tmp_path / "artifacts")
     registry.ensure_routes(("default",))
     first = register(
@@ -89,7 +89,7 @@ def test_a_route_with_a_version_keeps_it(pair: TinyPair, sqlite: Engine, tmp_pat
 
 
 def test_a_route_that_the_service_does_not_have_is_refused(tmp_path: Path) -> None:
-    """Before anything is made."""
+    """Nothing is written before the error."""
     with pytest.raises(InvalidRequest, match="not among SLIPSTREAM_ROUTES"):
         opened(Settings(data_dir=tmp_path / "state"), "sql")
     assert not (tmp_path / "state").exists()

@@ -1,4 +1,4 @@
-"""The lab's replay over a tiny pair: the whole loop in one process, its report, its resumption."""
+"""The lab's replay over a tiny pair: the whole loop in one process, its figures, its resumption."""
 
 import json
 import random
@@ -143,7 +143,7 @@ def test_an_arm_may_learn_routes(
     assert all(last[domain]["tau"] > first[domain]["tau"] for domain in ("low", "high"))
 
 
-def test_another_configuration_is_not_mixed_in(pair: TinyPair, tmp_path: Path) -> None:
+def test_a_folder_keeps_its_configuration(pair: TinyPair, tmp_path: Path) -> None:
     """A folder holds one replay. Seeds and arms may be added; an arm's settings stay the same."""
     config, path = read(toml(tmp_path, pair)), tmp_path / "replay.json"
     before = config.model_copy(
@@ -168,10 +168,10 @@ def test_another_configuration_is_not_mixed_in(pair: TinyPair, tmp_path: Path) -
         ("[[segments]]\nqueries = 5\nmix = {other = 1.0}", "other are not among domains"),
     ],
 )
-def test_what_a_configuration_can_t_mean_is_named(
+def test_an_invalid_configuration_is_refused(
     pair: TinyPair, tmp_path: Path, change: str, said: str
 ) -> None:
-    """The field and the reason."""
+    """The error names the field and the reason."""
     path = toml(tmp_path, pair)
     path.write_text(
         path.read_text() + "\n" + change if change[0] == "[" else change + "\n" + path.read_text()
@@ -201,7 +201,7 @@ def test_presets_are_made_of_whole_segments(tmp_path: Path) -> None:
 
 
 def test_a_fade_goes_from_one_mix_to_the_next() -> None:
-    """Linearly, over the segment."""
+    """The weights change linearly over the segment."""
     before, after = (
         Segment(queries=5, mix={"a": 2.0}),
         Segment(queries=10, mix={"b": 1.0}, fade=True),

@@ -47,22 +47,22 @@ def log(path: Path, **swaps: dict[int, float]) -> Log:
 def test_a_domain_has_recovered_at_nine_tenths_of_its_plateau(
     tmp_path: Path, curve: dict[int, float], queries: float
 ) -> None:
-    """Counted from where its segment began."""
+    """Queries are counted from the start of its segment."""
     assert recoveries(replay("a", "b"), "b", log(tmp_path, a={0: 1.0}, b=curve)) == [queries]
 
 
-def test_what_comes_too_late_is_no_recovery(tmp_path: Path) -> None:
-    """A segment that saw no swap has not recovered to what a later one of the domain reaches."""
-    told = log(tmp_path, a={0: 1.0, 250: 2.0}, b={0: 1.0})
-    assert recoveries(replay("a", "b", "a"), "a", told) == [math.inf, 50.0]
+def test_a_later_swap_is_not_a_recovery(tmp_path: Path) -> None:
+    """A segment without a swap does not recover to the plateau of the domain's later segment."""
+    swaps = log(tmp_path, a={0: 1.0, 250: 2.0}, b={0: 1.0})
+    assert recoveries(replay("a", "b", "a"), "a", swaps) == [math.inf, 50.0]
 
 
-def test_what_fades_in_has_no_moment_of_shift(tmp_path: Path) -> None:
-    """And it is forgotten from the end of its fading out on."""
+def test_a_domain_that_fades_in_has_no_shift(tmp_path: Path) -> None:
+    """Forgetting counts from the end of its fading out."""
     config = Replay(
         domains=DOMAINS | {"c": DOMAINS["a"]}, segments=segments("gradual", ["a", "b", "c"], 100)
     )
-    told = log(
+    swaps = log(
         tmp_path,
         a={0: 1.0, 40: 2.0, 120: 1.5, 260: 1.2},
         b={0: 1.0, 140: 2.0},
@@ -71,8 +71,8 @@ def test_what_fades_in_has_no_moment_of_shift(tmp_path: Path) -> None:
     assert [(part.domains, part.end) for part in spans(config)] == [
         (("a",), 50), (("a", "b"), 150), (("b", "c"), 250), (("c",), 300),
     ]  # fmt: skip
-    assert [recoveries(config, name, told) for name in "abc"] == [[40.0], [], []]
-    assert [list(forgetting(config, name, told)) for name in "abc"] == [
+    assert [recoveries(config, name, swaps) for name in "abc"] == [[40.0], [], []]
+    assert [list(forgetting(config, name, swaps)) for name in "abc"] == [
         [pytest.approx(0.2)],
         [0.0],
         [],
@@ -99,7 +99,7 @@ def test_a_query_s_answers_are_one_observation(tmp_path: Path) -> None:
 
 
 def test_a_line_cut_short_is_dropped_and_written_again(tmp_path: Path) -> None:
-    """What comes behind it is whole."""
+    """The events after it are complete."""
     path = tmp_path / "log.jsonl"
     Log(path).add("cycle", 1)
     path.write_text(path.read_text() + '{"kind": "serv')
@@ -108,7 +108,7 @@ def test_a_line_cut_short_is_dropped_and_written_again(tmp_path: Path) -> None:
 
 
 def test_two_replays_do_not_share_a_folder(tmp_path: Path) -> None:
-    """The second is told, and nothing is mixed."""
+    """The second gets an error and writes nothing."""
     with (
         locked(tmp_path),
         pytest.raises(ValueError, match="another replay is at work"),
