@@ -6,7 +6,7 @@ same queries, one after another, so that ratios of one round compare equal condi
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lab.rig import ROUTE
 from lab.statistics import Estimate, median_ratio
@@ -86,17 +86,19 @@ def interleave(
             run(variant, queries_of(queries, count, number), at_once)
 
 
-def fastest(
-    variants: Sequence[V],
+def at_best_gamma(
+    gammas: Sequence[int | None],
     queries: Sequence[Q],
     count: int,
     at_once: int,
-    run: Callable[[V, Sequence[Q], int], None],
-) -> V:
-    """The variant that decodes fastest in a few short rounds."""
-    short = max(1, count // 2)
-    interleave(variants, queries, short, at_once, TRIAL_ROUNDS, run)
-    return max(variants, key=lambda variant: sum(variant.speeds))
+    run: Callable[[Variant, Sequence[Q], int], None],
+    **fields: Any,
+) -> Variant:
+    """A variant with the γ that decodes fastest in a few short rounds, which it does not keep."""
+    tried = [Variant(gamma=gamma, **fields) for gamma in gammas]
+    interleave(tried, queries, max(1, count // 2), at_once, TRIAL_ROUNDS, run)
+    best = max(tried, key=lambda variant: sum(variant.speeds))
+    return Variant(gamma=best.gamma, **fields)
 
 
 def mixed(queries: Sequence[Q]) -> list[Q]:

@@ -26,7 +26,7 @@ from decoder.device.placement import device_of
 from decoder.models.loading import load_tokenizer
 from lab import rig
 from lab.bench.exactness import exact_tv
-from lab.interleaved import TRIAL_ROUNDS, Variant, fastest, interleave, mixed, round_size
+from lab.interleaved import TRIAL_ROUNDS, Variant, at_best_gamma, interleave, mixed, round_size
 from lab.options import ModelOptions, option, parse
 from lab.output import finish, table
 from lab.replay.config import Domain
@@ -77,9 +77,8 @@ def compare(
     run = partial(_run, serving, options.max_tokens)
     variants = {PLAIN: Variant(gamma=0)}
     for name in options.compared:
-        tried = [Variant(drafter=name, gamma=gamma) for gamma in GAMMAS[name]]
-        best = fastest(tried, asked, count, at_once, run)
-        variants[name] = Variant(drafter=name, gamma=best.gamma)
+        gammas = GAMMAS[name]
+        variants[name] = at_best_gamma(gammas, asked, count, at_once, run, drafter=name)
     interleave(list(variants.values()), asked, count, at_once, options.rounds, run)
     return variants
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from lab.interleaved import Variant, fastest, interleave, mixed, round_size
+from lab.interleaved import Variant, at_best_gamma, interleave, mixed, round_size
 from lab.replay.config import Replay
 from lab.replay.service import FROZEN, LIVE, Service
 from lab.replay.streams import StreamQuery
@@ -32,9 +32,7 @@ def _compare(
     run = partial(_run, service)
     variants = {"plain": Variant(route=LIVE, gamma=0)}
     for name, route in (("frozen", FROZEN), ("live", LIVE)):
-        tried = [Variant(route=route, gamma=gamma) for gamma in GAMMAS]
-        best = fastest(tried, queries, count, at_once, run)
-        variants[name] = Variant(route=route, gamma=best.gamma)
+        variants[name] = at_best_gamma(GAMMAS, queries, count, at_once, run, route=route)
     interleave(list(variants.values()), queries, count, at_once, config.wall_rounds, run)
     live = variants["live"]
     others = ("frozen", "plain")
