@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from lab.replay.command import check_same, main
-from lab.replay.config import Arm, Domain, Replay, Segment, read, spans
-from lab.replay.presets import preset, segments
+from lab.replay.config import Arm, Segment, read
 from lab.replay.run import ArmRun
 from tests.tiny import TinyPair
 from trainer.cycle import run
@@ -178,34 +177,3 @@ def test_an_invalid_configuration_is_refused(
     )
     with pytest.raises(ValueError, match=said):
         read(path)
-
-
-def test_presets_are_made_of_whole_segments(tmp_path: Path) -> None:
-    """Abrupt, fading, mixed, and coming back: the same number of queries of every domain."""
-    names = ["a", "b", "c"]
-    assert [part.main for part in segments("abrupt", names, 10)] == names
-    gradual = segments("gradual", names, 10)
-    assert [(part.fade, part.queries) for part in gradual] == [
-        (False, 5),
-        (True, 10),
-        (True, 10),
-        (False, 5),
-    ]
-    assert [part.main for part in segments("recurring", names[:2], 10)] == ["a", "b", "a", "b"]
-    (mixture,) = segments("mixture", names, 10)
-    assert (mixture.queries, mixture.main) == (30, "")
-    config = preset("recurring", tmp_path, 10)
-    assert [(part.domains, part.end) for part in spans(config)] == [
-        (("math",), 10), (("sql",), 20), (("math",), 30), (("sql",), 40),
-    ]  # fmt: skip
-
-
-def test_a_fade_goes_from_one_mix_to_the_next() -> None:
-    """The weights change linearly over the segment."""
-    before, after = (
-        Segment(queries=5, mix={"a": 2.0}),
-        Segment(queries=10, mix={"b": 1.0}, fade=True),
-    )
-    assert after.weights(0, before) == {"a": 1.0, "b": 0.0}
-    assert after.weights(5, before) == {"a": 0.5, "b": 0.5}
-    assert Replay(domains={"a": Domain(traffic="x", held_out="y")}, segments=[before]).queries == 5
