@@ -87,7 +87,7 @@ class Served:
         self.running(version, route)
 
     def running(self, version: int, route: str = "default") -> None:
-        until(lambda: self.route(route)["loaded_version"] == version, 10)
+        until(lambda: self.route(route)["loaded_version"] == version)
 
 
 @contextmanager

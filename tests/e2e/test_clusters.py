@@ -41,7 +41,7 @@ def versions(told: dict[str, Any]) -> set[int]:
 
 def signals(served: Served, route: str, count: int) -> list[str]:
     """Request ids of the route's signals, once there are `count`."""
-    until(lambda: served.buffer.depth(route).signals >= count, 10)
+    until(lambda: served.buffer.depth(route).signals >= count)
     return sorted(decode(entry.record).request_id for entry in stored(served.buffer, route))
 
 

@@ -40,7 +40,7 @@ def test_a_client_that_leaves_frees_its_slots(own: Served, stream: bool) -> None
         except httpx.ReadTimeout:
             pass
     cancelled = 'vllm:request_success_total{finished_reason="cancelled",model_name="tiny"} 16.0'
-    until(lambda: cancelled in own.http.get("/metrics").text, 5)
+    until(lambda: cancelled in own.http.get("/metrics").text)
     assert running(own) == 0
     assert own.complete()["usage"]["completion_tokens"] > 0
 
@@ -52,7 +52,7 @@ def test_a_full_queue_is_429(pair: TinyPair, redis_url: str, tmp_path: Path) -> 
             answer = served.post("/v1/completions", **{**LONG, "n": 8, "stream": stream})
             assert answer.status_code == 429
             assert answer.json()["error"]["type"] == "rate_limit_error"
-        until(lambda: running(served) == 0, 10)
+        until(lambda: running(served) == 0)
         assert served.complete()
 
 
@@ -78,7 +78,7 @@ def test_redis_may_fail_and_return_under_load(pair: TinyPair, tmp_path: Path) ->
         assert (cycle.status_code, cycle.json()["error"]["code"]) == (503, "queue_unavailable")
         server, _ = start_server(tmp_path / "redis", port)
         try:
-            until(lambda: served.complete() and served.buffer.depth("default").signals > 1, 10)
+            until(lambda: served.complete() and served.buffer.depth("default").signals > 1)
         finally:
             server.kill()
 

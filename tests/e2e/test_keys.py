@@ -55,7 +55,7 @@ def test_each_kind_of_key_opens_its_own_endpoints(
         served.http.headers["authorization"] = f"Bearer {operator}"
         served.post("/admin/routes/default/freeze", reason="x")
         assert served.registry.audit()[0].actor == "alice"
-        (entry,) = until(lambda: stored(served.buffer, "default"), 10)
+        (entry,) = until(lambda: stored(served.buffer, "default"))
         assert decode(entry.record).client == pseudonym("app")
 
 

@@ -80,7 +80,7 @@ def test_ending_it_ends_every_child(pair: TinyPair, tmp_path: Path, how: signal.
         assert len(children) >= 4
         process.send_signal(how)
         process.wait(30)
-        until(lambda: gone(children), 15)
+        until(lambda: gone(children), 30)
         assert process.returncode == (-9 if how is signal.SIGKILL else 0)
 
 
@@ -104,7 +104,7 @@ def test_the_loop_closes_and_survives_a_killed_worker(pair: TinyPair, tmp_path: 
             ask(http, i)
         cycle = until(lambda: training(http))
         worker_of(process).kill()
-        route = until(lambda: with_new_draft(http), 120)
+        route = until(lambda: with_new_draft(http), 240)
         assert route["loaded_version"] == route["active_version"] == 2
         done = http.get("/admin/cycles").json()["cycles"][-1]
         found = (done["id"], done["state"], done["attempts"])
@@ -148,7 +148,7 @@ def test_a_decoder_that_dies_ends_the_stack(pair: TinyPair, tmp_path: Path) -> N
         children = family(process)
         next(p for p in children if "decoder.serve" in p.cmdline()).kill()
         assert process.wait(20) != 0
-        until(lambda: gone(children), 15)
+        until(lambda: gone(children), 30)
 
 
 @pytest.mark.parametrize(

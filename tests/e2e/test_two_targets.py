@@ -74,7 +74,7 @@ def test_one_draft_serves_two_targets_and_learns_from_both(both: list[Served]) -
             )
         )
     buffer = both[0].buffer
-    until(lambda: buffer.depth("default").signals >= 2 * len(PROMPTS), 10)
+    until(lambda: buffer.depth("default").signals >= 2 * len(PROMPTS))
     signals = [decode(entry.record) for entry in stored(buffer, "default")]
     targets = {served.http.get("/admin/routes").json()["target_fingerprint"] for served in both}
     assert {signal.model for signal in signals} == targets

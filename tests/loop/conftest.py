@@ -80,7 +80,7 @@ class Loop:
     def send(self, cycle_id: int) -> None:
         self.celery.send_task(CYCLE_TASK, args=[cycle_id])
 
-    def finished(self, cycle_id: int, timeout_s: float = 90) -> Cycle:
+    def finished(self, cycle_id: int, timeout_s: float = 240) -> Cycle:
         """The cycle, once it has ended."""
         return until(
             lambda: c if (c := self.ledger.cycle(cycle_id)).finished_at else None, timeout_s
