@@ -30,7 +30,7 @@ DATABASES = ["sqlite", "postgresql"]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Processor time of this process and of those it has waited for: comparable on a busy machine."""
+    """Prints processor time, children included: it stays comparable on a busy machine."""
     spent = os.times()
     seconds = spent.user + spent.system + spent.children_user + spent.children_system
     terminalreporter.write_line(f"{seconds:.0f} s of processor time")

@@ -1,4 +1,4 @@
-"""A cluster's rows in the engine: the generic draft's, until the cluster has a draft of its own that works."""
+"""A cluster's sequences use the generic draft until the cluster has a working draft of its own."""
 
 from collections.abc import Iterator
 

@@ -58,7 +58,7 @@ def newer_generic(loop: Loop, weights: Path) -> Version:
 def test_it_descends_from_the_generic_draft_that_is_active_now(
     clustered: Loop, pair: TinyPair
 ) -> None:
-    """Not from the draft at the cluster's start. Promoted at once: there is no slot for a canary."""
+    """Not from the draft at the cluster's start. It is promoted at once, without a canary."""
     generic = newer_generic(clustered, pair.spoilt)
     clustered.feed(taught(pair.target, 150), CLUSTER)
     cycle = learn(clustered)

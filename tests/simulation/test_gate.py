@@ -10,7 +10,7 @@ from trainer.intervals import bootstrap_interval
 
 @pytest.mark.parametrize("requests", [8, 12, 40, 100])
 def test_equal_candidates_pass_in_at_most_one_of_twenty(requests: int) -> None:
-    """2,000 null comparisons, by few requests as by many: percentiles alone are too narrow for few."""
+    """2,000 null comparisons for each count. Percentiles alone are too narrow for few requests."""
     rng = np.random.default_rng(0)
     passed = sum(
         bootstrap_interval(rng.normal(0, 0.3, requests), seed, LEVEL)[0] > 0 for seed in range(2000)
@@ -19,7 +19,10 @@ def test_equal_candidates_pass_in_at_most_one_of_twenty(requests: int) -> None:
 
 
 def promoted(gain: float, lost: float, count: int = 200) -> float:
-    """The share of `count` candidates: 200 new requests, 100 earlier, differences as wide and skewed as real ones."""
+    """The share of `count` candidates that passes on 200 new and 100 earlier requests.
+
+    Differences are as wide and as skewed as real ones.
+    """
     rng = np.random.default_rng(0)
     wide = lambda mean, size: 2.0 * (mean + 0.12 * (rng.gamma(2.0, 1.0, size) - 2.0) / np.sqrt(2.0))
     return (
