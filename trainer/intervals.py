@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import ndtri, stdtrit  # scipy.stats takes a second to import
 
 Floats = NDArray[np.float64]
 RESAMPLES = 2000
@@ -34,5 +34,5 @@ def bootstrap_interval(
 
 def _widening(count: int, share: float) -> float:
     """Student's interval of `count` samples over the normal one without Bessel's correction."""
-    quantiles = stats.t.ppf(share, count - 1) / stats.norm.ppf(share)
+    quantiles = stdtrit(count - 1, share) / ndtri(share)
     return math.sqrt(count / (count - 1)) * float(quantiles)
